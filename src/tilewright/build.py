@@ -12,10 +12,11 @@ import contextlib
 import ctypes
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from tilewright import dtypes, knobs
@@ -42,6 +43,7 @@ entries.to_device = transfer.to_device
 
 P = ParamSpec("P")
 _INT32, _INT64 = dtypes.int32, dtypes.int64
+OPS, TABLES = "tilewright.ops.", (tuple, list, dict)
 WATCHED = 2  # the debug level from which passes and schedules are printed, so that they must run
 
 
@@ -70,14 +72,28 @@ class NamedRecipe:
         return _RECIPES[self.name](s, **dict(self.arguments))
 
     def constants(self) -> tuple[tuple[str, str | None], ...]:
-        """Digests of the plain data that its module has under names in capitals, by name: its code
-        may read them, and a process may set them."""
-        module = sys.modules[self.name.rpartition(".")[0]]
-        names = [(n, x) for n, x in vars(module).items() if n.isupper()]
-        return tuple((n, digest(tuple(x.items()) if type(x) is dict else x)) for n, x in names)
+        """What its module, and those of `ops` that this one uses, have under names in capitals: its
+        code may read them, and a process may set them. A digest of plain data; of tables what they
+        print, which has functions by their names."""
+        modules = _modules_of(self.name.rpartition(".")[0])
+        names = [(n, x) for m in modules for n, x in vars(m).items() if n.isupper()]
+        return tuple([
+            (n, re.sub(" at 0x[0-9a-f]+", "", repr(x)) if isinstance(x, TABLES) else digest(x))
+            for n, x in names
+        ])  # fmt: skip
 
 
 _RECIPES: dict[str, FunctionType] = {}
+
+
+@functools.cache
+def _modules_of(name: str) -> list[ModuleType]:
+    """A module, and those of `ops` that it uses, or that these use, in the order of their text."""
+    found = [sys.modules[name]]
+    for module in found:
+        used = dict.fromkeys(map(inspect.getmodule, vars(module).values()))
+        found += [m for m in used if m and m.__name__.startswith(OPS) and m not in found]
+    return found
 
 
 def named_recipe(function: FunctionType) -> NamedRecipe:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+
 import numpy as np
+import pytest
 from tests.attention.cases import paged
+from tests.runtime.test_cuda import fake  # noqa: F401 - a fixture
 
 from tilewright.attention import reference
 from tilewright.attention.batch import Attention
 from tilewright.attention.families import Scratch
 from tilewright.attention.kv import KV
+from tilewright.attention.workspace import Workspace
+from tilewright.errors import ArgumentError
+from tilewright.runtime.cuda import DeviceArray
 from tilewright.runtime.step import Node, Step, dependencies
 
 ATTN = Attention(8, 2, 64)
@@ -71,3 +79,35 @@ def test_it_grows_and_never_shrinks():
     assert [len(a) for a in more] == [100, 9] and not more[1].any()
     assert [len(a) for a in first] == [100, 3]
     assert scratch.arrays is more
+
+
+def test_scratch_beside_a_workspace_is_refused(rng: np.random.Generator):
+    """It would be ignored: a workspace has its own."""
+    ((kv, q),) = layers(rng, [3000], 1)
+    with pytest.raises(ArgumentError, match=r"A101.*a workspace has memory of its own") as caught:
+        ATTN.bind(q, kv, plan=Workspace.__new__(Workspace), scratch=Scratch())
+    assert caught.value.where == "scratch"
+
+
+def test_scratch_of_another_device_is_refused(fake: ctypes.CDLL):  # noqa: F811
+    scratch, on_gpu = Scratch(), [DeviceArray((4,), "float32", n) for n in (0, 1)]
+    arrays = scratch.grown(on_gpu[0], 100, 3)
+    for like in (np.empty(1, np.float32), on_gpu[1]):
+        with pytest.raises(ArgumentError, match=r"A105.*cuda:0"):
+            scratch.grown(like, 10, 3)
+    assert scratch.grown(on_gpu[0], 10, 3) is arrays
+    del scratch, on_gpu, arrays, like
+    gc.collect()
+
+
+def test_another_layer_s_pages(rng: np.random.Generator):
+    """`run_over` is the call over other pages, to the bit; lengths are those of the first table."""
+    (kv, q), (other, _) = layers(rng, [3000, 9000], 2)
+    plan = ATTN.plan(np.arange(3), kv, q_dtype=np.float32)
+    bound, same = ATTN.bind(q, kv, plan=plan), KV(kv.table, other.pool)
+    wanted = [ATTN.run(q, x, plan).o.copy() for x in (kv, same)]
+    for x, o in ((kv, wanted[0]), (same, wanted[1]), (kv, wanted[0])):
+        bound.state.o[:] = np.nan
+        bound.run_over(x)
+        np.testing.assert_array_equal(bound.state.o, o)
+    assert np.abs(wanted[0] - wanted[1]).max() > 0.01

@@ -195,6 +195,19 @@ inline uint32_t __ballot_sync(uint32_t, bool x) {
   for (int l = 0; l < 32; ++l) mask |= static_cast<uint32_t>(all[l]) << l;
   return mask;
 }
+inline uint32_t __reduce_add_sync(uint32_t, uint32_t x) {
+  uint32_t all[32], sum = 0;
+  simulated::collective(x, all);
+  for (uint32_t one : all) sum += one;
+  return sum;
+}
+inline int __reduce_max_sync(uint32_t, int x) {
+  int all[32];
+  simulated::collective(x, all);
+  for (int one : all) x = one > x ? one : x;
+  return x;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline bool __any_sync(uint32_t m, bool x) { return __ballot_sync(m, x) != 0; }
 
 namespace tw {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -21,7 +22,7 @@ from tilewright.errors import BuildError, InternalError, ScheduleError
 from tilewright.ir.digest import digest
 from tilewright.ir.levels import Compressed, Dense
 from tilewright.ir.rewrite import add
-from tilewright.ops import linear, recipes
+from tilewright.ops import linear, recipes, rowwise
 from tilewright.runtime.kernel import Kernel
 from tilewright.runtime.manifest import Manifest, manifest_from, unit_count
 from tilewright.target import target
@@ -278,6 +279,33 @@ def test_constants_of_a_recipes_module_are_part_of_the_key(
     monkeypatch.setitem(gemm.TILES, "small", gemm.ANY)
     assert None not in (before, key(product, "cuda:sm_90a"))
     assert before != key(product, "cuda:sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("value", "other"),
+    [
+        ([1, 2], [1, 3]), ([1, 2], (1, 2)), ({"a": {"b": [1]}}, {"a": {"b": [2]}}),
+        ({"f": linear._dense}, {"f": linear._blocks}), (linear.LAYOUTS, {}),
+    ],
+)  # fmt: skip
+def test_constants_that_are_no_plain_data_are_part_of_the_key(
+    value: Any, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists, nested dicts, tables of layouts with functions."""
+    keys = []
+    for x in (value, other, copy.copy(value)):
+        monkeypatch.setattr(linear, "TABLE", x, raising=False)
+        keys.append(key(linear.linear_definition("q4_1", False, 32, 64, True)))
+    assert None not in keys and keys[0] == keys[2] != keys[1]
+
+
+def test_constants_of_modules_that_a_recipe_uses_are_part_of_the_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = key(rowwise.ARGMAX, "cuda:sm_90a")
+    monkeypatch.setattr(recipes, "THREADS_X", 64)
+    assert None not in (before, key(rowwise.ARGMAX, "cuda:sm_90a"))
+    assert before != key(rowwise.ARGMAX, "cuda:sm_90a")
 
 
 def test_only_functions_of_the_package_are_named_recipes() -> None:

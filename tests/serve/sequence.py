@@ -56,7 +56,7 @@ class Sequence:
         return self.last.row(0).copy()
 
     def greedy(self) -> int:
-        return self.last.likeliest[0]
+        return self.last.tokens[0]
 
     def _run(self, count: int) -> None:
         start = self.request.computed

@@ -2,11 +2,14 @@
 
 The runner of the CPU runs a step at once; `Late` keeps its tokens back until they are asked for,
 as a GPU does, and checks that the engine asks in order and never reads a token it has not got.
+`HostSeats` samples in the recorded step, as a GPU does, by the text that the GPU's kernel shares.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,15 @@ import numpy as np
 import pytest
 
 from tilewright.attention.batch import BoundAttention
+from tilewright.runtime.pool import address_of
 from tilewright.runtime.view import view
+from tilewright.serve import sampler
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.request import Request, Sampling
+from tilewright.serve.sampler import Seats
 from tilewright.serve.scheduler import PENDING, Chunk
 from tilewright.serve.weights import ModelFile, open_model
+from tilewright.toolchain import compilers, cxx
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +64,72 @@ class LateLogits:
 
     def __init__(self, runner: Late, logits: Any) -> None:
         self.runner, self.logits, self.is_read = runner, logits, False
-        self.requests = logits.requests
+        self.requests, self.left = logits.requests, logits.left
 
     def wait(self) -> None:
         self.runner.unread -= not self.is_read
         self.is_read = True
         self.logits.wait()
-        self.likeliest = self.logits.likeliest
+        self.tokens = self.logits.tokens
 
     def row(self, i: int) -> np.ndarray:
         assert self.is_read and self.runner.unread == 0, "another step has overwritten the logits"
         return self.logits.row(i)
+
+
+STEP = """
+extern "C" __attribute__((visibility("default"))) void step(const void* params, int64_t, int64_t) {
+  const SampleParams& p = *static_cast<const SampleParams*>(params);
+  for (int64_t i = 0; i < COUNT; ++i) {
+    SampleRow& row = p.rows[i];
+    if (row.size == 0) continue;
+    stage0(&row, 0, 1);
+    int32_t count;
+    sample::advance(sample::Thread{nullptr, nullptr, nullptr, &count}, row);
+    p.drawn[i] = row.token;
+    if (row.token >= 0) p.tokens[i] = row.token;
+  }
+}
+"""
+
+
+class HostSeats(Seats):
+    """Samples the rows of a recorded step on the CPU."""
+
+    def bind(self, count: int) -> Any:
+        text = f"#include <stdint.h>\nconstexpr int COUNT = {count};\n"
+        text += sampler._text("sample_cpu.h") + STEP
+        library = cxx.load_cpp(text, name="seats", isa=compilers.resolve_isa().name)
+        tokens = view(self._tokens).pointer
+        self.keep = [*getattr(self, "keep", []), library]
+        block = sampler.PARAMS.pack(
+            rows=view(self._rows).pointer, scores=0, tokens=tokens,
+            drawn=tokens + 4 * self._tokens.shape[1],
+        )  # fmt: skip
+        self.keep.append(block)
+        return address_of(library.step), ctypes.addressof(block), 1, 1, False
+
+
+def sampling_in_the_step(engine: Engine) -> None:
+    runner = engine.runner
+    most = len(runner.table)
+    chosen = runner.last["token"].base
+    assert chosen.shape == (2, most)
+    runner.seats = HostSeats(engine.model.memory, runner.last["logits"], chosen)
+
+
+SAMPLED: tuple[dict[str, Any], ...] = (
+    {"logprobs": 2, "temperature": 1.0, "seed": 7}, {"temperature": 1.0, "seed": 3},
+    {"temperature": 1.5, "top_p": 0.9, "seed": 4}, {"repetition_penalty": 1.3},
+    {"temperature": 2.0, "presence_penalty": 0.5, "frequency_penalty": 0.7, "seed": 5},
+    {"temperature": 1.0, "top_k": 9, "logit_bias": {77: 6.0}, "seed": 6}, {}, {"min_p": 0.1},
+)  # fmt: skip
+
+
+def sampled_jobs(end: int) -> list[tuple[list[int], Sampling]]:
+    """Those of `jobs` with other ways to choose a token."""
+    made = [(p, {"max_tokens": how.max_tokens, "stop": how.stop}) for p, how in jobs(end)]
+    return [(p, Sampling(**o, **how)) for (p, o), how in zip(made, SAMPLED, strict=True)]
 
 
 def jobs(end: int) -> list[tuple[list[int], Sampling]]:
@@ -107,15 +169,21 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("in_step", [False, True])
 @pytest.mark.parametrize(
     ("name", "interval"), [("plain", 1), ("shared pages", 7), ("preempted", 1), ("few seats", 7)]
 )
-def test_tokens_are_those_of_steps_in_turn(tiny: ModelFile, name: str, interval: int):
-    """End tokens, lengths, stop texts, sampling on the host, a cancel and preemption."""
+def test_tokens_are_those_of_steps_in_turn(
+    tiny: ModelFile, name: str, interval: int, in_step: bool
+):
+    """End tokens, lengths, stop texts, a cancel and preemption; sampling on the host, and in the
+    step."""
     sizes: dict[str, Any] = {"context": 128, "share": False} | SIZES[name]
     options = Options(**sizes)
     engine, plain = Engine(tiny, "cpp", options), Engine(tiny, "cpp", options)
-    made = jobs(1)
+    made = sampled_jobs(1) if in_step else jobs(1)
+    if in_step:
+        sampling_in_the_step(engine)
     wanted = answers(plain, made, interval)
     said = [r.answer for r in wanted if r.answered > 15]
     late = [a[n] for a in said for n in range(9, 15) if a[n] not in a[:n]]
@@ -126,11 +194,29 @@ def test_tokens_are_those_of_steps_in_turn(tiny: ModelFile, name: str, interval:
     for one, other in zip(wanted, answers(engine, made, interval), strict=True):
         if one.finish != "cancel":
             assert (other.answer, other.finish) == (one.answer, one.finish)
+            assert other.logprobs == one.logprobs
             assert "".join(other.pieces) == "".join(one.pieces) and other.counts == one.counts
         else:
             assert other.answer[:5] == one.answer[:5] and other.finish == "cancel"
     assert {r.finish for r in wanted} == {"stop", "length", "cancel"}
     assert runner.unread == 0 and runner.ahead > 6
+
+
+def test_steps_that_sample_are_launched_ahead(tiny: ModelFile):
+    """All but the first of some requests that need nothing else of the host, one of them greedy:
+    rows are written once."""
+    engine = Engine(tiny, "cpp", Options(context=128, share=False))
+    sampling_in_the_step(engine)
+    wanted = Engine(tiny, "cpp", Options(context=128, share=False))
+    made = [job for job in sampled_jobs(1) if job[1].logprobs is None]
+    made = [(p, replace(how, max_tokens=30, stop=(), ignore_eos=True)) for p, how in made]
+    late, said = Late(engine), [wanted.submit(*job) for job in made]
+    requests = [engine.submit(*job) for job in made]
+    for one, of in ((engine, requests), (wanted, said)):
+        while not all(r.finish for r in of):
+            one.step()
+    assert [r.answer for r in requests] == [r.answer for r in said]
+    assert late.ahead == 29 and set(engine.runner._sampling) == {7} and not engine.runner._steps
 
 
 def test_a_late_stop_costs_one_token(tiny: ModelFile):
@@ -154,12 +240,15 @@ def test_a_late_stop_costs_one_token(tiny: ModelFile):
     assert of_stop == stop + 2  # the end token itself, and the one behind it
 
 
-def test_an_interrupt_in_flight_leaves_no_trace(tiny: ModelFile):
+@pytest.mark.parametrize("options", [{}, SAMPLED[4]], ids=str)
+def test_an_interrupt_in_flight_leaves_no_trace(tiny: ModelFile, options: dict[str, Any]):
     """A launch that fails while a step is under way: both requests go on with the right tokens."""
-    options = Options(context=128, share=False)
-    engine, how = Engine(tiny, "cpp", options), Sampling(max_tokens=30, ignore_eos=True)
+    how = Sampling(max_tokens=30, ignore_eos=True, **options)
+    sizes = Options(context=128, share=False)
+    engine = Engine(tiny, "cpp", sizes)
+    sampling_in_the_step(engine)
     prompts = [p for p, _ in jobs(3)[1:3]]
-    wanted = answers_of(Engine(tiny, "cpp", options), prompts, how)
+    wanted = answers_of(Engine(tiny, "cpp", sizes), prompts, how)
     late = Late(engine)
     requests = [engine.submit(p, how) for p in prompts]
     run, failures = late.run, iter([False] * 9 + [True] + [False] * 7 + [True] + [False] * 200)
@@ -175,13 +264,16 @@ def test_an_interrupt_in_flight_leaves_no_trace(tiny: ModelFile):
     assert [r.answer for r in requests] == wanted
 
 
-def test_an_exception_behind_a_launch(tiny: ModelFile):
+@pytest.mark.parametrize("options", [{}, SAMPLED[4]], ids=str)
+def test_an_exception_behind_a_launch(tiny: ModelFile, options: dict[str, Any]):
     """The text of one answer fails while the next step is under way: that token is read again, and
     so are those of the requests behind it."""
-    options = Options(context=128, share=False)
-    engine, how = Engine(tiny, "cpp", options), Sampling(max_tokens=30, ignore_eos=True)
+    how = Sampling(max_tokens=30, ignore_eos=True, **options)
+    sizes = Options(context=128, share=False)
+    engine = Engine(tiny, "cpp", sizes)
+    sampling_in_the_step(engine)
     prompts = [p for p, _ in jobs(3)[1:4]]
-    wanted = answers_of(Engine(tiny, "cpp", options), prompts, how)
+    wanted = answers_of(Engine(tiny, "cpp", sizes), prompts, how)
     engine.runs_ahead = True
     requests = [engine.submit(p, how) for p in prompts]
     push, calls = requests[1].text.push, iter(range(1000))

@@ -46,11 +46,13 @@ def model_file(config: ModelConfig = CONFIG) -> ModelFile:
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
-def test_launches_of_a_step(fake: ctypes.CDLL):  # noqa: F811
-    """On the fake driver, whose graph counts them: 183 for the 30 layers of SmolLM2."""
+@pytest.mark.parametrize("samples", [False, True])
+def test_launches_of_a_step(fake: ctypes.CDLL, samples: bool):  # noqa: F811
+    """On the fake driver, whose graph counts them: 183 for the 30 layers of SmolLM2, and one more
+    that samples."""
     sequence = Sequence(model_file(), "cuda:sm_90a", 32)
-    [step] = sequence.runner._record(1, 1)
-    wanted = CONFIG.layers * A_LAYER + AROUND
+    [step] = sequence.runner._record(1, 1, samples)
+    wanted = CONFIG.layers * A_LAYER + AROUND + samples
     assert step.count == fake.fake_nodes() == fake.fake_overlapping() == wanted
     assert A_LAYER * 30 + AROUND == 183
     assert missing(step.nodes, step.edges) == []
@@ -154,8 +156,10 @@ def test_bits_of_answers_on_a_gpu():
 
 
 @pytest.mark.gpu
-def test_an_engine_that_runs_ahead_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    """Ten requests that come one by one, with end tokens: as where each step is waited for."""
+@pytest.mark.parametrize("samples", [False, True])
+def test_an_engine_that_runs_ahead_on_a_gpu(monkeypatch: pytest.MonkeyPatch, samples: bool):
+    """Ten requests that come one by one, with end tokens: as where each step is waited for, and
+    where the host samples them."""
     monkeypatch.setattr(engine, "load_tokenizer", lambda file: Spelled())
     monkeypatch.setattr(engine, "cost_key", lambda *_: "")
     file, rng = model_file(replace(CONFIG, context=256)), np.random.default_rng(2)
@@ -163,19 +167,31 @@ def test_an_engine_that_runs_ahead_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
         rng.integers(0, CONFIG.vocab, n).tolist() for n in (3, 40, 1, 17, 90, 16, 2, 31, 8, 5)
     ]
     said: list[list[list[int]]] = []
-    for ahead in (False, True):
+    for ahead, in_step in ((False, False), (False, True), (True, True), (True, False)):
         one = engine.Engine(file, "cuda", engine.Options(context=256, running=12))
         assert one.runs_ahead
         one.runs_ahead, requests = ahead, []
+        one.runner.seats = one.runner.seats if in_step else None
         while len(requests) < len(prompts) or one.scheduler.has_work:
             if len(requests) < len(prompts):
-                how = Sampling(max_tokens=50 + 10 * (len(requests) % 3))
+                options = OPTIONS[len(requests) % len(OPTIONS)] if samples else {}
+                how = Sampling(max_tokens=50 + 10 * (len(requests) % 3), **options)
                 requests.append(one.submit(prompts[len(requests)], how))
             for _ in range(3):
                 one.step()
         said.append([r.answer for r in requests])
         assert {r.finish for r in requests} == {"stop", "length"}
-    assert said[0] == said[1]
+        assert bool(one.runner._sampling) == (samples and in_step)
+    assert said[0] == said[1] == said[2] == said[3]
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0, "seed": 3}, {"temperature": 1.5, "top_p": 0.9, "seed": 4}, {},
+    {"repetition_penalty": 1.3},
+    {"temperature": 1.0, "top_k": 9, "logit_bias": {77: 6.0}, "seed": 6},
+    {"temperature": 2.0, "presence_penalty": 0.5, "frequency_penalty": 0.7, "seed": 5},
+    {"temperature": 1.0, "logprobs": 3, "seed": 8},
+)  # fmt: skip
 
 
 class Spelled:
@@ -205,4 +221,4 @@ def advance(of: runner.Runner, answers: list[Answer]) -> None:
     for i, (answer, request) in enumerate(zip(ordered, requests, strict=True)):
         answer.logits.append(result.row(i).copy())
         request.computed = len(request.tokens)
-        request.tokens.append(result.likeliest[i])
+        request.tokens.append(result.tokens[i])

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("jinja2", reason="chat templates need the models extra")
 
 from tilewright import knobs
-from tilewright.errors import BuildError
+from tilewright.errors import BuildError, ModelError
 from tilewright.serve import engine as engine_module
 from tilewright.serve import sampler
 from tilewright.serve.engine import LLM, Engine, Options
@@ -22,6 +22,7 @@ from tilewright.serve.request import Request, Sampling
 from tilewright.serve.sampler import sample
 from tilewright.serve.tokenizer import AnswerText
 from tilewright.serve.weights import open_model
+from tilewright.toolchain import compilers, cxx
 
 HELLO = "and the thing is in the land"
 
@@ -87,7 +88,7 @@ def test_the_generator_is_philox():
 
 
 @pytest.mark.parametrize("options", CUTS, ids=str)
-@pytest.mark.parametrize("vocab", [1, 2, 31, 33, 257, 5000])
+@pytest.mark.parametrize("vocab", [1, 2, 31, 33, 257, 5000, 20_000])
 def test_the_token_of_a_random_number(vocab: int, options: dict[str, Any]):
     """By the inverse of the cumulative distribution in fp64; temperature 0.7."""
     x = np.random.default_rng(vocab).normal(0, 2, vocab).astype(np.float32)
@@ -256,6 +257,31 @@ def test_sampling_needs_a_compiler(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(BuildError, match="B102"):
         llm.engine.submit([5], Sampling(temperature=1.0))
     assert not llm.engine.scheduler.has_work
+
+
+def test_the_sampler_is_compiled_with_the_engine(
+    runnable_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Not while answers wait; without a compiler requests are refused when they come."""
+    sampler.native.cache_clear()
+    Engine(open_model(runnable_path), "cpp", Options(context=64))
+    assert sampler.native.cache_info().currsize == 1
+    monkeypatch.setattr(engine_module.compilers, "has_compiler", lambda: False)
+    sampler.native.cache_clear()
+    Engine(open_model(runnable_path), "interp", Options(context=64))
+    assert sampler.native.cache_info().currsize == 0
+
+
+def test_no_memory_ends_one_request(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    """With a coded error, and no other: not the process."""
+    text = sampler._text("sample_cpu.h").replace("__builtin_malloc(", "none(")
+    text = f"#include <stdint.h>\nstatic void* none(int64_t) {{ return nullptr; }}\n{text}"
+    library = cxx.load_cpp(text, name="sampler", isa=compilers.resolve_isa().name)
+    monkeypatch.setattr(sampler, "native", lambda: library)
+    assert drawn(np.zeros(9), 3) == [sampler.NO_MEMORY] * 3
+    with pytest.raises(ModelError, match="M111"):
+        llm.generate(HELLO, temperature=1.0, max_tokens=4)
+    assert llm.generate(HELLO, max_tokens=4)
 
 
 def test_options_reach_the_model(llm: LLM):

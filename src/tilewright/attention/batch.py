@@ -208,6 +208,9 @@ class Attention:
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         if scratch is not None and not isinstance(scratch, Scratch):
             raise ArgumentError("A107", f"{type(scratch).__name__} is no Scratch", where="scratch")
+        if scratch is not None and isinstance(plan, Workspace):
+            text = "a workspace has memory of its own for partial results"
+            raise ArgumentError("A101", text, where="scratch", hint="scratch= goes with a Plan")
         if plan is None:
             indptr, kind = np.arange(kv.requests + 1, dtype=np.int32), float_view("q", q).dtype
             lengths = kv.lengths() if kv.table.form.shared else kv.capacity()

@@ -35,11 +35,12 @@ from tilewright.serve.request import (
     is_count,
 )  # fmt: skip
 from tilewright.serve.runner import Logits, Runner
-from tilewright.serve.sampler import Sampled, native, sample
+from tilewright.serve.sampler import NO_MEMORY, Sampled, native, sample
 from tilewright.serve.scheduler import PENDING, Batch, Limits, Scheduler, work_of
 from tilewright.serve.tokenizer import AnswerText, load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
 from tilewright.target import Target
+from tilewright.toolchain import compilers
 
 LONGEST = 2048  # tokens of a sequence, where the caller names no context
 
@@ -95,6 +96,8 @@ class Engine:
         self.scheduler = Scheduler(limits, cost)
         self.runner = Runner(self.model, limits, self.context)
         self.runs_ahead = self.model.target.is_cuda
+        if compilers.has_compiler():
+            native()  # compiled here, not while answers wait
         self._flight: Flight | None = None  # a step whose tokens are not read
         self._began = 0.0  # when it was launched, or the tokens in front were read, seconds
         self._ids = itertools.count()
@@ -177,10 +180,9 @@ class Engine:
 
     def _commit(self, batch: Batch, logits: Logits) -> tuple[list[Request], Flight | None]:
         """Notes that a step was run. The requests that get a token, and the next step if it was
-        launched already, which is where all requests go on greedily. Else waits for the tokens."""
+        launched already, which is where it chooses all tokens itself. Else waits for them."""
         rows = [c for c in batch.chunks if not c.is_prompt and c.wants_token]
-        greedy = [c for c in rows if c.request.sampling.is_plain_greedy]
-        leads = self.runs_ahead and len(greedy) == len(batch.chunks)
+        leads = self.runs_ahead and len(rows) == len(batch.chunks) and not logits.left
         if not leads:
             logits.wait()
         ready = self.scheduler.commit(batch, time.perf_counter())
@@ -195,14 +197,13 @@ class Engine:
             model = self.scheduler.model
             self.scheduler.model = model.corrected(work_of(batch.chunks), self._began - began)
         rows = {r: i for i, r in enumerate(logits.requests) if not r.finish}
-        tokens: dict[Request, Sampled] = {r: (logits.likeliest[i], None) for r, i in rows.items()}
+        tokens: dict[Request, Sampled] = {r: (logits.tokens[i], None) for r, i in rows.items()}
         for request, i in rows.items():
             if request.answered == 0 and not np.isfinite(logits.row(i)).all():
                 tokens[request] = -1, None  # looked for once: not to slow each token
-        drawn = [r for r in rows if tokens[r][0] >= 0 and not r.sampling.is_plain_greedy]
-        if drawn:
-            sampled = sample(drawn, [logits.row(rows[r]) for r in drawn])
-            tokens |= zip(drawn, sampled, strict=True)
+        if left := [r for r in logits.left if r in rows and tokens[r][0] >= 0]:
+            sampled = sample(left, [logits.row(rows[r]) for r in left])
+            tokens |= zip(left, sampled, strict=True)
         return [*tokens.items()]
 
     def counts(self) -> dict[str, int]:
@@ -221,6 +222,8 @@ class Engine:
             hint = "fetch the file again and compare its checksum"
             where = str(self.model.file.path)
             request.error = ModelError("M101", rule, where=where, hint=hint)
+            if token == NO_MEMORY:
+                request.error = ModelError("M111", "no memory is left to sample a token")
             return self.scheduler.finish(request, "error")
         now = self._began
         request.first, request.last = request.first if request.answered else now, now

@@ -38,6 +38,7 @@ from tilewright.runtime.transfer import to_host
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.products import OWN_ROWS
+from tilewright.serve.sampler import Seats
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
@@ -46,16 +47,19 @@ BUCKET = 64  # rows of recorded parts of a step with prompts are a multiple, and
 
 class Logits:
     """What a step computes for `requests`, those that want a token. On a GPU it may still be under
-    way: `wait` before anything is read."""
+    way: `wait` before anything is read. `drawn`: those that it samples; `left`: for the host."""
 
-    def __init__(self, runner: Runner, chunks: Sequence[Chunk], rows: list[int]) -> None:
+    def __init__(self, runner: Runner, chunks: Sequence[Chunk], rows: Any, drawn: Any) -> None:
         self._runner, self._rows = runner, rows
         self.requests = [c.request for c in chunks if c.wants_token]
+        self._drawn = [int(r in drawn) for r in self.requests]
+        self.left = [r for r in self.requests if not (r in drawn or r.sampling.is_plain_greedy)]
         self._tokens = runner.read_tokens()
 
     def wait(self) -> None:
-        """Returns when the step has ended; `likeliest` are the tokens of the largest logits."""
-        self.likeliest: list[int] = self._tokens()[self._rows].tolist()
+        """Returns when the step has ended; `tokens` are those that it has drawn, -1 where no token
+        can be, and else those of the largest logits."""
+        self.tokens: list[int] = self._tokens().reshape(2, -1)[self._drawn, self._rows].tolist()
 
     def row(self, i: int) -> np.ndarray:
         """The logits of request i, float32 (vocab,); valid until the next step."""
@@ -93,7 +97,10 @@ class Runner:
         self.wide = model.activations(tokens, wide=True) if model.products else {}
         widths = {"x": config.dim, "normed": config.dim, "logits": config.vocab}
         self.last = {name: new(most, width) for name, width in widths.items()}
-        self.last["token"] = put(np.zeros(most, np.int32))  # also of rows that fill up
+        chosen = put(np.zeros((2, most), np.int32))  # of `Seats`; also of rows that fill up
+        self.last["token"] = model.memory.rows(chosen, 0, 1).reshape(most)
+        on_gpu = model.memory.on_cuda and not config.logit_cap  # tanh has other bits there
+        self.seats: Any = Seats(model.memory, self.last["logits"], chosen) if on_gpu else None
         self.ints = [new(tokens, dtype="int32") for _ in range(4)]  # of `Rows`
         self.ends = new(most, dtype="int32")  # the rows of prompts that want a token
         self.kv_len = put(np.zeros(most, np.int32))
@@ -106,9 +113,10 @@ class Runner:
         self._lengths = np.zeros(most, np.int32)  # what memory of the target holds as `kv_len`
         self.scratch = Scratch()  # all layers of all steps
         self.attentions = {layer.attention for layer in model.layers}
-        self.read_tokens = model.memory.readback(self.last["token"])
+        self.read_tokens = model.memory.readback(chosen)
         self._views: dict[tuple[int, int], list[KV]] = {}
-        self._steps: dict[int, Step] = {}
+        self._steps: dict[int, Step] = {}  # by rows, where none is sampled
+        self._sampling: dict[int, Step] = {}
         self._parts: dict[tuple[int, int], list[Any]] = {}
         self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
@@ -132,12 +140,15 @@ class Runner:
             self._write_ints(self.last["token"], tokens)
         # Prompts first: what is copied for them would wait for the step of the answers.
         read = self._read_prompts(chunks if joined else prompts, stops, rows) if prompts else []
+        drawn = self.seats.take(answers, rows) if self.seats and not joined else set()
         if answers and not joined:
-            if rows not in self._steps:
-                [self._steps[rows]] = self._record(rows, rows)
-            self._steps[rows]()
+            steps = self._sampling if drawn else self._steps
+            if rows not in steps:
+                [steps[rows]] = self._record(rows, rows, bool(drawn))
+            steps[rows]()
             self._lengths[: len(answers)] += 1
-        return Logits(self, chunks, [i for i, c in enumerate(answers) if c.wants_token] + read)
+        read = [i for i, c in enumerate(answers) if c.wants_token] + read
+        return Logits(self, chunks, read, drawn)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -252,10 +263,13 @@ class Runner:
             model.finish(last, few, do=call)
         return list(range(first, first + len(ends)))
 
-    def _record(self, answers: int, count: int) -> list[Any]:
-        """The step of one row of each of some answers; or of a `count` of rows, of which those of
-        answers are the first: parts, and between them the arguments of the prompts' attention."""
+    def _record(self, answers: int, count: int, samples: bool = False) -> list[Any]:
+        """The step of one row of each of some answers, of which some are sampled (`samples`); or of
+        a `count` of rows, of which those of answers are the first: parts, and between them the
+        arguments of the prompts' attention."""
         parts, bounds, alone = list[Any](), list[Any](), count == answers
+        # Bits may depend on the lengths of all: the step itself plans the attention of answers.
+        planned = answers > 0 and self.joins and self.model.memory.on_cuda
         model, rows = self.model, self.model.memory.rows
         views, plans = (self._kv(0, answers), self._answer_plans(answers)) if answers else ([], {})
 
@@ -265,9 +279,9 @@ class Runner:
         def attend(layer: int, q: Any, out: Any) -> None:
             attention = model.layers[layer].attention
             if answers:
-                how = {"plan": plans[attention], "scratch": self.scratch}
                 mine = rows(q, 0, answers), views[layer], rows(out, 0, answers)
-                bounds.append(attention.bind(*mine, **how))
+                scratch = None if planned else self.scratch
+                bounds.append(attention.bind(*mine, plan=plans[attention], scratch=scratch))
             if not alone:
                 parts.extend((Step(bounds), (layer, q, out)))
                 bounds.clear()
@@ -277,7 +291,7 @@ class Runner:
             lengths, table = (rows(x, 0, count) for x in (self.kv_len, self.block_table))
             positions = positions_kernel(PAGE_SIZE, model.name)
             do(positions, lengths, table, out=(b.position, b.page, b.slot))
-        if answers and self.joins and model.memory.on_cuda:  # bits may depend on the lengths of all
+        if planned:
             plans = {x: x.reserve(answers, kv=views[0]) for x in self.attentions}
             bounds.extend(room.bind(views[0].table) for room in plans.values())
         if not alone:
@@ -287,4 +301,6 @@ class Runner:
         b = replace(b, ids=last["token"])
         normed = model.forward(b, (self.keys, self.values), attend, do)
         model.finish({**b.a, **last}, b.few, do, normed)
+        if samples:
+            bounds.append(self.seats.bind(count))
         return [Step(bounds)]

@@ -34,7 +34,11 @@ class Scratch:
 
     def grown(self, like: Any, *sizes: int) -> tuple[Any, ...]:
         """float32 for partial results, and int32 counters, which are 0 between calls; at least of
-        these sizes."""
+        these sizes. Raises ArgumentError[A105] for an array on another device than before."""
+        devices = {view(array).device for array in (like, *self.arrays)}
+        if len(devices) > 1:
+            text = f"memory of partial results on one of {sorted(devices)}, queries on another"
+            raise ArgumentError("A105", text, where="scratch", hint="a Scratch for each device")
         held = [view(array).size for array in self.arrays] or [0, 0]
         if not self.arrays or any(map(gt, sizes, held)):
             kinds = zip(map(max, sizes, held, (1, 1)), (dtypes.float32, dtypes.int32), strict=True)
