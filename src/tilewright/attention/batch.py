@@ -238,7 +238,7 @@ class Attention:
             shared = plan.params().values()
         writes = *map(byte_span, written), *((a, a + 1) for a in shared if a)
         boxes = (*map(byte_span, (*reads, *(seen for _, seen in arrays.values()))),), writes
-        return BoundAttention(State(o, lse), prepared, keep, boxes, (family, call))
+        return BoundAttention(State(o, lse), prepared, (*keep, family, call), boxes)
 
     def _family(self, plan: Plan | Workspace, kv: KV, spec: Spec) -> Family:
         """The family that a plan is for, if it can run this call. Raises ArgumentError."""
@@ -291,14 +291,12 @@ class BoundAttention:
     step.
     """
 
-    __slots__ = ("_keep", "_made", "_prepared", "boxes", "launch", "source", "state")
+    __slots__ = ("_keep", "_prepared", "boxes", "launch", "source", "state")
 
     def __init__(
-        self, state: State, prepared: families.Prepared, keep: tuple[Any, ...], boxes: Any = None,
-        made: tuple[Family, Call] | None = None,
-    ) -> None:  # fmt: skip
+        self, state: State, prepared: families.Prepared, keep: tuple[Any, ...], boxes: Any = None
+    ) -> None:
         self.state, self._prepared, self._keep, self.boxes = state, prepared, keep, boxes
-        self._made = made
         self.launch, self.source = prepared.launch, prepared.source
 
     def __call__(self) -> State:
@@ -306,10 +304,9 @@ class BoundAttention:
         return self.state
 
     def run_over(self, kv: KV) -> None:
-        """Runs it over the pages of another layer, laid out alike in memory of its own: without the
-        checks of `bind`."""
-        family, call = self._made or (None, None)
-        assert family and call, "without a compiler there is nothing to prepare"
+        """Runs it over the pages of another layer, which are laid out alike: without the checks of
+        `bind`. Only where there is a `launch`."""
+        *_, family, call = self._keep
         values = call.values | kv.pool.params()
         prepared = family.prepare(replace(call, pool=kv.pool, values=values))
         prepared.run()  # what it reads lives until here
