@@ -1,8 +1,5 @@
-"""Products of many rows by torch, which is cuBLAS on a GPU: activations, weights and results share
-memory with our kernels, and a recorded step captures the products among its own launches.
-
-torch is optional: without it our own linear layers take any number of rows.
-"""
+"""Products of many rows by torch, which is cuBLAS on a GPU: they share memory with our kernels, and
+a recorded step captures them among its own launches. torch is optional."""
 
 from __future__ import annotations
 
@@ -67,15 +64,13 @@ class Products:
 
 
 class Product:
-    """One product with its memory fixed; on a GPU it is the launch of a recorded step, which is
-    captured on `stream`."""
+    """One product with its memory fixed: on a GPU the launch of a step, captured on `stream`."""
 
     def __init__(self, of: Products, args: tuple[Any, ...], out: Any) -> None:
         (x, w, *bias), y = map(of.tensor, args), of.tensor(out)
         kind = {} if y.dtype == x.dtype else {"out_dtype": y.dtype}
-        self._call = partial(of.torch.mm, x, w.T, out=y, **kind)
-        if bias:
-            self._call = partial(of.torch.addmm, bias[0].to(x.dtype), x, w.T, out=y)
+        call, added = of.torch.addmm if bias else of.torch.mm, [b.to(x.dtype) for b in bias]
+        self._call = partial(call, *added, x, w.T, out=y, **kind)
         self.boxes = tuple(byte_span(view(a)) for a in args), (byte_span(view(out)),)
         self.of, self.launch = of, self if of.stream else None
         self.stream = of.stream.cuda_stream if of.stream else 0
