@@ -168,7 +168,7 @@ class Runner:
                 # Until it is copied pages are added at most: other requests wait for the tokens.
                 memory.write(row, self.table[i : i + 1], waits=False)
 
-    def _write_ints(self, array: Any, values: Sequence[int]) -> None:
+    def _write_ints(self, array: Any, values: Any) -> None:
         """The first values of an int32 array in memory of the target."""
         memory = self.model.memory
         memory.write(memory.rows(array, 0, len(values)), np.asarray(values, np.int32))
@@ -232,7 +232,7 @@ class Runner:
 
         bound: dict[Attention, Any] = {}  # whose other layers differ in their pages alone
 
-        def attend(layer: int, q: Any, out: Any) -> None:
+        def attend(layer: int, q: Any, out: Any) -> Any:
             attention = model.layers[layer].attention
             if attention in bound and bound[attention].launch:
                 return bound[attention].run_over(views[layer])

@@ -119,7 +119,7 @@ class Llama:
         self.kv_dtype = "bfloat16" if self.target.is_cuda else "float32"
         self.file, self.config = file, file.config
         self.memory = Memory(self.target)
-        self.products = products_of(file, self.target)
+        self.products: Any = products_of(file, self.target)
         self.products_by = self.products.name if self.products else "our own layers"
         tied = self.config.tied_embedding
         self.head = self._linear("embed" if tied else "lm_head")
