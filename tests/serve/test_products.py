@@ -102,3 +102,33 @@ def test_bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str, invari
     for one, other in zip(wanted, found, strict=True):
         for a, b in zip(one.logits[:1], other.logits, strict=False):
             assert 0 < np.abs(b - a).max() <= BFLOAT16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+@pytest.mark.parametrize("invariant", [True, False])
+def test_on_a_gpu(kind: str, invariant: bool):
+    """Prompts alone and beside answers, up to 18 answers, by cuBLAS in recorded steps: logits near
+    those of a CPU, as long as the tokens are the same."""
+    file, rng = file_of("norms of heads"), np.random.default_rng(5)
+    file = rounded(file) if kind == "bf16" else file
+    prompts = [rng.integers(0, CONFIG.vocab, n).tolist() for n in (40, 1, 17, *[9] * 15)]
+    wanted = logits_of(runner_of(file), prompts, 12)
+    limits = Limits(76 * 20, 20, 160, False, invariant)
+    of = runner.Runner(llama.Llama(file, "cuda", 1201), limits, 1200)
+    assert of.model.products_by.startswith("torch")
+    found = logits_of(of, prompts, 12)
+    assert set(of._parts) == {(0, 64)} | (set() if invariant else {(64, 128)})
+    assert max(of._steps) == 24
+    compared = 0
+    for one, other, prompt in zip(wanted, found, prompts, strict=True):
+        said = zip(
+            one.request.tokens[len(prompt) :], other.request.tokens[len(prompt) :], strict=True
+        )
+        for a, b, (token, same) in zip(one.logits, other.logits, said, strict=True):
+            compared += 1
+            assert np.abs(b - a).max() <= BFLOAT16
+            assert a[token] - a[same] <= 2 * BFLOAT16
+            if token != same:
+                break
+    assert compared > 150
