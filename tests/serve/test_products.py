@@ -62,7 +62,7 @@ def test_logits_are_those_of_our_layers(
     for one, other in zip(wanted, found, strict=True):
         assert one.request.tokens == other.request.tokens
         for a, b in zip(one.logits, other.logits, strict=True):
-            np.testing.assert_allclose(b, a, rtol=0, atol=2.4e-6 * np.abs(a).max() * 8)
+            np.testing.assert_allclose(b, a, rtol=0, atol=2.4e-6 * np.abs(a).max())
 
 
 def rounded(file: ModelFile) -> ModelFile:
