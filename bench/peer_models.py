@@ -158,9 +158,12 @@ def _name_there(name: str) -> str:
 
 
 def _weight(name: str, tensor: Any) -> Weight:
-    """A tensor as a weight of our engine; norms as float32."""
+    """A tensor as a weight of our engine, which takes matrices of a GPU as they are; norms as
+    float32."""
     import torch
 
+    if tensor.ndim == 2 and tensor.is_cuda:
+        return Weight(name, "bf16", tuple(tensor.shape), tensor)
     if tensor.ndim == 1 or tensor.dtype == torch.float32:
         return Weight(name, "f32", tuple(tensor.shape), tensor.float().cpu().numpy())
     bits = tensor.view(torch.int16).cpu().numpy().view(np.uint16)

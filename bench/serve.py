@@ -89,7 +89,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-tokens", type=int, default=400_000, help="of the simulated cache")
     parser.add_argument("--timeline", type=Path, help="writes the steps for Perfetto (JSON)")
     parser.add_argument("--seconds", type=float, default=180.0, help="--predict: to fit a cost")
-    parser.add_argument("--cost-out", type=Path, help="--predict: writes the fitted cost")
+    parser.add_argument("--cost-out", type=Path, help="--predict, --peers: writes the fitted cost")
     parser.add_argument("--predict", type=int, help="compares so many random steps with --cost")
     peers = ("transformers", "generate", "loop", "llama.cpp", "ours")
     parser.add_argument(

@@ -30,7 +30,8 @@ from tilewright.runtime import pool
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.policy import decide
 from tilewright.serve.request import Sampling
-from tilewright.serve.tune import fit, measure
+from tilewright.serve.runner import BUCKET
+from tilewright.serve.tune import errors, fit, measure
 
 FIT_S = 60  # seconds for the cost of our steps, where no file of it is named
 
@@ -49,6 +50,7 @@ class Setting:
     itl_ms: tuple[float, ...]
     cost: Path | None
     attention: str = ""
+    cost_out: Path | None = None
 
     def fresh(self) -> list[Job]:
         """The jobs as they were before anybody served them."""
@@ -85,10 +87,23 @@ def ours(setting: Setting) -> Iterator[Served]:
     )  # fmt: skip
     engine = Engine(setting.model.ours(), target, options)
     replay(engine, setting.first_ones(), Pace())
-    scheduler = engine.scheduler
+    scheduler, runner = engine.scheduler, engine.runner
+    if runner.joins:  # as the loop captures its graphs: before the clock runs
+        front = -(-setting.seats // BUCKET) * BUCKET
+        for count in range(front + BUCKET, front + tokens + 1, BUCKET):
+            if (front, count) not in runner._parts:
+                runner._parts[front, count] = runner._record(front, count)
+    note(f"ours: products by {engine.model.products_by}")
     if not scheduler.model.is_fitted:
         key = scheduler.model.key
-        scheduler.model = fit(measure(engine, min(FIT_S, 2 * setting.pace.limit_s)), key)
+        samples = measure(engine, min(FIT_S, 2 * setting.pace.limit_s))
+        scheduler.model = fit(samples, key)
+        unseen = errors(fit(samples[::2], key), samples[1::2])
+        p50, p90 = (100 * float(np.percentile(unseen, p)) for p in (50, 90))
+        found = f"p50 {p50:.1f} %, p90 {p90:.1f} %"
+        note(f"cost: {len(samples)} steps; fitted on half, error on the other {found}")
+        if setting.cost_out:
+            scheduler.model.save(setting.cost_out)
 
     def served(impl: str, how: Sampling) -> Served:
         jobs = setting.fresh()
@@ -394,7 +409,7 @@ def _setting(args: argparse.Namespace) -> Setting:
         torch.set_num_threads(pool.wanted_threads())
     return Setting(
         model, tuple(jobs), pace, args.running, args.step_tokens, context, args.ttft_ms,
-        tuple(args.itl_ms), args.cost, args.attention,
+        tuple(args.itl_ms), args.cost, args.attention, args.cost_out,
     )  # fmt: skip
 
 

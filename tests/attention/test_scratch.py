@@ -14,6 +14,7 @@ from tilewright.attention import reference
 from tilewright.attention.batch import Attention
 from tilewright.attention.families import Scratch
 from tilewright.attention.kv import KV
+from tilewright.attention.pool import Pool
 from tilewright.attention.workspace import Workspace
 from tilewright.errors import ArgumentError
 from tilewright.runtime.cuda import DeviceArray
@@ -98,3 +99,17 @@ def test_scratch_of_another_device_is_refused(fake: ctypes.CDLL):  # noqa: F811
     assert scratch.grown(on_gpu[0], 10, 3) is arrays
     del scratch, on_gpu, arrays, like
     gc.collect()
+
+
+def test_another_layer_s_pages(rng: np.random.Generator):
+    """`run_over` is the call over other pages, to the bit; lengths are those of the first table."""
+    [(kv, q)] = layers(rng, [3000, 9000], 1)
+    plan = ATTN.plan(np.arange(3), kv, q_dtype=np.float32)
+    other = Pool(*(3 * np.asarray(x.owner) for x in (kv.pool.k, kv.pool.v)))
+    bound, same = ATTN.bind(q, kv, plan=plan), KV(kv.table, other)
+    wanted = [ATTN.run(q, x, plan).o.copy() for x in (kv, same)]
+    for x, o in ((kv, wanted[0]), (same, wanted[1]), (kv, wanted[0])):
+        bound.state.o[:] = np.nan
+        bound.run_over(x)
+        np.testing.assert_array_equal(bound.state.o, o)
+    assert np.abs(wanted[0] - wanted[1]).max() > 0.01

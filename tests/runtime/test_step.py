@@ -16,6 +16,7 @@ from tests.runtime.test_cuda import AXPY, fake  # noqa: F401 - a fixture
 import tilewright as tw
 from tilewright.ir.body import Body
 from tilewright.runtime import cuda, step
+from tilewright.runtime.driver import driver
 from tilewright.runtime.step import Edge, Node, Part, Step, dependencies, hazards, levels
 from tilewright.toolchain import nvrtc
 
@@ -210,3 +211,37 @@ def test_stages_of_a_kernel_follow_each_other(fake: ctypes.CDLL):  # noqa: F811
     assert sizes == {"A": 4 * 4, "X": 64, "out": 64, "": 4 * (5 + 4)}
     del recorded, matrix
     gc.collect()
+
+
+def test_a_library_s_launch_among_ours(fake: ctypes.CDLL):  # noqa: F811
+    """It is captured where its memory says, on its own stream, which is not destroyed: y += x
+    (ours), z += 2 y (the library's), then z += y (ours)."""
+    function = cuda.Module(b"\x7fELF").function("axpy")
+    x, y, z = (cuda.DeviceArray.from_numpy(np.full(8, n, np.float32)) for n in (3, 0, 0))
+    spans = [(a.pointer, a.pointer + a.nbytes) for a in (x, y, z)]
+
+    def launch(to: cuda.DeviceArray, of: cuda.DeviceArray, factor: float) -> cuda.Launch:
+        params = AXPY.pack(y=to.pointer, x=of.pointer, a=factor, n=8)
+        return function.prepare((1, 1, 1), (32, 1, 1), 0, params)
+
+    stream, seen = driver().returned("cuStreamCreate", 1), list[int]()
+    theirs = launch(z, y, 2.0)
+
+    def run(at: int) -> None:
+        seen.append(at)
+        theirs.run(at)
+
+    library = SimpleNamespace(stream=stream, boxes=((spans[1],), (spans[2],)), run=run)
+    theirs_too = SimpleNamespace(launch=library, boxes=library.boxes)
+    ours = [
+        SimpleNamespace(launch=launch(y, x, 1.0), boxes=((spans[0],), (spans[1],))),
+        SimpleNamespace(launch=launch(z, y, 1.0), boxes=((spans[1],), (spans[2],))),
+    ]
+    made = Step([ours[0], theirs_too, ours[1]])
+    assert made.count == 3 and made.edges == ((0, 1), (1, 2)) and seen == [stream]
+    assert [node.name for node in made.nodes] == ["axpy", "SimpleNamespace", "axpy"]
+    made()
+    assert z.to_numpy().tolist() == [9.0] * 8
+    again = launch(z, y, 1.0)
+    again.run(stream)  # still there
+    driver().call("cuStreamDestroy_v2", stream)

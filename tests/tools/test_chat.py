@@ -61,7 +61,7 @@ def test_demo(smollm: Path):
     assert done.returncode == 0, done.stderr
     assert "> What is the capital of France?" in done.stdout
     assert "The capital of France is Paris." in done.stdout
-    for row in ("model", "kernels", "first token", "prompt", "answer", "memory"):
+    for row in ("model", "kernels", "products", "first token", "prompt", "answer", "memory"):
         assert any(line.startswith(row) for line in done.stdout.splitlines()), row
     assert done.stderr == ""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -238,7 +238,7 @@ class Attention:
             shared = plan.params().values()
         writes = *map(byte_span, written), *((a, a + 1) for a in shared if a)
         boxes = (*map(byte_span, (*reads, *(seen for _, seen in arrays.values()))),), writes
-        return BoundAttention(State(o, lse), prepared, keep, boxes)
+        return BoundAttention(State(o, lse), prepared, (*keep, family, call), boxes)
 
     def _family(self, plan: Plan | Workspace, kv: KV, spec: Spec) -> Family:
         """The family that a plan is for, if it can run this call. Raises ArgumentError."""
@@ -302,6 +302,14 @@ class BoundAttention:
     def __call__(self) -> State:
         self._prepared.run()
         return self.state
+
+    def run_over(self, kv: KV) -> None:
+        """Runs it over the pages of another layer, which are laid out alike: without the checks of
+        `bind`. Only where there is a `launch`."""
+        *_, family, call = self._keep
+        values = call.values | kv.pool.params()
+        prepared = family.prepare(replace(call, pool=kv.pool, values=values))
+        prepared.run()  # what it reads lives until here
 
     def __repr__(self) -> str:
         return f"<bound attention, {self._keep[2]!r}>"

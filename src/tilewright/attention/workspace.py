@@ -22,6 +22,7 @@ from tilewright.attention.ranges import CUT
 from tilewright.attention.spec import Spec, loaded, partial_params
 from tilewright.attention.table import MAX_KEYS, NODE, Table
 from tilewright.errors import ArgumentError
+from tilewright.runtime import cuda
 from tilewright.runtime.view import View, view
 
 MAX_LEVELS = 16
@@ -46,8 +47,6 @@ class Workspace:
     ) -> None:  # fmt: skip
         """`heads`: KV heads, group, head_dim. Raises ArgumentError[A103, A105], BuildError."""
         self.ordinal = _checked(heads[1], max_requests, max_tokens, device, workers, shared)
-        from tilewright.runtime import cuda
-
         self.kv_heads, self.group = heads[:2]
         self.max_requests, self.max_tokens = max_requests, max_tokens
         self.longest = decode.ROWS // self.group if max_tokens else 1
@@ -124,8 +123,13 @@ class Workspace:
         rows that q will have, at most `max_tokens` (None: as many). Raises ArgumentError (A101 …
         A109), and what `check` raises of an earlier plan.
         """
-        from tilewright.runtime import cuda
+        self.bind(table, qo_indptr, tokens=tokens).run(cuda.current_stream(self.ordinal))
 
+    def bind(
+        self, table: Table, qo_indptr: Any = None, *, tokens: int | None = None
+    ) -> cuda.Launch:
+        """The launch of `plan`, for a recorded step in which attention is bound behind it. Keep the
+        arrays of the table as long. Raises what `plan` raises."""
         self.check()
         queries = self._check(table, qo_indptr)
         most = self.max_tokens or table.requests
@@ -145,10 +149,9 @@ class Workspace:
         text = planner.cuda_source(form.for_planner(), self.group)
         function = loaded(text, self.ordinal, "plan_cuts", "planner")
         smem = planner.smem_bytes(table.nodes, self.limit)
-        stream = cuda.current_stream(self.ordinal)
         block = (planner.THREADS, 1, 1)
-        function.prepare((1, 1, 1), block, smem, params, overlaps=True).run(stream)
         self.requests, self.tokens, self.nodes = table.requests, rows, table.nodes
+        return function.prepare((1, 1, 1), block, smem, params, overlaps=True)
 
     def _check(self, table: Table, qo_indptr: Any) -> View | None:
         if not isinstance(table, Table):

@@ -53,13 +53,17 @@ def append_plain(
     return update(V)[page[t], slot[t], h, d](X[t, h, d])
 
 
+HEADS = 4  # of one CTA
+
+
 @named_recipe
 def by_token(s: Schedule) -> Schedule:
     if not s.target.is_cuda:
         return s.parallel("t")
     inner = "d" if s.has("d") else "p"
     s = s.reorder("t", "h", "e", inner) if s.has("e") else s
-    s = s.bind("t", "cta.y").bind("h", "cta.x")
+    s = s.bind("t", "cta.y").split("h", HEADS, into=("h_o", "h_y"))
+    s = s.bind("h_o", "cta.x").bind("h_y", "thread.y")
     return s.split(inner, 32, into=("x_o", "x_i")).bind("x_i", "thread.x")
 
 
@@ -67,21 +71,28 @@ APPEND = append_plain.schedule(by_token)
 
 
 @cache
-def rope_kernel(interleaved: bool, target: str = "cpp", dtype: str = "float32") -> Kernel:
-    """X (t, h, p, 2) or (t, h, 2, p), C and S (positions, p), P (t,) → X rotated, in `dtype`."""
-    return _program(not interleaved, False, dtype).schedule(by_token).build(target)
+def rope_kernel(
+    interleaved: bool, target: str = "cpp", dtype: str = "float32", given: str = "float32"
+) -> Kernel:
+    """X (t, h, p, 2) or (t, h, 2, p) in `given`, C and S (positions, p), P (t,) → X rotated, in
+    `dtype`."""
+    rotated = _program(not interleaved, False, dtype).typed(X=given)
+    return rotated.schedule(by_token).build(target)
 
 
 @cache
-def rope_append_kernel(interleaved: bool, target: str = "cpp", dtype: str = "float32") -> Kernel:
+def rope_append_kernel(
+    interleaved: bool, target: str = "cpp", dtype: str = "float32", given: str = "float32"
+) -> Kernel:
     """Builds the kernel that rotates keys and writes that of token t to K[page[t], slot[t]]."""
-    return _program(not interleaved, True).schedule(by_token).typed(K=dtype).build(target)
+    appended = _program(not interleaved, True).typed(K=dtype, X=given)
+    return appended.schedule(by_token).build(target)
 
 
 @cache
-def append_kernel(target: str = "cpp", dtype: str = "float32") -> Kernel:
+def append_kernel(target: str = "cpp", dtype: str = "float32", given: str = "float32") -> Kernel:
     """Builds the kernel that writes values to `page[t], slot[t]` of the pages (g, f, h, d)."""
-    return APPEND.typed(V=dtype).build(target)
+    return APPEND.typed(V=dtype, X=given).build(target)
 
 
 @dataclass(frozen=True, slots=True)

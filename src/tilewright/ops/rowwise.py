@@ -9,30 +9,50 @@ from typing import Any
 
 from tilewright.build import named_recipe, program
 from tilewright.ops import recipes
+from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import trace
 from tilewright.sparse.trace import dense, indices, out, rsqrt, scalar, sigmoid, size, tanh, where
 
 NO_INDEX = 2**31 - 1
 BY_ROW = recipes.rows.of(row="t", elements=("k",))
-WITH_SUM = recipes.rows.of(row="t", elements=("k", "k2"))  # a sum over the row, then its elements
+SUM = "k", "k2"  # a sum over the row, then its elements
+WITH_SUM = recipes.rows.of(row="t", elements=SUM)
 
 
-def _normalised(X: Any, W: Any, eps: Any, t: Any, k: Any) -> Any:
-    mean = trace.sum_(X[t, k] * X[t, k], over=k) / size("k").cast("float32")
-    return X[t, k] * rsqrt(mean + eps[()]) * W[k]
+@named_recipe
+def wide_rows(s: Schedule, elements: tuple[str, ...], width: int) -> Schedule:
+    """Rows of a fixed width: on a GPU a thread takes four neighbours at once, all loads of a row
+    are under way together, and a row without a sum is of several CTAs."""
+    s, threads = s.specialize("k", width), min(256, -(-width // 128) * 32)
+    if not s.target.is_cuda or width % 4:
+        return recipes.rows.of(row="t", elements=elements)(s)
+    s = s.bind("t", "cta.y").bind("h", "cta.x") if s.has("h") else s.bind("t", "cta.y")
+    for e in elements:
+        s = s.split(e, 4, into=(f"{e}_4", f"{e}_v")).vectorize(f"{e}_v")
+        s = s.split(f"{e}_4", threads, into=(f"{e}_o", "r")).split(
+            "r", 32, into=(f"{e}_y", f"{e}_x")
+        )
+        s = s.bind(f"{e}_y", "thread.y").bind(f"{e}_x", "thread.x")
+        s = s.bind(f"{e}_o", "cta.x") if len(elements) == 1 else s.unroll(f"{e}_o", 8)
+    return s
+
+
+def _normalised(x: Any, W: Any, eps: Any, k: Any) -> Any:
+    mean = trace.sum_(x * x, over=k) / size("k").cast("float32")
+    return x * rsqrt(mean + eps[()]) * W[k]
 
 
 @program
 def rmsnorm(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar()):
     t, k = indices("t:t k:k")
-    return out[t, k](_normalised(X, W, eps, t, k))
+    return out[t, k](_normalised(X[t, k], W, eps, k))
 
 
 @program
 def rmsnorm_add(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar(), R=dense("t k")):
     t, k = indices("t:t k:k")
-    return out[t, k](R[t, k] + _normalised(X, W, eps, t, k))
+    return out[t, k](R[t, k] + _normalised(X[t, k], W, eps, k))
 
 
 RMSNORM = rmsnorm.schedule(WITH_SUM)
@@ -40,6 +60,31 @@ RMSNORM = rmsnorm.schedule(WITH_SUM)
 # residual, R: (t, k).
 rmsnorm_kernel = cache(RMSNORM.build)
 rmsnorm_add_kernel = cache(rmsnorm_add.schedule(WITH_SUM).build)
+
+
+@cache
+def heads_norm_kernel(width: int, given: str, dtype: str, target: str) -> Kernel:
+    """X (t, h, k) in `given` → the RMSNorm of each head in `dtype`; `width`: k, a multiple of 4."""
+
+    def heads_norm(X=dense("t h k", given), W=dense("k", kind="weight"), eps=scalar()):
+        t, h, k = indices("t:t h:h k:k")
+        return out.typed(dtype)[t, h, k](_normalised(X[t, h, k], W, eps, k))
+
+    return program(heads_norm).schedule(wide_rows.of(elements=SUM, width=width)).build(target)
+
+
+@cache
+def added_norm_kernel(width: int, dtype: str, target: str) -> Kernel:
+    """X (t, k) and B (t, k) in `dtype` → X + B, and its RMSNorm in `dtype`; `width`: as above."""
+
+    def added_norm(
+        X=dense("t k"), B=dense("t k", dtype), W=dense("k", kind="weight"), eps=scalar()
+    ):
+        t, k = indices("t:t k:k")
+        y = X[t, k] + B[t, k]
+        return out.typed("float32")[t, k](y), out.typed(dtype)[t, k](_normalised(y, W, eps, k))
+
+    return program(added_norm).schedule(wide_rows.of(elements=SUM, width=width)).build(target)
 
 
 @program
@@ -63,9 +108,17 @@ def scaled(X=dense("t k"), factor=scalar()):
 
 
 SILU_MUL = silu_mul.schedule(BY_ROW)
-# silu(G) · U, and gelu(G) · U with the tanh form of GELU (Hendrycks and Gimpel, 2016): both (t, k).
-silu_mul_kernel = cache(SILU_MUL.build)
+# gelu(G) · U with the tanh form of GELU (Hendrycks and Gimpel, 2016): both (t, k).
 gelu_mul_kernel = cache(gelu_mul.schedule(BY_ROW).build)
+
+
+@cache
+def silu_mul_kernel(target: str = "cpp", dtype: str = "float32", width: int = 0) -> Kernel:
+    """G, U (t, k) in `dtype` → silu(G) · U in the same; `width`: k (0: any)."""
+    of = wide_rows.of(elements=("k",), width=width) if width else BY_ROW
+    return silu_mul.typed(G=dtype, U=dtype).schedule(of).build(target)
+
+
 # X (t, k) times a number.
 scaled_kernel = cache(scaled.schedule(BY_ROW).build)
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from ctypes import c_uint, c_void_p
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ Params = ctypes.Array[Any]
 
 _SMEM_WITHOUT_ASKING = 48 * 1024
 _FUNCTION_MAX_DYNAMIC_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_CAPTURE_THREAD_LOCAL = 1
+_CAPTURE_RELAXED = 2  # memory may be freed meanwhile, as by Python's collector
 _STREAM_NON_BLOCKING = 1
 _POINTER_DEVICE_ORDINAL = 9
 
@@ -211,20 +211,23 @@ class Launch:
 class Graph:
     """A recorded step: launches captured once, replayed by one call.
 
-    All launches are on one GPU. Addresses and parameters are those of the recording; the graph
-    keeps the recorded launches alive, but not the arrays that they point to.
+    All launches are on one GPU. A library's, beside ours, have a `run` too, and the one `stream` on
+    which it can be captured. Addresses and parameters are those of the recording; the graph keeps
+    the recorded launches alive, but not the arrays that they point to.
     """
 
-    def __init__(self, launches: Sequence[Launch]) -> None:
+    def __init__(self, launches: Sequence[Any]) -> None:
         """Raises BuildError[B104]."""
         api, self.launches = driver(), tuple(launches)
-        self.device = launches[0].function.module.device
+        own = next(one for one in launches if isinstance(one, Launch))
+        self.device = own.function.module.device
         self._handle = 0
         self.device.activate()
-        stream = api.returned("cuStreamCreate", _STREAM_NON_BLOCKING)
+        lent = next((stream for x in launches if (stream := getattr(x, "stream", 0))), 0)
+        stream = lent or api.returned("cuStreamCreate", _STREAM_NON_BLOCKING)
         graph = c_void_p()
         try:
-            api.call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD_LOCAL)
+            api.call("cuStreamBeginCapture_v2", stream, _CAPTURE_RELAXED)
             try:
                 for launch in self.launches:
                     launch.run(stream)
@@ -236,7 +239,8 @@ class Graph:
         finally:
             if graph.value:
                 api.functions["cuGraphDestroy"](graph)
-            api.functions["cuStreamDestroy_v2"](stream)
+            if not lent:
+                api.functions["cuStreamDestroy_v2"](stream)
 
     def launch(self, stream: int = 0) -> None:
         """Replay on a stream. Raises BuildError[B104]."""
@@ -394,6 +398,7 @@ _MAP_TYPES = {dtypes.float16: 6, dtypes.bfloat16: 9}  # CUtensorMapDataType
 _SWIZZLE_128, _PROMOTE_256, _WORDS = 3, 3, 16
 
 
+@lru_cache(4096)
 def tensor_map(
     pointer: int, dtype: DType, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]
 ) -> list[int]:

@@ -96,7 +96,8 @@ class Step:
     """A recorded step: calling it runs all of `bounds`, which belong to one device.
 
     Each of `bounds` is a `Bound`, a launch (`runtime.pool.Launch` or `runtime.cuda.Launch`), or an
-    object with a launch as `.launch` and the memory it reads and writes as `.boxes`. Without a C++
+    object with a launch, of ours or of a library, as `.launch` and the memory it reads and writes
+    as `.boxes`. Without a C++
     compiler they are called one after the other. `overlaps`: a launch on a GPU may start before
     the one in front has ended. `count`: the number of launches of a run.
     """
@@ -158,7 +159,8 @@ def _launches(bound: Any) -> Sequence[Any] | None:
     if launch is None or isinstance(launch, tuple):
         return None if launch is None else (launch,)
     reads, writes = getattr(bound, "boxes", None) or (ANY, ANY)
-    return (Node(launch.function.name, launch, reads, writes),)
+    name = launch.function.name if isinstance(launch, cuda.Launch) else type(launch).__name__
+    return (Node(name, launch, reads, writes),)
 
 
 def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:

@@ -114,10 +114,11 @@ class CostModel:
         return model
 
 
-def cost_key(file: ModelFile, target: Target, invariant: bool) -> str:
+def cost_key(file: ModelFile, target: Target, invariant: bool, products: str) -> str:
     """What a fitted cost holds for: device, weights, version, and how rows are computed."""
     weights = f"{file.path.name} of {file.nbytes} bytes on {target}"
     kind = "invariant" if invariant else "fast"
+    kind += f"; products by {products}"
     return f"{device_name(target)}; {weights}; {kind}; tilewright {tilewright.__version__}"
 
 

@@ -91,7 +91,7 @@ class Engine:
         self.context, limits = options.resolved(file.config.context)
         self.tokenizer = load_tokenizer(file)
         self.model = Llama(file, target, self.context + 1)
-        key = cost_key(file, self.model.target, limits.invariant)
+        key = cost_key(file, self.model.target, limits.invariant, self.model.products_by)
         cost = CostModel.load(options.cost, key) if options.cost else CostModel(key=key)
         self.scheduler = Scheduler(limits, cost)
         self.runner = Runner(self.model, limits, self.context)

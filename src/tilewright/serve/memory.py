@@ -27,9 +27,11 @@ class Memory:
         return DeviceArray(shape, kind) if self.on_cuda else np.empty(shape, kind.numpy)
 
     def put(self, array: np.ndarray, dtype: str | None = None) -> Any:
-        """The array in memory of the target: itself on the CPU, a copy on a GPU."""
-        copy = DeviceArray.from_numpy
-        return copy(np.ascontiguousarray(array), dtype) if self.on_cuda else array
+        """The array in memory of the target: itself on the CPU, and where it is a tensor there; a
+        copy on a GPU."""
+        if not self.on_cuda or not isinstance(array, np.ndarray):
+            return array
+        return DeviceArray.from_numpy(np.ascontiguousarray(array), dtype)
 
     def write(self, array: Any, values: Any, waits: bool = True) -> None:
         """Overwrites an array of the target. `waits`: as in `DeviceArray.copy_from`."""
@@ -49,4 +51,4 @@ class Memory:
 
     def rows(self, array: Any, begin: int, end: int) -> Any:
         """Rows begin … end-1 of the first dimension, in place."""
-        return array[begin:end] if isinstance(array, np.ndarray) else array.rows(begin, end)
+        return array.rows(begin, end) if isinstance(array, DeviceArray) else array[begin:end]

@@ -3,7 +3,9 @@
 Answers, one row each, are a step that is recorded once for each number of requests and then
 replayed as one native call. It computes positions, pages and slots from the lengths in memory of
 the target, adds 1 to these, and reads the tokens that the step before has put there: the host
-writes what it wants otherwise. Prompts precede it, their chunks packed one after the other.
+writes what it wants otherwise. Prompts precede it, their chunks packed one after the other. Where a
+library computes products, what lies between the attentions of prompts is recorded too, and answers
+whose bits may depend on the batch are rows in front of the prompts.
 
 The bits of a row depend on its own request only, and not on how its prompt is cut into chunks:
 linear layers read rows of answers and of prompts by different kernels, each of which computes a row
@@ -35,10 +37,12 @@ from tilewright.runtime.step import Step
 from tilewright.runtime.transfer import to_host
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
+from tilewright.serve.products import OWN_ROWS
 from tilewright.serve.sampler import Seats
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
+BUCKET = 64  # rows of recorded parts of a step with prompts are a multiple, and those of answers
 
 
 class Logits:
@@ -76,16 +80,21 @@ class Runner:
     def __init__(self, model: Llama, limits: Limits, context: int) -> None:
         self.model, self.invariant = model, limits.invariant
         new, put, config = model.memory.empty, model.memory.put, model.config
-        most = limits.running + 8  # rows may fill a step up
+        self.joins = bool(model.products) and not limits.invariant  # answers and prompts
+        most = limits.running + (BUCKET if self.joins else 8)  # rows may fill a step up
         shape = (limits.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
         self.keys, self.values = (
             [new(*shape, dtype=model.kv_dtype) for _ in range(config.layers)] for _ in range(2)
         )
         self.pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
-        tokens = limits.step_tokens + most  # a row more for each chunk
+        tokens = -(-(limits.step_tokens + most) // BUCKET) * BUCKET  # a row more for each chunk
         self.width = context // PAGE_SIZE + 1
-        kinds, widths = {"rotated": model.kv_dtype}, model.widths.items()
-        self.activations = {k: new(tokens, w, dtype=kinds.get(k, "float32")) for k, w in widths}
+        # The most answers that our kernel of one row reads; more, and prompts, a library if any.
+        self.few = OWN_ROWS if model.products else 2**31
+        if not self.invariant:
+            self.few = 1 if model.products else FEW - 1
+        self.activations = model.activations(OWN_ROWS if model.products else tokens)
+        self.wide = model.activations(tokens, wide=True) if model.products else {}
         widths = {"x": config.dim, "normed": config.dim, "logits": config.vocab}
         self.last = {name: new(most, width) for name, width in widths.items()}
         chosen = put(np.zeros((2, most), np.int32))  # of `Seats`; also of rows that fill up
@@ -108,6 +117,7 @@ class Runner:
         self._views: dict[tuple[int, int], list[KV]] = {}
         self._steps: dict[int, Step] = {}  # by rows, where none is sampled
         self._sampling: dict[int, Step] = {}
+        self._parts: dict[tuple[int, int], list[Any]] = {}
         self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
     def run(self, chunks: Sequence[Chunk]) -> Logits:
@@ -116,24 +126,25 @@ class Runner:
         computes, PENDING on the host, if it has the same requests."""
         answers = [c for c in chunks if not c.is_prompt]
         prompts, rows = chunks[len(answers) :], len(answers)
-        if rows > 8 and self.model.memory.on_cuda:  # filled up with rows of a negative length
-            rows = -(-rows // 8) * 8
+        joined = bool(prompts and answers and self.joins)  # one pass
+        if joined or (rows > 8 and self.model.memory.on_cuda):
+            rows += -rows % (BUCKET if joined else 8)  # filled up with rows of a length below 1
         stops = [c.stop + self._needs_row(c) for c in prompts]
-        lengths = [c.start for c in answers] + [-1] * (rows - len(answers)) + stops
+        lengths = [c.start + joined for c in answers] + [joined - 1] * (rows - len(answers)) + stops
         if self._lengths[: len(lengths)].tolist() != lengths:
             self._lengths[: len(lengths)] = lengths
             self._write_ints(self.kv_len, lengths)
         self._write_table([*range(len(answers)), *range(rows, rows + len(prompts))], chunks)
         tokens = [c.request.tokens[c.start] for c in answers]
-        if answers and PENDING not in tokens:
+        if answers and not joined and PENDING not in tokens:
             self._write_ints(self.last["token"], tokens)
         # Prompts first: what is copied for them would wait for the step of the answers.
-        read = self._read_prompts(prompts, stops, rows) if prompts else []
-        drawn = self.seats.take(answers, rows) if self.seats else set()
-        if answers:
+        read = self._read_prompts(chunks if joined else prompts, stops, rows) if prompts else []
+        drawn = self.seats.take(answers, rows) if self.seats and not joined else set()
+        if answers and not joined:
             steps = self._sampling if drawn else self._steps
             if rows not in steps:
-                steps[rows] = self._record(rows, bool(drawn))
+                [steps[rows]] = self._record(rows, rows, bool(drawn))
             steps[rows]()
             self._lengths[: len(answers)] += 1
         read = [i for i, c in enumerate(answers) if c.wants_token] + read
@@ -157,25 +168,30 @@ class Runner:
                 # Until it is copied pages are added at most: other requests wait for the tokens.
                 memory.write(row, self.table[i : i + 1], waits=False)
 
-    def _write_ints(self, array: Any, values: Sequence[int]) -> None:
+    def _write_ints(self, array: Any, values: Any) -> None:
         """The first values of an int32 array in memory of the target."""
         memory = self.model.memory
         memory.write(memory.rows(array, 0, len(values)), np.asarray(values, np.int32))
 
-    def _write(self, chunks: Sequence[Chunk], stops: list[int]) -> None:
-        """Tokens up to `stops`, their positions, pages and slots, to memory of the target."""
-        rows: list[tuple[int, ...]] = []
-        for chunk, stop in zip(chunks, stops, strict=True):
-            tokens, pages = [*chunk.request.tokens[: chunk.stop], 0], chunk.request.pages
-            at = range(chunk.start, stop)
-            rows += [(tokens[n], n, pages[n // PAGE_SIZE], n % PAGE_SIZE) for n in at]
-        for array, column in zip(self.ints, zip(*rows, strict=True), strict=True):
+    def _write(self, placed: Sequence[tuple[Chunk, int, int, int]], rows: int) -> None:
+        """Tokens, their positions, pages and slots, to memory of the target. `placed`: chunks, the
+        first row of each, its rows, and its row of the page table; other rows have no page."""
+        columns = np.zeros((4, rows), np.int32)
+        columns[2] = -1
+        for chunk, at, size, row in placed:
+            ids, position, page, _ = columns[:, at : at + size]
+            ids[: chunk.stop - chunk.start] = chunk.request.tokens[chunk.start : chunk.stop]
+            position[:] = np.arange(chunk.start, chunk.start + size)
+            page[:] = self.table[row, position // PAGE_SIZE]
+        columns[3] = columns[1] % PAGE_SIZE
+        for array, column in zip(self.ints, columns, strict=True):
             self._write_ints(array, column)
 
     def _rows(self, tokens: int, few: bool) -> Rows:
+        of = self.wide if self.model.is_wide(few) else self.activations
         rows = self.model.memory.rows
         ids, position, page, slot = (rows(array, 0, tokens) for array in self.ints)
-        activations = {k: rows(a, 0, tokens) for k, a in self.activations.items()}
+        activations = {k: rows(a, 0, tokens) for k, a in of.items()}
         return Rows(tokens, few, ids, position, page, slot, activations)
 
     def _kv(self, begin: int, end: int) -> list[KV]:
@@ -200,53 +216,91 @@ class Runner:
         return {x: x.plan(indptr, to_plan, workers=workers) for x in self.attentions}
 
     def _read_prompts(self, chunks: Sequence[Chunk], stops: list[int], first: int) -> list[int]:
-        """Reads prompts, whose page tables are in rows from `first` on, call by call. The rows of
-        the logits of those that want a token, from `first` on too."""
-        model, rows = self.model, self.model.memory.rows
-        sizes = [stop - c.start for c, stop in zip(chunks, stops, strict=True)]
+        """Reads prompts up to `stops`, whose rows of the page table begin at `first`, behind the
+        answers in front of them, if any. The rows of the logits of prompts that want a token."""
+        model, rows, answers = self.model, self.model.memory.rows, len(chunks) - len(stops)
+        front = first if answers else 0  # rows of answers, and those that fill them up
+        sizes = [stop - c.start for c, stop in zip(chunks[answers:], stops, strict=True)]
         indptr = np.cumsum([0, *sizes], dtype=np.int32)
-        views = self._kv(first, first + len(chunks))
-        to_plan = KV(self._table(self.short, first, first + len(chunks)), self.pools[0])
+        at = [*range(answers), *(front + indptr[:-1]).tolist()]
+        of = [*range(answers), *range(first, first + len(stops))]
+        placed = [*zip(chunks, at, [1] * answers + sizes, of, strict=True)]
+        views, total = self._kv(first, first + len(stops)), front + int(indptr[-1])
+        lengths = self.kv_len if self.joins else self.short
+        to_plan = KV(self._table(lengths, first, first + len(stops)), self.pools[0])
         plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
 
-        def attend(layer: int, q: Any, out: Any) -> None:
-            attention = model.layers[layer].attention
-            attention.run(q, views[layer], plans[attention], out=out)
+        bound: dict[Attention, Any] = {}  # whose other layers differ in their pages alone
 
-        self._write(chunks, stops)
-        ends = [indptr[i] + c.stop - c.start - 1 for i, c in enumerate(chunks) if c.wants_token]
-        self._write_ints(self.ends, ends)
-        b = self._rows(int(indptr[-1]), few=False)
-        model.forward(b, (self.keys, self.values), attend, do=call)
-        if ends:
-            last = {name: rows(a, first, first + len(ends)) for name, a in self.last.items()}
-            picked = rows(self.ends, 0, len(ends))
-            embedding_kernel("f32", model.name)(picked, b.a["x"], out=last["x"])
-            model.finish(last, self.invariant or len(ends) < FEW, do=call)
+        def attend(layer: int, q: Any, out: Any) -> Any:
+            attention = model.layers[layer].attention
+            if attention in bound and bound[attention].launch:
+                return bound[attention].run_over(views[layer])
+            q, out, plan = rows(q, front, total), rows(out, front, total), plans[attention]
+            one = attention.bind(q, views[layer], out, plan=plan, scratch=self.scratch)
+            bound[attention] = one
+            return one()
+
+        count = total + (-total % BUCKET if model.products else 0)
+        self._write(placed, count)
+        b = self._rows(count, few=False)
+        if model.products:
+            if (front, count) not in self._parts:
+                self._parts[front, count] = self._record(front, count)
+            for part in self._parts[front, count]:
+                attend(*part) if isinstance(part, tuple) else part()
+        else:
+            model.forward(b, (self.keys, self.values), attend, do=call)
+        ends = [n + c.stop - c.start - 1 for c, n, *_ in placed[answers:] if c.wants_token]
+        if picked := [*range(front), *ends]:
+            self._write_ints(self.ends, picked)
+            count, begin, few = len(picked), first - front, len(picked) <= self.few
+            last = {name: rows(a, begin, begin + count) for name, a in self.last.items()}
+            if model.is_wide(few):
+                last["normed"] = rows(self.wide["added"], 0, count)
+            picks = rows(self.ends, 0, count)
+            embedding_kernel("f32", model.name)(picks, b.a["x"], out=last["x"])
+            model.finish(last, few, do=call)
         return list(range(first, first + len(ends)))
 
-    def _record(self, requests: int, samples: bool = False) -> Step:
-        """The step of one row of each of some answers. `samples`: of which some are sampled."""
-        bounds: list[Any] = []
+    def _record(self, answers: int, count: int, samples: bool = False) -> list[Any]:
+        """The step of one row of each of some answers, of which some are sampled (`samples`); or of
+        a `count` of rows, of which those of answers are the first: parts, and between them the
+        arguments of the prompts' attention."""
+        parts, bounds, alone = list[Any](), list[Any](), count == answers
+        # Bits may depend on the lengths of all: the step itself plans the attention of answers.
+        planned = answers > 0 and self.joins and self.model.memory.on_cuda
         model, rows = self.model, self.model.memory.rows
-        views, plans = self._kv(0, requests), self._answer_plans(requests)
+        views, plans = (self._kv(0, answers), self._answer_plans(answers)) if answers else ([], {})
 
         def do(kernel: Any, *args: Any, out: Any = None) -> None:
             bounds.append(kernel.bind(*args, out=out))
 
         def attend(layer: int, q: Any, out: Any) -> None:
             attention = model.layers[layer].attention
-            how = {"plan": plans[attention], "scratch": self.scratch}
-            bounds.append(attention.bind(q, views[layer], out, **how))
+            if answers:
+                mine = rows(q, 0, answers), views[layer], rows(out, 0, answers)
+                scratch = None if planned else self.scratch
+                bounds.append(attention.bind(*mine, plan=plans[attention], scratch=scratch))
+            if not alone:
+                parts.extend((Step(bounds), (layer, q, out)))
+                bounds.clear()
 
-        b = self._rows(requests, few=self.invariant or requests < FEW)
-        last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}
-        lengths, table = (rows(x, 0, requests) for x in (self.kv_len, self.block_table))
-        positions = positions_kernel(PAGE_SIZE, model.name)
-        do(positions, lengths, table, out=(b.position, b.page, b.slot))
+        b = self._rows(count, alone and count <= self.few)
+        if alone:
+            lengths, table = (rows(x, 0, count) for x in (self.kv_len, self.block_table))
+            positions = positions_kernel(PAGE_SIZE, model.name)
+            do(positions, lengths, table, out=(b.position, b.page, b.slot))
+        if planned:
+            plans = {x: x.reserve(answers, kv=views[0]) for x in self.attentions}
+            bounds.extend(room.bind(views[0].table) for room in plans.values())
+        if not alone:
+            model.forward(b, (self.keys, self.values), attend, do)
+            return [*parts, Step(bounds)]
+        last = {name: rows(self.last[name], 0, count) for name in ("logits", "token")}
         b = replace(b, ids=last["token"])
-        model.forward(b, (self.keys, self.values), attend, do)
-        model.finish({**b.a, **last}, b.few, do)
+        normed = model.forward(b, (self.keys, self.values), attend, do)
+        model.finish({**b.a, **last}, b.few, do, normed)
         if samples:
-            bounds.append(self.seats.bind(requests))
-        return Step(bounds)
+            bounds.append(self.seats.bind(count))
+        return [Step(bounds)]

@@ -190,6 +190,7 @@ def _report(llm: LLM, opened_s: float, first_s: float) -> None:
     rows = {
         "model": f"{weights_mb:.0f} MB of weights, opened in {1e3 * opened_s:.0f} ms",
         "kernels": f"{compiled} in {stats.compile_ms:.0f} ms, {stats.hits} from the cache",
+        "products": f"by {llm.model.products_by}",
         "first token": f"{1e3 * first_s:.0f} ms after the start",
         "prompt": f"{r.prompt_tokens} tokens, {r.rates[0]:.0f} tokens/s",
         "answer": f"{r.answered} tokens, {r.rates[1]:.0f} tokens/s",

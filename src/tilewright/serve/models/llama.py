@@ -8,7 +8,7 @@ and the batch belong to `runner.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,14 +28,17 @@ from tilewright.ops.linear import (
 )
 from tilewright.ops.rope import append_kernel, rope_append_kernel, rope_kernel
 from tilewright.ops.rowwise import (
+    added_norm_kernel,
     argmax_kernel,
     gelu_mul_kernel,
+    heads_norm_kernel,
     rmsnorm_add_kernel,
-    rmsnorm_kernel,
     scaled_kernel,
     silu_mul_kernel,
 )
+from tilewright.runtime.view import view
 from tilewright.serve.memory import Memory
+from tilewright.serve.products import products_of
 from tilewright.serve.weights import ModelFile, Weight, dequantize
 from tilewright.target import Target, target
 
@@ -61,7 +64,8 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The weights of a layer, its attention and its angles. Norms by canonical name."""
+    """The weights of a layer, its attention and its angles. Norms by canonical name. `qkv` and
+    `gate_up`: layers of one input as one, where a library computes products."""
 
     norms: dict[str, Any]
     q: Linear
@@ -73,15 +77,17 @@ class Layer:
     down: Linear
     attention: Attention
     angles: tuple[Any, ...]
+    qkv: Linear
+    gate_up: Linear
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The packed rows of a step: where the model reads tokens and writes activations.
 
-    `few`: linear layers take the kernel of one row, not that of many rows. Each of the two gives a
-    row the same bits for any number of rows.
-    `ids`, `position`, `page`, `slot`: int32 (tokens,). `a`: the arrays of `Llama.widths`.
+    `few`: linear layers take the kernel of one row, not that of many rows or the products of a
+    library. Each of the two kernels gives a row the same bits for any number of rows.
+    `ids`, `position`, `page`, `slot`: int32 (tokens,). `a`: arrays of `Llama.activations`.
     """
 
     tokens: int
@@ -113,6 +119,8 @@ class Llama:
         self.kv_dtype = "bfloat16" if self.target.is_cuda else "float32"
         self.file, self.config = file, file.config
         self.memory = Memory(self.target)
+        self.products: Any = products_of(file, self.target)
+        self.products_by = self.products.name if self.products else "our own layers"
         tied = self.config.tied_embedding
         self.head = self._linear("embed" if tied else "lm_head")
         embed = self._tensor("embed")
@@ -147,7 +155,21 @@ class Llama:
         gate, up, down = (self._linear(f"{prefix}ffn.{name}") for name in ("gate", "up", "down"))
         names = [n for n in self.file.tensors if n.startswith(prefix) and n.endswith("norm")]
         norms = {name.removeprefix(prefix): self._vector(name) for name in names}
-        return Layer(norms, q, k, v, o, gate, up, down, attention, angles)
+        q, k, v, qkv = self._joined(q, k, v)
+        gate, up, gate_up = self._joined(gate, up)
+        return Layer(norms, q, k, v, o, gate, up, down, attention, angles, qkv, gate_up)
+
+    def _joined(self, *parts: Linear) -> list[Linear]:
+        """Layers of one input, and behind them one of all their rows, in whose memory they are,
+        where a library computes products; else the first again."""
+        if self.products is None:
+            return [*parts, parts[0]]
+        tensor, cat = self.products.tensor, self.products.torch.cat
+        whole = cat([tensor(p.arrays[0]) for p in parts])
+        bias = (cat([tensor(p.bias[0]) for p in parts]),) if parts[0].bias else ()
+        rows = whole.split([p.rows for p in parts])
+        made = [replace(p, arrays=(r,)) for p, r in zip(parts, rows, strict=True)]
+        return [*made, replace(parts[0], arrays=(whole,), bias=bias)]
 
     def _tensor(self, name: str) -> Weight:
         """A weight; those of kinds that there are no products for become float16."""
@@ -178,14 +200,22 @@ class Llama:
 
     # -- the layers ------------------------------------------------------------------------------
 
-    @property
-    def widths(self) -> dict[str, int]:
-        """Elements of each activation of a token."""
-        c = self.config
+    def activations(self, rows: int, wide: bool = False) -> dict[str, Any]:
+        """Arrays for the activations of rows; `wide`: where a library computes products, whose
+        inputs and most results are of the weights' dtype."""
+        c, of, ffn = self.config, self.products if wide else None, self.config.ffn_dim
         q, kv = c.qo_heads * c.head_dim, c.kv_heads * c.head_dim
-        widths = dict.fromkeys(("x", "y", "normed"), c.dim) | {"q": q, "k": kv, "v": kv}
-        widths |= {"rotated": q, "attended": q} | ({"k_normed": kv} if c.qk_norm else {})
-        return widths | dict.fromkeys(("gate", "up", "mixed"), c.ffn_dim)
+        widths = dict.fromkeys(("x", "y", "normed"), c.dim) | {"rotated": q, "attended": q}
+        widths |= {"mixed": ffn} | ({"k_normed": kv} if c.qk_norm else {})
+        joined = {"qkv": q + 2 * kv, "gate_up": 2 * ffn, "added": c.dim}
+        widths |= joined if of else {"q": q, "k": kv, "v": kv, "gate": ffn, "up": ffn}
+        kinds = {"x": "float32", "y": "float32", "rotated": self.kv_dtype}
+        new, kind = (of.empty, of.dtype) if of else (self.memory.empty, "float32")
+        return {n: new(rows, w, dtype=kinds.get(n, kind)) for n, w in widths.items()}
+
+    def is_wide(self, few: bool) -> bool:
+        """Whether a library computes the products of such rows."""
+        return self.products is not None and not few
 
     def pairs(self, array: Any, *outer: int) -> Any:
         """A projection, or pages of keys, as pairs that are rotated: (*outer, half, 2) or
@@ -193,59 +223,78 @@ class Llama:
         half = self.config.head_dim // 2
         return array.reshape(*outer, *((half, 2) if self.config.rope_interleaved else (2, half)))
 
-    def forward(self, b: Rows, cache: tuple[list[Any], list[Any]], attend: Do, do: Do) -> None:
-        """All layers over the rows of a step; the last activations are in `x`.
+    def forward(self, b: Rows, cache: Any, attend: Do, do: Do) -> LayerInput:
+        """All layers over the rows of a step, up to `x`; what the head reads of it.
 
-        `cache`: keys and values, (pages, page_size, kv_heads, head_dim) a layer; `attend(layer, q,
-        out)` is the attention of a layer."""
+        `cache`: lists of keys and of values, (pages, page_size, kv_heads, head_dim) a layer;
+        `attend(layer, q, out)` is the attention of a layer."""
         c, name, t, a = self.config, self.name, b.tokens, b.a
         x, y = a["x"], a["y"]
         rotations = rope_kernel, rope_append_kernel
-        rope, rope_append = (f(c.rope_interleaved, name, self.kv_dtype) for f in rotations)
-        append = append_kernel(name, self.kv_dtype)
+        kinds = self.kv_dtype, self.products.dtype if self.is_wide(b.few) else "float32"
+        rope, rope_append = (f(c.rope_interleaved, name, *kinds) for f in rotations)
+        append = append_kernel(name, *kinds)
         embedded = y if c.scaled_embedding else x
         if self.table_kind not in STORED:
             embedded = embedded.reshape(t, c.dim // 32, 2, 16)  # as the kernel writes it
         do(embedding_kernel(self.table_kind, name), b.ids, *self.table, out=embedded)
         if c.scaled_embedding:
             do(scaled_kernel(name), y, c.dim**0.5, out=x)
-        for i, layer in enumerate(self.layers):
+        norms = [layer.norms["attn_norm"] for layer in self.layers]
+        normed = self._normed(x, norms[0], a, b.few, do)
+        for i, (layer, then) in enumerate(zip(self.layers, [*norms[1:], self.norm], strict=True)):
             angles = (*layer.angles, b.position)
-            normed = self._normed(x, layer.norms["attn_norm"], a, b.few, do)
-            for w, out in ((layer.q, a["q"]), (layer.k, a["k"]), (layer.v, a["v"])):
-                self.linear(w, normed, out, b.few, do)
-            q, k = a["q"], a["k"]
+            if self.is_wide(b.few):
+                self.linear(layer.qkv, normed, a["qkv"], b.few, do)
+                q, k, v = a["qkv"].split([layer.q.rows, layer.k.rows, layer.v.rows], 1)
+            else:
+                q, k, v = a["q"], a["k"], a["v"]
+                for w, out in ((layer.q, q), (layer.k, k), (layer.v, v)):
+                    self.linear(w, normed, out, b.few, do)
             if c.qk_norm:
-                q, k = self._heads_normed(layer, a, do)
+                q, k = self._heads_normed(layer, q, k, b, do)
             rotated = self.pairs(a["rotated"], t, c.qo_heads)
             do(rope, self.pairs(q, t, c.qo_heads), *angles, out=rotated)
             keys, pages = self.pairs(k, t, c.kv_heads), cache[0][i]
             do(rope_append, self.pairs(pages, *pages.shape[:3]), keys, *angles, b.page, b.slot)
-            do(append, cache[1][i], a["v"].reshape(t, c.kv_heads, c.head_dim), b.page, b.slot)
+            do(append, cache[1][i], v.reshape(t, c.kv_heads, c.head_dim), b.page, b.slot)
             heads = (t, c.qo_heads, c.head_dim)
             attend(i, a["rotated"].reshape(*heads), a["attended"].reshape(*heads))
-            self._added(layer, "attn", a["attended"], (y, x), b, do)
-            normed = self._normed(y, layer.norms["ffn_norm"], a, b.few, do)
+            normed = self._added(layer, "attn", (y, x), layer.norms["ffn_norm"], b, do)
             self._gated(layer, normed, a, b.few, do)
-            self._added(layer, "ffn", a["mixed"], (x, y), b, do)
+            normed = self._added(layer, "ffn", (x, y), then, b, do)
+        return normed
 
-    def _heads_normed(self, layer: Layer, a: dict[str, Any], do: Do) -> tuple[Any, Any]:
+    def _heads_normed(self, layer: Layer, q: Any, k: Any, b: Rows, do: Do) -> tuple[Any, Any]:
         """The queries and keys, each head divided by its root mean square."""
-        for name, source, out in (("q", "q", "attended"), ("k", "k", "k_normed")):
-            heads, into = (a[n].reshape(-1, self.config.head_dim) for n in (source, out))
-            norm = layer.norms[f"attn.{name}_norm"]
-            do(rmsnorm_kernel(self.name), heads, norm, self.config.rms_eps, out=into)
-        return a["attended"], a["k_normed"]
+        results = b.a["attended"], b.a["k_normed"]
+        for name, x, out in zip("qk", (q, k), results, strict=True):
+            self._rmsnorm(x, layer.norms[f"attn.{name}_norm"], out, self.config.head_dim, do)
+        return results
 
-    def _added(self, layer: Layer, part: str, x: Any, y: tuple[Any, Any], b: Rows, do: Do) -> None:
+    def _rmsnorm(self, x: Any, norm: Any, out: Any, width: int, do: Do) -> None:
+        """The RMSNorm of every `width` elements of rows."""
+        kinds, shape = (view(a).dtype.name for a in (x, out)), (x.shape[0], -1, width)
+        kernel = heads_norm_kernel(width, *kinds, self.name)
+        do(kernel, x.reshape(*shape), norm, self.config.rms_eps, out=out.reshape(*shape))
+
+    def _added(self, layer: Layer, part: str, y: Any, then: Any, b: Rows, do: Do) -> LayerInput:
         """out = residual + x Wᵀ with (out, residual) = y, of the last linear layer of a part; x Wᵀ
-        is normalised first where the model has such norms."""
-        w, (out, residual) = layer.o if part == "attn" else layer.down, y
+        is normalised first where the model has such norms. The RMSNorm of `out` by `then`."""
+        a, (out, residual), eps = b.a, y, self.config.rms_eps
+        w, x = (layer.o, a["attended"]) if part == "attn" else (layer.down, a["mixed"])
+        if self.is_wide(b.few):
+            self.linear(w, LayerInput(x), a["added"], b.few, do)
+            kernel = added_norm_kernel(self.config.dim, self.products.dtype, self.name)
+            do(kernel, residual, a["added"], then, eps, out=(out, a["normed"]))
+            return LayerInput(a["normed"])
         if not self.config.post_norms:
-            return self.linear(w, LayerInput(x), out, b.few, do, residual=residual)
-        self.linear(w, LayerInput(x), b.a["normed"], b.few, do)
-        norm, eps = layer.norms[f"{part}_post_norm"], self.config.rms_eps
-        return do(rmsnorm_add_kernel(self.name), b.a["normed"], norm, eps, residual, out=out)
+            self.linear(w, LayerInput(x), out, b.few, do, residual=residual)
+        else:
+            self.linear(w, LayerInput(x), a["normed"], b.few, do)
+            norm = layer.norms[f"{part}_post_norm"]
+            do(rmsnorm_add_kernel(self.name), a["normed"], norm, eps, residual, out=out)
+        return self._normed(out, then, a, b.few, do)
 
     def _normed(self, x: Any, norm: Any, a: dict[str, Any], few: bool, do: Do) -> LayerInput:
         """The RMSNorm of x. On GPUs the layers compute that of few rows themselves: no launch for
@@ -253,11 +302,15 @@ class Llama:
         weight = norm, self.config.rms_eps
         if few and self.target.is_cuda and not self.config.qkv_bias:
             return LayerInput(x, weight)
-        do(rmsnorm_kernel(self.name), x, *weight, out=a["normed"])
+        self._rmsnorm(x, norm, a["normed"], self.config.dim, do)
         return LayerInput(a["normed"])
 
     def _gated(self, layer: Layer, x: LayerInput, a: dict[str, Any], few: bool, do: Do) -> None:
         """mixed = SiLU(x Gᵀ) · (x Uᵀ): one kernel where both weights are stored alike; or GELU."""
+        if self.is_wide(few):
+            self.linear(layer.gate_up, x, a["gate_up"], few, do)
+            kernel = silu_mul_kernel(self.name, self.products.dtype, self.config.ffn_dim)
+            return do(kernel, *a["gate_up"].chunk(2, 1), out=a["mixed"])
         if layer.gate.kind == layer.up.kind and not self.config.gelu:
             self.linear(layer.gate, x, a["mixed"], few, do, up=layer.up)
             return
@@ -271,7 +324,9 @@ class Llama:
         residual: Any = None, up: Linear | None = None,
     ) -> None:  # fmt: skip
         """out = x Wᵀ, or residual + x Wᵀ, or SiLU(x Wᵀ) · (x Uᵀ). GPUs have one kernel for few rows
-        and many."""
+        and many, and a library for the first."""
+        if self.is_wide(few):
+            return do(self.products, x.x, *w.arrays, *w.bias, out=out)
         plain: After = "bias" if w.bias else ""
         after: After = "gate" if up else plain if residual is None else "residual"
         if x.norm:
@@ -283,8 +338,8 @@ class Llama:
         kernel = linear_kernel(self.name, w.kind, many, *shape, w.interleaved, after)
         do(kernel, x.x, *w.arrays, *x.norm, *more, out=w.as_written(out))
 
-    def finish(self, a: dict[str, Any], few: bool, do: Do) -> None:
-        """The `logits` of the rows of `x`, and the `token` of the largest of each."""
-        normed = self._normed(a["x"], self.norm, a, few, do)
+    def finish(self, a: dict[str, Any], few: bool, do: Do, normed: Any = None) -> None:
+        """The `logits` of the rows of `x`, or of `normed`, and the `token` of each's largest."""
+        normed = normed or self._normed(a["x"], self.norm, a, few, do)
         self.linear(self.head, normed, a["logits"], few, do)
         do(argmax_kernel(self.name), a["logits"], out=a["token"])

@@ -1,0 +1,134 @@
+"""Products of a library: torch on the CPU in place of a GPU's, against our own linear layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.serve.test_decode_step import BFLOAT16, CONFIG, Answer, advance, model_file
+
+from tilewright.serve import runner
+from tilewright.serve.memory import Memory
+from tilewright.serve.models import llama
+from tilewright.serve.products import Products
+from tilewright.serve.scheduler import Limits
+from tilewright.serve.weights import ModelFile, Weight
+
+torch = pytest.importorskip("torch", reason="the products are torch's")
+
+MODELS = {
+    "plain": CONFIG,
+    "norms of heads": replace(CONFIG, qk_norm=True),
+    "biases": replace(CONFIG, qkv_bias=True),
+    "halves, a head of its own": replace(CONFIG, rope_interleaved=False, kv_heads=2),
+}
+
+
+def file_of(name: str) -> ModelFile:
+    return model_file(MODELS[name])
+
+
+def logits_of(of: runner.Runner, prompts: list[list[int]], steps: int) -> list[Answer]:
+    """Prompts that join one by one, and then answers of all."""
+    made = [Answer(p, n) for n, p in enumerate(prompts)]
+    for count in range(1, len(made) + 1):
+        advance(of, made[:count])
+    for _ in range(steps):
+        advance(of, made)
+    return made
+
+
+def runner_of(file: ModelFile, invariant: bool = True, seats: int = 20) -> runner.Runner:
+    limits = Limits(76 * seats, seats, 160, False, invariant)
+    return runner.Runner(llama.Llama(file, "cpp", 1201), limits, 1200)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("invariant", [True, False])
+def test_logits_are_those_of_our_layers(
+    monkeypatch: pytest.MonkeyPatch, name: str, invariant: bool
+):
+    """Prompts of 1 to 60 tokens, alone and beside answers, and up to 19 answers at once."""
+    file, rng = file_of(name), np.random.default_rng(5)
+    prompts = [rng.integers(0, CONFIG.vocab, n).tolist() for n in (40, 1, 17, 60, 16, *[9] * 14)]
+    wanted = logits_of(runner_of(file), prompts, 3)
+    monkeypatch.setattr(llama, "products_of", lambda file, where: Products("cpu", "float32"))
+    of = runner_of(file, invariant)
+    found = logits_of(of, prompts, 3)
+    joined = set() if invariant else {(64, 128)}
+    assert set(of._parts) == {(0, 64)} | joined and max(of._steps) == 19
+    for one, other in zip(wanted, found, strict=True):
+        assert one.request.tokens == other.request.tokens
+        for a, b in zip(one.logits, other.logits, strict=True):
+            np.testing.assert_allclose(b, a, rtol=0, atol=2.4e-6 * np.abs(a).max())
+
+
+def rounded(file: ModelFile) -> ModelFile:
+    """The same with its matrices in bfloat16."""
+    tensors = dict(file.tensors)
+    for name, w in file.tensors.items():
+        if len(w.shape) == 2:
+            bits = torch.from_numpy(w.data).bfloat16().view(torch.int16).numpy().view(np.uint16)
+            tensors[name] = Weight(name, "bf16", w.shape, bits)
+    tensors["lm_head"] = tensors["embed"]
+    return replace(file, tensors=tensors)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("invariant", [True, False])
+def test_bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str, invariant: bool):
+    """Weights, inputs of products, queries, keys and values in bfloat16: logits of the same tokens
+    within what that rounding leaves."""
+    file, rng = rounded(file_of(name)), np.random.default_rng(5)
+    prompts = [rng.integers(0, CONFIG.vocab, n).tolist() for n in (40, 1, 17, *[9] * 15)]
+    wanted = logits_of(runner_of(file), prompts, 0)
+
+    def empty(self: Memory, *shape: int, dtype: str = "float32") -> Any:
+        is_wide = dtype == "bfloat16"
+        return torch.zeros(shape, dtype=torch.bfloat16) if is_wide else np.zeros(shape, dtype)
+
+    def product(x: Any, w: Any, out: Any, out_dtype: Any = None) -> None:
+        out.copy_(x.float() @ w.float())
+
+    monkeypatch.setattr(Memory, "empty", empty)
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(llama, "products_of", lambda file, where: Products("cpu", "bfloat16"))
+    monkeypatch.setattr(
+        llama.Llama, "kv_dtype", property(lambda self: "bfloat16", lambda *_: None), raising=False
+    )
+    found = logits_of(runner_of(file, invariant), prompts, 0)
+    for one, other in zip(wanted, found, strict=True):
+        for a, b in zip(one.logits[:1], other.logits, strict=False):
+            assert 0 < np.abs(b - a).max() <= BFLOAT16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+@pytest.mark.parametrize("invariant", [True, False])
+def test_on_a_gpu(kind: str, invariant: bool):
+    """Prompts alone and beside answers, up to 18 answers, by cuBLAS in recorded steps: logits near
+    those of a CPU, as long as the tokens are the same."""
+    file, rng = file_of("norms of heads"), np.random.default_rng(5)
+    file = rounded(file) if kind == "bf16" else file
+    prompts = [rng.integers(0, CONFIG.vocab, n).tolist() for n in (40, 1, 17, *[9] * 15)]
+    wanted = logits_of(runner_of(file), prompts, 12)
+    limits = Limits(76 * 20, 20, 160, False, invariant)
+    of = runner.Runner(llama.Llama(file, "cuda", 1201), limits, 1200)
+    assert of.model.products_by.startswith("torch")
+    found = logits_of(of, prompts, 12)
+    assert set(of._parts) == {(0, 64)} | (set() if invariant else {(64, 128)})
+    assert max(of._steps) == 24
+    compared = 0
+    for one, other, prompt in zip(wanted, found, prompts, strict=True):
+        said = zip(
+            one.request.tokens[len(prompt) :], other.request.tokens[len(prompt) :], strict=True
+        )
+        for a, b, (token, same) in zip(one.logits, other.logits, said, strict=True):
+            compared += 1
+            assert np.abs(b - a).max() <= BFLOAT16
+            assert a[token] - a[same] <= 2 * BFLOAT16
+            if token != same:
+                break
+    assert compared > 150
