@@ -8,6 +8,7 @@ done says why.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from tilewright.errors import illegal
 from tilewright.ir import core as ir
@@ -96,9 +97,8 @@ def fuse(f: ir.For, outer: str, inner: str, into: str = "") -> ir.Stmt:
         ir.Let(a.var, ir.add(a.begin, ir.simplify(ir.binary("//", both, width)))),
         ir.Let(b.var, ir.add(b.begin, ir.simplify(ir.binary("%", both, width)))),
     )
-    return tree.build_chain(
-        replace(chain, loops=(joint, *chain.loops[2:]), lets=(*lets, *chain.lets))
-    )
+    loops = (joint, *chain.loops[2:])
+    return tree.build_chain(replace(chain, loops=loops, lets=(*lets, *chain.lets)))
 
 
 def reorder(body: ir.Stmt, *order: str) -> Rewritten:
@@ -226,9 +226,8 @@ def mma(f: ir.For, rows: str, cols: str, depth: str, atom: Atom | None = None) -
     shared = len(below) > 1 and sum(x in chain.loops for x in loops) == 2
     if c is None or not (shared or (chain.body is c and chain.loops[-3:] == tuple(loops))):
         why, hint = tree.in_the_way(chain, depth)
-        raise illegal(
-            f"{', '.join(names)} are not the three innermost loops of one product{why}", hint
-        )
+        text = f"{', '.join(names)} are not the three innermost loops of one product{why}"
+        raise illegal(text, hint)
     extents = tuple(x.extent for x in loops if x)
     if extents not in ATOMS or (atom and atom.shape != extents):
         shapes = atom.shape if atom else SHAPES
@@ -246,17 +245,13 @@ def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
 
     def one(f: ir.For) -> ir.Stmt:
         lines = f.body.body if isinstance(f.body, ir.Seq) else (f.body,)
-        let = next((b for b in lines if isinstance(b, ir.Let) and _is_coordinate(b, f)), None)
-        if let is None:
-            last = ir.add(f.end, -1)
-            ahead_of = ir.Let(_later(f.var), ir.binary("min", ir.add(f.var, ahead), last))
-            at, moving = 0, f.var
-        else:
-            assert isinstance(let.value, ir.Load)
-            last = ir.add(let.value.buffer.shape[0], -1)
-            position = ir.binary("min", ir.add(f.var, ahead), last)
-            ahead_of = ir.Let(_later(let.var), replace(let.value, index=(position,)))
-            at, moving = lines.index(let) + 1, let.var
+        let: Any = next((b for b in lines if _is_coordinate(b, f)), None)
+        at, moving, end = 0, f.var, f.end
+        if let is not None:
+            at, moving, end = lines.index(let) + 1, let.var, let.value.buffer.shape[0]
+        later = ir.binary("min", ir.add(f.var, ahead), ir.add(end, -1))
+        value = later if let is None else replace(let.value, index=(later,))
+        ahead_of = ir.Let(ir.Var(f"{moving.name}_ahead", moving.dtype), value)
         rest, count = _prefetched(ir.seq(*lines[at:]), buffer, {moving.name: ahead_of.var})
         if not count:
             why = f"loop {f.name} reads nothing of {buffer!r} by way of {moving.name}"
@@ -267,20 +262,17 @@ def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
     return tree.rewrite_loops(body, (loop,), one)
 
 
-def _later(v: ir.Var) -> ir.Var:
-    return ir.Var(f"{v.name}_ahead", v.dtype)
-
-
-def _is_coordinate(let: ir.Let, f: ir.For) -> bool:
-    value = let.value
-    return isinstance(value, ir.Load) and value.buffer.scope == "part" and value.index == (f.var,)
+def _is_coordinate(s: ir.Stmt, f: ir.For) -> bool:
+    x = s.value if isinstance(s, ir.Let) else None
+    return isinstance(x, ir.Load) and x.buffer.scope == "part" and x.index == (f.var,)
 
 
 def _prefetched(s: ir.Stmt, buffer: str, later: dict[str, ir.Expr]) -> Rewritten:
     """`s` with prefetches of what its statements read of `buffer` once the names in `later` have
     these values, and the number of prefetches."""
     if isinstance(s, ir.Compute):
-        moving = (x for _, value in s.sums for x in _moving(value, buffer, later))
+        loads = (x for _, e in s.sums for x in ir.walk(e, ir.Load) if x.buffer.name == buffer)
+        moving = (x for x in loads if ir.free_vars(x) & later.keys())
         reads = list(dict.fromkeys(ir.substitute(x, later) for x in moving))
         return ir.seq(*(ir.Prefetch(x) for x in reads), s), len(reads)
     if isinstance(s, (ir.For, ir.If)):
@@ -301,9 +293,3 @@ def _prefetched(s: ir.Stmt, buffer: str, later: dict[str, ir.Expr]) -> Rewritten
         ):
             later = later | {line.var.name: ir.substitute(line.value, later)}
     return ir.seq(*lines), total
-
-
-def _moving(value: ir.Expr, buffer: str, later: dict[str, ir.Expr]) -> list[ir.Load]:
-    """The loads of `buffer` in a value whose address depends on names in `later`, each once."""
-    reads = (x for x in ir.walk(value) if isinstance(x, ir.Load) and x.buffer.name == buffer)
-    return list(dict.fromkeys(x for x in reads if ir.free_vars(x) & later.keys()))
