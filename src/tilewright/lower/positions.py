@@ -238,11 +238,8 @@ def _keeps_rows(fmt: Any, out: ir.Access, around: Driver, is_like: bool) -> bool
 
 def _root_driver(st: Statement, temps: list[Statement]) -> Driver:
     """The structure that the loops of a root statement follow, and its indices; or nothing."""
-    own = driver_of(st)
-    if own:
-        return own
     axes = {x.name for x in ir.indices_of(st.out)}
-    for driver in (*drivers_read(st), *map(outer_driver, temps)):
-        if driver and axes & set(driver.indices):
-            return driver
-    return Driver("", ())
+    return driver_of(st) or next(
+        (d for d in (*drivers_read(st), *map(outer_driver, temps)) if d and axes & set(d.indices)),
+        Driver("", ()),
+    )
