@@ -4,8 +4,6 @@
 names the variable, the value and the expected form.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Checks of the arguments of `Attention.run` and `bind`: queries, outputs, values of variants."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

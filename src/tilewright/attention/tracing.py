@@ -1,7 +1,5 @@
 """Tracing of attention variants: the hooks of a class are run on symbols and give expressions."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 from dataclasses import dataclass

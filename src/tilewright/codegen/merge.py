@@ -4,8 +4,6 @@ The union of two lists is a loop while both have coordinates left, without branc
 the data, and one loop for the rest of each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tilewright.codegen.cfamily import Renderer

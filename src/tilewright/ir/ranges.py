@@ -4,8 +4,6 @@ Arithmetic wraps around, so an operation whose result may overflow has the range
 that always hold, and masks that change no bit, are left out by this analysis alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

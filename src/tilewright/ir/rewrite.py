@@ -1,7 +1,5 @@
 """Walking and rebuilding trees of nodes; substitution; simplification of index arithmetic."""
 
-from __future__ import annotations
-
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

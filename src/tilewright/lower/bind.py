@@ -1,7 +1,5 @@
 """Pass: the outermost parallel loops become the grid of a launch, thread loops its threads."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

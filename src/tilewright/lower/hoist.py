@@ -1,7 +1,5 @@
 """Pass: every reduction becomes a statement of its own."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -12,8 +12,6 @@ after:  for i in 0:m.size
             out[i] = sum(1 over j)
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

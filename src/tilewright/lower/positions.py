@@ -2,8 +2,6 @@
 for each format of a decomposition; outputs that no nest covers get their initial values first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any

@@ -4,8 +4,6 @@ The analysis is that of tiles too: the names that a reduction changes, and the l
 guards under which its total is stored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce

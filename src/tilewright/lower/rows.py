@@ -1,7 +1,5 @@
 """Pass: where a GPU keeps the rows of temporaries that `compute_at` placed."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Passes on unrolled loops, which are written out, and on vector loops, which become registers."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

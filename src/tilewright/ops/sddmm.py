@@ -7,8 +7,6 @@ have a fixed order.
 Reference: SparseTIR (ASPLOS 2023, §4.2), its SDDMM; FeatGraph (SC 2020), entries as units.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from tilewright import dtypes

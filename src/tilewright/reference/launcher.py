@@ -1,7 +1,5 @@
 """The `interp` target: runs the evaluator on the arrays of a prepared call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any

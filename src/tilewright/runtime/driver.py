@@ -4,8 +4,6 @@ ctypes on `libcuda` launches a kernel in a third of the time that the typed bind
 needs no package. Nothing here runs at import; `driver()` loads the library and initialises it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

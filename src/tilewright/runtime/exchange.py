@@ -3,8 +3,6 @@
 Loaded when the first of them enters; NumPy's and torch's are known to `runtime.view` itself.
 """
 
-from __future__ import annotations
-
 import ctypes
 from ctypes import POINTER, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
 from typing import Any

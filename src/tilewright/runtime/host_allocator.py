@@ -5,8 +5,6 @@ the product itself. Blocks of arrays that died are reused for results of the sam
 allocators of GPUs do.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 

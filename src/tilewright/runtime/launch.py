@@ -4,8 +4,6 @@ The launches of a frame are plain data (`launches`, `parts`), so that a recorded
 of many kernels into one native call.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 

@@ -6,8 +6,6 @@ not imported already. An adapter is looked up once a type. `view` checks and des
 first once for each layout, and the second at each call.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import math

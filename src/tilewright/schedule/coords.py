@@ -1,7 +1,5 @@
 """Verbs on coordinates: pure functions Program → Program, before positions exist."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from tilewright.errors import illegal

@@ -5,8 +5,6 @@ Every verb documents itself as before → after. None changes what is computed; 
 done says why.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -2,8 +2,6 @@
 loops.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from math import prod
 from typing import Any, Literal

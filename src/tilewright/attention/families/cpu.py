@@ -2,8 +2,6 @@
 
 Templates: kernels/flash_cpu.h, kernels/vectors_cpu.h."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from typing import Any
