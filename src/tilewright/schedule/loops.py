@@ -1,8 +1,8 @@
-"""Verbs on loops. Each is a pure function nest body → nest body; `Schedule` calls them by name,
-records them, and turns "no such loop" into an error that lists the loops there are.
+"""Verbs on loops. Each is a pure function nest body → nest body, the rewrite behind the method of
+`Schedule` of its name, which documents it as before → after, records it, and turns "no such loop"
+into an error that lists the loops there are.
 
-Every verb documents itself as before → after. None changes what is computed; one that cannot be
-done says why.
+None changes what is computed; one that cannot be done says why.
 """
 
 from dataclasses import replace
@@ -25,7 +25,6 @@ TAILS = ("guard", "cut", "exact")
 def split(
     f: ir.For, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
 ) -> ir.Stmt:
-    """The loop rewrite behind `Schedule.split`."""
     if f.kind in ("vector", "unroll", "pipeline", *ir.THREADS):
         raise illegal(f"loop {f.name} is marked {f.kind}", "split it first, then mark a part")
     own = tree.axis_name(loop)
@@ -42,10 +41,10 @@ def split(
         hint = "specialize the dimension first, or use tail='cut'"
         raise illegal(f"{extent} is not known to be a multiple of {factor}", hint)
     index = ir.add(f.begin, ir.add(ir.mul(outer, factor), inner))
-    inside: ir.Stmt = ir.seq(ir.Let(f.var, index), f.body)
-    if tail == "guard" and not exact:
-        inside = ir.seq(ir.Let(f.var, index), ir.If(ir.binary("<", f.var, f.end), f.body))
-    rounded = extent if exact or tail != "guard" else ir.add(extent, factor - 1)
+    is_guarded = tail == "guard" and not exact
+    body = ir.If(ir.binary("<", f.var, f.end), f.body) if is_guarded else f.body
+    inside = ir.seq(ir.Let(f.var, index), body)
+    rounded = ir.add(extent, factor - 1) if is_guarded else extent
     count = ir.simplify(ir.binary("//", rounded, factor))
     inner_loop = ir.For(inner, zero, ir.Const(factor, t), inside, "serial", f.axes, f.private)
     nest: ir.Stmt = ir.For(outer, zero, count, inner_loop, f.kind, f.axes)
@@ -73,7 +72,6 @@ def _tail(f: ir.For, name: str, begin: ir.Expr) -> ir.For:
 
 @tree.on_loops
 def fuse(f: ir.For, outer: str, inner: str, into: str = "") -> ir.Stmt:
-    """The loop rewrite behind `Schedule.fuse`."""
     chain = tree.chain_from(f)
     if len(chain.loops) < 2 or not tree.matches(chain.loops[1], inner):
         why, hint = tree.in_the_way(chain, inner) if len(chain.loops) < 2 else ("", "reorder first")
@@ -100,7 +98,6 @@ def fuse(f: ir.For, outer: str, inner: str, into: str = "") -> ir.Stmt:
 
 
 def reorder(body: ir.Stmt, *order: str) -> Rewritten:
-    """The loop rewrite behind `Schedule.reorder`."""
     return tree.rewrite_loops(body, order, lambda f: _reordered(f, order))
 
 
@@ -122,7 +119,6 @@ def _reordered(top: ir.For, order: tuple[str, ...]) -> ir.Stmt:
 
 @tree.on_loops
 def reverse(f: ir.For, loop: str, into: str = "") -> ir.Stmt:
-    """The loop rewrite behind `Schedule.reverse`."""
     if f.kind in ("vector", "pipeline"):
         raise illegal(f"loop {f.name} is marked {f.kind}", "reverse it first, then mark it")
     back = ir.Var(into or f"{tree.axis_name(loop)}_back", f.var.dtype)
@@ -134,7 +130,6 @@ def reverse(f: ir.For, loop: str, into: str = "") -> ir.Stmt:
 
 @tree.on_loops
 def mark(f: ir.For, loop: str, kind: ir.LoopKind) -> ir.Stmt:
-    """The loop rewrite behind `Schedule.mark`."""
     reducing = [c for c in tree.computes(f.body) if ir.reduces(f, c)]
     if kind in ir.GRID:
         for c in reducing:
@@ -180,7 +175,6 @@ def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
 
 @tree.on_loops
 def unroll(f: ir.For, loop: str, factor: int = 0) -> ir.Stmt:
-    """The loop rewrite behind `Schedule.unroll`."""
     if f.extent is None and factor < 2:
         hint = "unroll(loop, 4) hints the compiler"
         raise illegal(f"loop {f.name} has no constant extent", hint)
@@ -191,7 +185,6 @@ def unroll(f: ir.For, loop: str, factor: int = 0) -> ir.Stmt:
 
 @tree.on_loops
 def rfactor(f: ir.For, loop: str) -> ir.Stmt:
-    """The loop rewrite behind `Schedule.rfactor`."""
     if not any(ir.reduces(f, c) for c in tree.computes(f.body)):
         raise illegal(f"loop {f.name} does not reduce", "rfactor splits a reduction")
     if f.extent is None:
@@ -200,7 +193,6 @@ def rfactor(f: ir.For, loop: str) -> ir.Stmt:
 
 
 def atomic(body: ir.Stmt, output: str) -> Rewritten:
-    """The loop rewrite behind `Schedule.atomic`."""
     updates = [c for c in tree.computes(body) if c.out.buffer.name == output and c.in_place]
     for c in updates:
         if c.out.dtype not in ir.ATOMIC.get(c.op, ()):
@@ -213,7 +205,6 @@ def atomic(body: ir.Stmt, output: str) -> Rewritten:
 
 @tree.on_loops
 def mma(f: ir.For, rows: str, cols: str, depth: str, atom: Atom | None = None) -> ir.Stmt:
-    """The loop rewrite behind `Schedule.mma`."""
     chain, names = tree.chain_from(f), (rows, cols, depth)
     paths = ((c, ir.path_to(f, c) or ()) for c in tree.computes(f))
     below = [(c, [x for x in path if isinstance(x, ir.For)]) for c, path in paths]
@@ -239,7 +230,6 @@ def mma(f: ir.For, rows: str, cols: str, depth: str, atom: Atom | None = None) -
 
 
 def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
-    """The loop rewrite behind `Schedule.prefetch`."""
 
     def one(f: ir.For) -> ir.Stmt:
         lines = f.body.body if isinstance(f.body, ir.Seq) else (f.body,)
