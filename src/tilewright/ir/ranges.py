@@ -44,9 +44,6 @@ def _interval(e: Expr, size: Size | None, full: Range) -> Range:
     return full
 
 
-# ---------------------------------------------------------------------------- one rule an operator
-
-
 def _product(a: Range, b: Range, full: Range) -> Range:
     corners = [x * y for x in a for y in b]
     return Range(min(corners), max(corners))

@@ -62,10 +62,9 @@ def _roots(
         key = list_key(Statement.of(root))
         while key and roots and list_key(Statement.of(roots[0])) == key:
             also.append(roots.pop(0))
-        read = {
-            t.out.tensor.name: t for a in (root, *also) for t in _read_by(a, [*inline.values()])
-        }
-        yield root, list(read.values()), tuple(map(Statement.of, also))
+        read = (t for a in (root, *also) for t in _read_by(a, [*inline.values()]))
+        named = {t.out.tensor.name: t for t in read}
+        yield root, list(named.values()), tuple(map(Statement.of, also))
 
 
 def _read_by(root: Any, temps: list[Any]) -> list[Any]:
