@@ -45,9 +45,6 @@ def view_cuda_interface(x: Any) -> View:
     return checked(View(pointer or 0, known, shape, strides, device, x, readonly))
 
 
-# ---- DLPack -----------------------------------------------------------------------------------
-
-
 class _DLTensor(ctypes.Structure):
     _fields_ = (
         ("data", c_void_p), ("device_type", c_int32), ("device_id", c_int32), ("ndim", c_int32),
