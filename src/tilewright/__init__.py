@@ -13,8 +13,6 @@
 Needs NumPy only; everything else is found when it is used.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

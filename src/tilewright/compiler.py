@@ -3,8 +3,6 @@
 `build` imports this only for a kernel that is not in the cache.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -11,8 +11,6 @@ in `errors.txt`.
 Public functions check their arguments once and raise from here; inside, assertions.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

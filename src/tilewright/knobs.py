@@ -4,8 +4,6 @@
 names the variable, the value and the expected form.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -44,10 +42,8 @@ def folder(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        rule, where = (
-            f"no folder {str(path)!r}: {error}",
-            "environment variable TILEWRIGHT_CACHE_DIR",
-        )
+        rule = f"no folder {str(path)!r}: {error}"
+        where = "environment variable TILEWRIGHT_CACHE_DIR"
         raise KnobError("K101", rule, where=where, hint="write the folder without ~") from None
 
 

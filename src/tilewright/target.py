@@ -1,7 +1,5 @@
 """What a kernel is compiled for: `interp` (NumPy), `cpp` (this CPU) or `cuda:sm_90a`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tilewright.errors import BuildError

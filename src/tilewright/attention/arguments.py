@@ -1,7 +1,5 @@
 """Checks of the arguments of `Attention.run` and `bind`: queries, outputs, values of variants."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -124,7 +122,7 @@ def _check_shape(v: Value, seen: View, sizes: dict[str, int]) -> None:
     rows_are = {"key": "request", "bit": "q_token"}.get(v.by, v.by)
     rows = sizes[rows_are] if rows_are else 1
     shape = seen.shape or (1,)
-    if len(shape) != 1 + v.is_matrix or shape[0] != rows:
+    if len(shape) != 1 + (v.by in ("key", "bit")) or shape[0] != rows:
         columns = {"key": " keys", "bit": " words"}.get(v.by, "")
         count = f"one for each {rows_are}" if rows_are else "one number"
         text = f"{v.name} has shape {seen.shape}, not ({rows},{columns}): {count}"

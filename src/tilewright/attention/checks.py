@@ -1,7 +1,5 @@
 """Checks of arguments that the nouns of the attention engine share."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any

@@ -9,8 +9,6 @@ One analysis, written twice: as C text for the kernels, and as a program of the 
 (kernels/variant.h) for the planner, which must not wait for a compiler at each new mask.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any

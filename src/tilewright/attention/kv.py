@@ -1,7 +1,5 @@
 """A KV cache: the page table of a batch over the pool of one layer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

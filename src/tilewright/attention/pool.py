@@ -1,7 +1,5 @@
 """Pools: the pages of keys and values of one layer, as views of the caller's arrays."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The oracle: attention as its definition says, in float64 NumPy, one request at a time."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

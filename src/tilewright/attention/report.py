@@ -1,7 +1,5 @@
 """What a plan says of itself: balance, bytes, padding, and the time that it should take."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tracing of attention variants: the hooks of a class are run on symbols and give expressions."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 from dataclasses import dataclass
@@ -91,10 +89,6 @@ class Value:
     dtype: DType
     default: float | None = None
     by: str = ""
-
-    @property
-    def is_matrix(self) -> bool:
-        return self.by in ("key", "bit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,12 +244,8 @@ def _check_functions(cls: type) -> None:
         ):
             text = f"{name} of variant {cls.__name__} is not {wanted}"
             raise ProgramError("P101", text, hint=f"write {wanted}")
-    functions = [
-        (name, f)
-        for base in cls.__mro__
-        for name, f in vars(base).items()
-        if isinstance(f, FunctionType)
-    ]
+    members = (member for base in cls.__mro__ for member in vars(base).items())
+    functions = [(name, f) for name, f in members if isinstance(f, FunctionType)]
     called, new = set(HOOKS), set(HOOKS)
     while new:
         names = {n for name, f in functions if name in new for n in _names_read(f.__code__)}
@@ -264,14 +254,10 @@ def _check_functions(cls: type) -> None:
     for name, value in vars(cls).items():
         if isinstance(value, FunctionType) and not name.startswith("_") and name not in called:
             near = difflib.get_close_matches(name, HOOKS, 1, 0.5)
-            raise ProgramError(
-                "P101",
-                f"{name} of variant {cls.__name__} is no hook, and no hook calls it",
-                where=name,
-                hint=f"did you mean {near[0]}?"
-                if near
-                else f"hooks: {', '.join(HOOKS)}; a name with _ in front is not looked at",
-            )
+            text = f"{name} of variant {cls.__name__} is no hook, and no hook calls it"
+            hint = f"hooks: {', '.join(HOOKS)}; a name with _ in front is not looked at"
+            hint = f"did you mean {near[0]}?" if near else hint
+            raise ProgramError("P101", text, where=name, hint=hint)
 
 
 def _names_read(code: CodeType) -> set[str]:
@@ -322,7 +308,5 @@ def _check(cls: type, hook: ir.Expr) -> None:
             if x.op not in allowed:
                 text = f"{x.op} of two conditions"
                 raise ProgramError("P106", text, where=str(x), hint="use & | or where()")
-    if hook.dtype == dtypes.bool_ and any(
-        isinstance(x, ir.Var) and x.name == "s" for x in walk(hook)
-    ):
+    if hook.dtype == dtypes.bool_ and any(x.name == "s" for x in walk(hook, ir.Var)):
         raise ProgramError("P104", f"mask of {cls.__name__} reads the score", where=str(hook))

@@ -4,8 +4,6 @@ An entry is `void stage0(const void* params, int64_t begin, int64_t end)`: it ru
 begin … end-1, on whatever thread calls it.
 """
 
-from __future__ import annotations
-
 from tilewright.codegen.cfamily import atom_texts, has, operand_kind
 from tilewright.codegen.merge import MergeRenderer
 from tilewright.codegen.params import Params, c_name

@@ -4,8 +4,6 @@ The union of two lists is a loop while both have coordinates left, without branc
 the data, and one loop for the rest of each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tilewright.codegen.cfamily import Renderer
@@ -28,10 +26,7 @@ class MergeRenderer(Renderer):
             self.line(f"{kind} {name}__at{n} = {self.expr(run.index[0])};")
             self.line(f"const {kind} {name}__end{n} = {self.expr(end)};")
         self.line(f"{kind} {name} = 0;")
-        if s.op == "intersection" or len(s.runs) == 1:
-            self._together(s, numbers)
-        else:
-            self._union(s, numbers)
+        (self._together if s.op == "intersection" else self._union)(s, numbers)
         self.depth -= 1
         self.line("}")
 

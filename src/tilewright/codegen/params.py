@@ -1,7 +1,5 @@
 """The parameter blocks of a program's launches: their fields, with names and types of C."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

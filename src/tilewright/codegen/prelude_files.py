@@ -1,7 +1,5 @@
 """The text of the files in `codegen/prelude`, which generated code includes."""
 
-from __future__ import annotations
-
 import os
 from functools import cache
 from pathlib import Path

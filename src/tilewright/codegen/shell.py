@@ -4,8 +4,6 @@
 each runs a range of the CTAs, for steps whose launches overlap (programmatic dependent launch).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tilewright.ir.body import Body

@@ -6,8 +6,6 @@ An option that is not supported is refused, never ignored: flashinfer.txt says w
 are hints. lse is to base 2, as there. Errors are ArgumentErrors (A codes).
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import inspect

@@ -4,8 +4,6 @@ For inference. Masks are those of transformers' SDPA: none for what is plainly c
 bits. Continuous batching of transformers 5 admits no implementations but its own.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from tilewright.attention.batch import Attention

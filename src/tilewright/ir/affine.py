@@ -1,7 +1,5 @@
 """Affine forms and divisibility of index arithmetic."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from math import gcd
 from typing import NamedTuple

@@ -5,8 +5,6 @@ Of a 16 × n fragment lane 4·g + t holds, for each eight columns, elements (g, 
 Reference: PTX ISA, mma.sync, fragments of m16n8k16 and m16n8k8.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

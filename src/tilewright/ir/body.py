@@ -1,7 +1,5 @@
 """Bodies: the device code of a launch without the `__global__` function around it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

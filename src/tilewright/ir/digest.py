@@ -3,8 +3,6 @@
 Digests do not depend on the process, so that they serve as keys of a cache on disk.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import fields
 from functools import cache

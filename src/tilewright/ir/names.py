@@ -5,8 +5,6 @@ structure, values to a sparse tensor, an accumulator to an output. The name of e
 `owner.kind` with a number; names of users have no dots, so the two cannot be equal.
 """
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from typing import NamedTuple

@@ -4,8 +4,6 @@ Arithmetic wraps around, so an operation whose result may overflow has the range
 that always hold, and masks that change no bit, are left out by this analysis alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,9 +42,6 @@ def _interval(e: Expr, size: Size | None, full: Range) -> Range:
         rule = _RULES.get(e.op)
         return rule(interval(e.a, size), interval(e.b, size), full) if rule else full
     return full
-
-
-# ---------------------------------------------------------------------------- one rule an operator
 
 
 def _product(a: Range, b: Range, full: Range) -> Range:

@@ -1,12 +1,10 @@
 """Walking and rebuilding trees of nodes; substitution; simplification of index arithmetic."""
 
-from __future__ import annotations
-
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
-from functools import cache, reduce
+from dataclasses import replace
+from functools import reduce
 from typing import Any, TypeVar
 
 from tilewright import dtypes
@@ -16,11 +14,6 @@ from tilewright.ir.names import PRIME
 from tilewright.ir.ranges import interval
 
 N = TypeVar("N")
-
-
-@cache
-def _all_fields(cls: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(cls))
 
 
 def rebuild(n: N, f: Callable[[Any], Any]) -> N:
@@ -43,7 +36,8 @@ def rebuild(n: N, f: Callable[[Any], Any]) -> N:
         return n
     if isinstance(n, ir.Seq):
         return ir.seq(*changed["body"])  # type: ignore[return-value]
-    return type(n)(*[changed[x] if x in changed else getattr(n, x) for x in _all_fields(type(n))])
+    names = type(n).__match_args__  # type: ignore[attr-defined] - all fields of a node, in order
+    return type(n)(*[changed[x] if x in changed else getattr(n, x) for x in names])
 
 
 def transform(n: N, f: Callable[[Any], Any]) -> N:

@@ -1,7 +1,5 @@
 """Pass: the outermost parallel loops become the grid of a launch, thread loops its threads."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -182,9 +180,8 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
             hint = "bind one of them to the other kind of thread"
             raise illegal(f"loop {s.name} is bound to {s.kind} inside a loop that already is", hint)
         var = THREAD_X if s.kind == "thread.x" else THREAD_Y
-        body = ir.substitute(
-            _threads(s.body, extents, inside | {s.kind}), {s.name: replace(var, dtype=s.var.dtype)}
-        )
+        body = _threads(s.body, extents, inside | {s.kind})
+        body = ir.substitute(body, {s.name: replace(var, dtype=s.var.dtype)})
         partial = s.extent is not None and s.extent < extents[s.kind]
         return ir.If(ir.binary("<", var, s.extent), body) if partial else body
     if isinstance(s, ir.For) and s.kind == "fragment":

@@ -1,7 +1,5 @@
 """Pass: statements that share the loops of a tile become operations on tiles in registers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

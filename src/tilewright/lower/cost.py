@@ -5,8 +5,6 @@ the mean number of positions below one above, in level 1 of A. Conditions count 
 for the guards of split loops: counts are exact without masks and padding, and bounds with them.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace

@@ -6,8 +6,6 @@ drives it (products: the intersection); else all do, if the body is the identity
 missing (sums: the union); else the program is refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any

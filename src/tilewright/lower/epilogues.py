@@ -5,8 +5,6 @@ the loops of the sum. The function, called its epilogue, is computed for an elem
 element's sum is complete, so `out.0` needs no memory.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tilewright.ir import core as ir

@@ -1,7 +1,5 @@
 """Passes on addresses and names: flat offsets, inlined arithmetic."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pass: every reduction becomes a statement of its own."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -69,16 +67,13 @@ class _Hoister:
         assert not own & free.keys()
         name = f"{self.out.tensor.name}.{len(self.hoisted)}"
         role = "inline" if free or not self.out.coords else "temp"
-        ordered = sorted(free.values(), key=lambda x: self._rank(x, binders))
+        order = [n.name for c in self.out.coords for n in ir.walk(c, ir.Index)]
+        order += [a.name for b in binders for a in b.axes]
+        ordered = sorted(free.values(), key=lambda x: order.index(x.name))
         tensor = ir.Tensor(name, tuple(x.dim for x in ordered), e.dtype, role)
         self.known[key] = ir.Access(tensor, tuple(ordered), e.dtype)
         self.hoisted.append(ir.Assign(self.known[key], inner))
         return self.known[key]
-
-    def _rank(self, x: ir.Index, binders: tuple[ir.Reduce, ...]) -> int:
-        order = [n.name for c in self.out.coords for n in ir.walk(c, ir.Index)]
-        order += [a.name for b in binders for a in b.axes]
-        return order.index(x.name)
 
 
 def _numbered(e: Any, depth: int = 0) -> Any:

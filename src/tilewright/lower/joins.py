@@ -12,8 +12,6 @@ after:  for i in 0:m.size
             out[i] = sum(1 over j)
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +86,7 @@ class JoinBuilder:
             body = self._masked(scope, self.join.mask, body)
         for x in reversed(outer):
             var: Any = scope.coordinates[x.name]
-            zero = ir.Const(0, tables.index)
-            body = ir.For(var, zero, tables.size(x.dim), body, axes=(x.name,))
+            body = ir.For(var, ir.Const(0, tables.index), tables.size(x.dim), body, axes=(x.name,))
         return ir.Nest(st.out.tensor.name, body)
 
     def _check_lists(self, outer: set[str]) -> None:
@@ -143,7 +140,7 @@ class JoinBuilder:
         value: ir.Expr = ir.cast(ir.Const(0, dtypes.int32), self.row.dtype)
         if self.product is not None:
             term = ir.substitute(self.product.body, {self.product.axes[0].name: join.over})
-            value = ir.cast(self._reader(scope, lets).expr(term), self.row.dtype)
+            value = ir.cast(Reader(self.tables, self.rows, scope, lets).expr(term), self.row.dtype)
         key = scope.coordinates[join.axis.name]
         leaf = ir.seq(*lets, ir.Scatter(self.row, key, value))
         return around(inside(ir.If(ir.Holds(self.mask, key), leaf) if join.mask else leaf))
@@ -164,7 +161,7 @@ class JoinBuilder:
         var, key = self.tables.variable(f"{axis.name}_n"), self.tables.variable(axis.name)
         scope.coordinates[axis.name], scope.rank = key, var
         lets: list[ir.Stmt] = [ir.Let(key, ir.Cursor(var, ir.KEY, key.dtype))]
-        st, reader = self.statements[0], self._reader(scope, lets)
+        st, reader = self.statements[0], Reader(tables, self.rows, scope, lets)
 
         def total(x: Any) -> Any:
             return ir.Cursor(var, ir.VALUE, self.row.dtype) if isinstance(x, ir.Reduce) else x
@@ -178,9 +175,6 @@ class JoinBuilder:
             body = ir.seq(*lets, ir.Compute(out, values[0], st.op, (axis.name,)))
         zero, end = ir.Const(0, tables.index), tables.size(axis.dim)
         return ir.Drain(var, zero, end, body, axes=(axis.name,), workspace=self.row)
-
-    def _reader(self, scope: Scope, lets: list[ir.Stmt]) -> Reader:
-        return Reader(self.tables, self.rows, scope, lets)
 
 
 def _body(st: Statement) -> ir.Expr:

@@ -1,7 +1,5 @@
 """The order of the loops of a statement, and which output elements they visit."""
 
-from __future__ import annotations
-
 from collections.abc import Container
 from dataclasses import dataclass
 

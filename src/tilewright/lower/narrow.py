@@ -1,7 +1,5 @@
 """Pass: iterations that add nothing, because a condition fails in all of them, are left out."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -212,11 +212,9 @@ class _Online:
         return e
 
     def not_linear(self, name: str) -> ScheduleError:
-        return refuse(
-            " and ".join(self.running),
-            f"{name.removesuffix('.values')} is no sum of products with one exp(x - maximum)",
-            "sum(exp(score[i, j] - top[i]) * V[j, c], over=j)",
-        )  # fmt: skip
+        why = f"{name.removesuffix('.values')} is no sum of products with one exp(x - maximum)"
+        hint = "sum(exp(score[i, j] - top[i]) * V[j, c], over=j)"
+        return refuse(" and ".join(self.running), why, hint)
 
     def degree(self, e: Any) -> frozenset[str] | None:
         """The weights that an expression is linear in; None where it is not linear."""

@@ -2,8 +2,6 @@
 for each format of a decomposition; outputs that no nest covers get their initial values first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -64,10 +62,9 @@ def _roots(
         key = list_key(Statement.of(root))
         while key and roots and list_key(Statement.of(roots[0])) == key:
             also.append(roots.pop(0))
-        read = {
-            t.out.tensor.name: t for a in (root, *also) for t in _read_by(a, [*inline.values()])
-        }
-        yield root, list(read.values()), tuple(map(Statement.of, also))
+        read = (t for a in (root, *also) for t in _read_by(a, [*inline.values()]))
+        named = {t.out.tensor.name: t for t in read}
+        yield root, list(named.values()), tuple(map(Statement.of, also))
 
 
 def _read_by(root: Any, temps: list[Any]) -> list[Any]:
@@ -238,11 +235,8 @@ def _keeps_rows(fmt: Any, out: ir.Access, around: Driver, is_like: bool) -> bool
 
 def _root_driver(st: Statement, temps: list[Statement]) -> Driver:
     """The structure that the loops of a root statement follow, and its indices; or nothing."""
-    own = driver_of(st)
-    if own:
-        return own
     axes = {x.name for x in ir.indices_of(st.out)}
-    for driver in (*drivers_read(st), *map(outer_driver, temps)):
-        if driver and axes & set(driver.indices):
-            return driver
-    return Driver("", ())
+    return driver_of(st) or next(
+        (d for d in (*drivers_read(st), *map(outer_driver, temps)) if d and axes & set(d.indices)),
+        Driver("", ()),
+    )

@@ -1,7 +1,5 @@
 """Pass: the guard of a sum moves into the loads that need it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Expressions on coordinates as expressions on buffers: accesses become loads."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,8 +4,6 @@ The analysis is that of tiles too: the names that a reduction changes, and the l
 guards under which its total is stored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -150,13 +148,11 @@ class _Materializer:
         values: Sequence[ir.Expr] = [value for _, value in c.sums]
         if len(values) > 1:
             self.count += 1
-            name = f"{c.out.buffer.name}.term{self.count}_"
-            lets, values = ir.name_repeated(values, name)
+            lets, values = ir.name_repeated(values, f"{c.out.buffer.name}.term{self.count}_")
         updates: list[ir.Stmt] = []
         factors = [r.factor for r in c.reductions] or [None]
-        for acc, (op, _), value, f in zip(
-            accumulators[shape][0], c.sums, values, factors, strict=True
-        ):
+        accs = accumulators[shape][0]
+        for acc, (op, _), value, f in zip(accs, c.sums, values, factors, strict=True):
             value = ir.cast(value, acc.dtype)
             if f is not None:
                 by = ir.cast(ir.Load(f, (), f.dtype), acc.dtype)

@@ -1,7 +1,5 @@
 """Pass: where a GPU keeps the rows of temporaries that `compute_at` placed."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -93,7 +91,6 @@ def _access(x: Any, around: tuple[ir.For, ...], alloc: ir.Alloc, buffer: ir.Buff
     if isinstance(x, ir.Load):
         return ir.select(is_kept, kept, behind)
     value = ir.Var(f"{buffer.name}.value", x.value.dtype)
-    stores = (
-        ir.If(cond, replace(s, value=value)) for cond, s in ((is_kept, kept), (is_behind, behind))
-    )
+    both = (is_kept, kept), (is_behind, behind)
+    stores = (ir.If(cond, replace(store, value=value)) for cond, store in both)
     return ir.seq(ir.Let(value, x.value), *stores)

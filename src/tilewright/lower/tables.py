@@ -103,8 +103,6 @@ class Tables:
             raise unsearchable(structure if access is None else access, fmt)
         return fmt.levels
 
-    # -- buffers -----------------------------------------------------------------------------
-
     def size(self, dim: str | int) -> ir.Expr:
         if isinstance(dim, str) and dim in self.sizes:
             return ir.Const(self.sizes[dim], self.index)

@@ -1,7 +1,5 @@
 """Passes on unrolled loops, which are written out, and on vector loops, which become registers."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any
@@ -88,11 +86,8 @@ class _Unroller:
 def _without_repeated_prefetches(s: ir.Stmt) -> ir.Stmt:
     """The copies with one prefetch of each address."""
     lines = s.body if isinstance(s, ir.Seq) else (s,)
-    keys = (b if isinstance(b, ir.Prefetch) else n for n, b in enumerate(lines))
-    first: dict[Any, ir.Stmt] = {}
-    for key, b in zip(keys, lines, strict=True):
-        first.setdefault(key, b)
-    return ir.seq(*first.values())
+    once = {b if isinstance(b, ir.Prefetch) else n: b for n, b in enumerate(lines)}
+    return ir.seq(*once.values())
 
 
 def _renamed_lets(s: ir.Stmt, suffix: str) -> ir.Stmt:
@@ -221,9 +216,8 @@ class _Vectorizer:
     def store(self, s: ir.Store) -> ir.Stmt:
         value = self.vector(s.value)
         if s.buffer.name in self.registers:
-            return replace(
-                s, buffer=replace(s.buffer, dtype=s.buffer.dtype.vector(self.lanes)), value=value
-            )
+            wide = replace(s.buffer, dtype=s.buffer.dtype.vector(self.lanes))
+            return replace(s, buffer=wide, value=value)
         if s.buffer.scope == "register":
             return replace(s, index=self.register_index(s.buffer, s.index), value=value)
         form = self.linear(s.index[0])

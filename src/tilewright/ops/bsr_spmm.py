@@ -6,8 +6,6 @@ each block and its rows of X to shared memory, some blocks ahead.
 Reference: SparseTIR (ASPLOS 2023), its block-sparse kernels on tensor cores.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from tilewright.build import Definition, kernels, named_recipe, program

@@ -4,8 +4,6 @@ The rows of both are merged, two ascending lists with one position each. `add` s
 A or B does, `multiply` where both do; values that cancel are stored as zeros.
 """
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Token embeddings: gathers rows of a table and dequantises them."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -14,8 +14,6 @@ of X is broadcast to all lanes, and no sum runs across lanes.
 Reference: the block formats of GGUF.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple

@@ -1,7 +1,5 @@
 """Positions, pages and slots of a paged cache, computed from the lengths where these are."""
 
-from __future__ import annotations
-
 from functools import cache
 
 from tilewright.build import Definition, named_recipe, program

@@ -1,7 +1,5 @@
 """Schedules that several operators share: rows in parallel, elements in vectors or threads."""
 
-from __future__ import annotations
-
 from tilewright.build import named_recipe
 from tilewright.schedule import Schedule
 from tilewright.toolchain import compilers

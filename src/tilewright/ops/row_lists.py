@@ -4,8 +4,6 @@ A first kernel counts the entries of each row, NumPy adds the counts up to the s
 second kernel writes columns and values. Both walk the operands in the same way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any

@@ -7,8 +7,6 @@ have a fixed order.
 Reference: SparseTIR (ASPLOS 2023, §4.2), its SDDMM; FeatGraph (SC 2020), entries as units.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from tilewright import dtypes
@@ -30,8 +28,6 @@ def sddmm_program(A=sparse("m n"), P=dense("m d"), Q=dense("n d")):
     return out.like(A)[i, j](trace.sum_(A[i, j] * P[i, k] * Q[j, k], over=k))
 
 
-# ---------------------------------------------------------------------------- recipes
-
 ROWS_PER_UNIT, ENTRIES_PER_UNIT = 16, 256  # of one unit on the CPU
 SUMS = 4  # vector accumulators: enough to hide the latency of an addition
 FORMATS = ("csr", "dcsr", "coo")
@@ -46,8 +42,7 @@ def cpu_recipe(s: Schedule) -> Schedule:
         s = s.split(rest, width, tail="cut", into=(tile, f"{tile}_i"))
         s = s.split(f"{tile}_i", lanes, into=(f"{tile}_u", f"{tile}_v"))
         s = s.rfactor(f"{tile}_u").unroll(f"{tile}_u").vectorize(f"{tile}_v")
-        fixed = dict(s.program.sizes).get("d", 1)
-        if fixed % width == 0:
+        if dict(s.program.sizes).get("d", 1) % width == 0:
             break
         rest = f"{rest}_t"
     size = ENTRIES_PER_UNIT if _is_coo(s) else ROWS_PER_UNIT
@@ -73,9 +68,6 @@ def recipe(s: Schedule, width: int = 0) -> Schedule:
     """The schedule of SDDMM; `width`: of P and Q, 0 for any."""
     s = s.specialize("d", width) if width else s
     return gpu_recipe(s) if s.target.is_cuda else cpu_recipe(s)
-
-
-# ---------------------------------------------------------------------------- the operator
 
 
 def pack_for_sddmm(matrix: Any, target: str = "cpp", dtype: Any = None) -> Packed:

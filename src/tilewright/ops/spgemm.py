@@ -6,8 +6,6 @@ result and its longest row.
 Reference: Gustavson, ACM TOMS 4 (1978); workspaces as in taco (Kjolstad et al., CGO 2019).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from tilewright.errors import ArgumentError

@@ -1,7 +1,5 @@
 """The `interp` target: runs the evaluator on the arrays of a prepared call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -40,16 +38,17 @@ def run_frame(program: Program, frame: Any) -> None:
             parts = [p.size for p in structure.parts]
             pointers = {part: slot.value for slot, part in slots}
             inner = tuple(frame.sizes.get(d, d) for d in t.dims[len(structure.shape) :])
-            arrays = [
-                _array_at(p, t.dtype, (parts[n], *inner)) for n, p in sorted(pointers.items())
-            ]
+            places = sorted(pointers.items())
+            arrays = [_array_at(p, t.dtype, (parts[n], *inner)) for n, p in places]
             shape = (sum(parts), *inner)
             flat = np.concatenate(arrays) if slots else np.zeros(shape, t.dtype.numpy)
             data[t.name] = values = flat[order]
             if t.role == "output":
                 write_back.append(lambda f=flat, o=order, v=values, a=arrays: _scatter(f, o, v, a))
         elif not t.dims and t.role == "input":
-            data[t.name] = _number(t.dtype, slots[0][0].value if slots else 0)
+            value, is_bits = slots[0][0].value if slots else 0, t.dtype.name == "float16"
+            number = np.array(value, np.uint16 if is_bits else t.dtype.numpy)  # as its slot has it
+            data[t.name] = number.view(t.dtype.numpy)
         else:
             v = frame.views[t.name]
             pointer = slots[0][0].value if slots else v.pointer
@@ -77,10 +76,3 @@ def _array_at(
         "strides": strides and tuple(s * kind.itemsize for s in strides),
     }  # fmt: skip
     return np.asarray(SimpleNamespace(__array_interface__=described))
-
-
-def _number(dtype: DType, value: float) -> np.ndarray:
-    """A scalar as its slot holds it: narrow floats as bits."""
-    if dtype.name == "float16":
-        return np.array(value, np.uint16).view(np.float16)
-    return np.array(value, dtype.numpy)

@@ -5,8 +5,6 @@ NumPy's integers wrap, `//` and `%` by 0 give 0, and a shift beyond the width gi
 the sign. bfloat16 is computed in float32.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ Sparse arguments are anything with `.structure`, `.values`, `.dtype` (`sparse.pa
 layout is checked once: later calls with arguments of the same layout reuse its frame.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from math import prod

@@ -4,8 +4,6 @@ ctypes on `libcuda` launches a kernel in a third of the time that the typed bind
 needs no package. Nothing here runs at import; `driver()` loads the library and initialises it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools
@@ -200,7 +198,5 @@ def arch_of(major: int, minor: int) -> str:
     """
     if major >= 9:
         return f"sm_{major}{minor}a"
-    usable = [
-        a for a in CUDA_ARCHS if a[3:].isdigit() and major * 10 <= int(a[3:]) <= major * 10 + minor
-    ]
-    return max(usable, key=lambda a: int(a[3:]), default=f"sm_{major}{minor}")
+    own, numbers = major * 10 + minor, (int(a[3:]) for a in CUDA_ARCHS if a[3:].isdigit())
+    return f"sm_{max((n for n in numbers if major * 10 <= n <= own), default=own)}"

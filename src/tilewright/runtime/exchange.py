@@ -3,8 +3,6 @@
 Loaded when the first of them enters; NumPy's and torch's are known to `runtime.view` itself.
 """
 
-from __future__ import annotations
-
 import ctypes
 from ctypes import POINTER, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
 from typing import Any
@@ -45,9 +43,6 @@ def view_cuda_interface(x: Any) -> View:
         cuda.synchronize(stream, ordinal)  # the producer may still be writing there
     device, readonly = f"cuda:{ordinal}", bool(readonly)
     return checked(View(pointer or 0, known, shape, strides, device, x, readonly))
-
-
-# ---- DLPack -----------------------------------------------------------------------------------
 
 
 class _DLTensor(ctypes.Structure):

@@ -1,7 +1,5 @@
 """The parameter blocks of a call, built once for a layout of arguments and filled at each call."""
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import weakref

@@ -5,8 +5,6 @@ the product itself. Blocks of arrays that died are reused for results of the sam
 allocators of GPUs do.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 
@@ -31,8 +29,15 @@ class _Lease:
         }  # fmt: skip
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
-            _give_back(self.block)
+        global _idle_bytes
+        block = self.block
+        if sys.is_finalizing():
+            return
+        if _idle_bytes + block.nbytes > KEPT_BYTES:
+            release()
+        if block.nbytes <= KEPT_BYTES:
+            _idle.setdefault(block.nbytes, []).append(block)
+            _idle_bytes += block.nbytes
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -48,15 +53,6 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     except LookupError:
         block = np.empty(nbytes, np.uint8)
     return np.asarray(_Lease(block, shape, dtype))
-
-
-def _give_back(block: np.ndarray) -> None:
-    global _idle_bytes
-    if _idle_bytes + block.nbytes > KEPT_BYTES:
-        release()
-    if block.nbytes <= KEPT_BYTES:
-        _idle.setdefault(block.nbytes, []).append(block)
-        _idle_bytes += block.nbytes
 
 
 def release() -> None:

@@ -4,8 +4,6 @@ The launches of a frame are plain data (`launches`, `parts`), so that a recorded
 of many kernels into one native call.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 
@@ -34,9 +32,8 @@ class CpuLauncher(Launcher):
         """The addresses of the entries."""
         if variants not in self._bodies:
             library = self._load(variants)
-            self._bodies[variants] = [
-                pools.address_of(getattr(library, entry)) for entry in self._entries
-            ]
+            functions = (getattr(library, entry) for entry in self._entries)
+            self._bodies[variants] = [pools.address_of(f) for f in functions]
         return self._bodies[variants]
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[pools.Launch]:
@@ -45,9 +42,8 @@ class CpuLauncher(Launcher):
         guided = not kernel.manifest.formats  # rows of a sparse matrix are of unequal length
         bodies, stages = self.bodies(frame.variants), kernel.manifest.stages
         launches: list[pools.Launch] = []
-        for body, block, units, stage in zip(
-            bodies, frame.blocks, frame.units, stages, strict=True
-        ):
+        rows = zip(bodies, frame.blocks, frame.units, stages, strict=True)
+        for body, block, units, stage in rows:
             if units:
                 grain = units if stage.ordered else max(1, units // chunks)
                 launches.append((body, ctypes.addressof(block), units, grain, guided))

@@ -4,8 +4,6 @@ A `Struct` lays its fields out as C does and gives the same layout four times: a
 assertions on size and offsets, as a NumPy dtype, as a packer, and as a short hash.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import struct

@@ -4,14 +4,14 @@ their blocks, and its source text, in memory and on disk."""
 from __future__ import annotations
 
 import json
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
 from tilewright.errors import InternalError
 from tilewright.ir.body import Body
+from tilewright.ir.rewrite import FOLD
 from tilewright.runtime.layout import Struct
 
 
@@ -82,8 +82,7 @@ def structs(manifest: Manifest) -> tuple[Struct, Struct]:
     """The row of the work table, and the parameter block that precedes the table in memory; both
     have 64-bit fields, so that the table begins at the block's end."""
     row = Struct("Row", (*ROW_HEAD, *manifest.row))
-    params = Struct("Params0", (*manifest.params, ("row_count", "int64")))
-    return row, params
+    return row, Struct("Params0", (*manifest.params, ("row_count", "int64")))
 
 
 def declarations(manifest: Manifest) -> str:
@@ -153,11 +152,6 @@ def tuples(x: Any) -> Any:
 
 # ---------------------------------------------------------------------------- units
 
-_OPERATORS: dict[str, Callable[[int, int], int]] = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv,
-    "%": operator.mod, "min": min, "max": max,
-}  # fmt: skip
-
 
 def unit_count(count: Count, values: Mapping[str, int]) -> int:
     """The value of a `Count`; `values` are sizes and counts by name. Raises InternalError[I101] for
@@ -166,7 +160,7 @@ def unit_count(count: Count, values: Mapping[str, int]) -> int:
         return count
     if type(count) is str and count in values:
         return values[count]
-    if type(count) is tuple and len(count) == 3 and str(count[0]) in _OPERATORS:
+    if type(count) is tuple and len(count) == 3 and str(count[0]) in FOLD:
         name, a, b = count
-        return _OPERATORS[name](unit_count(a, values), unit_count(b, values))
+        return FOLD[name](unit_count(a, values), unit_count(b, values))
     raise InternalError("I101", f"{count!r} is no unit count", hint="run tilewright cache clear")

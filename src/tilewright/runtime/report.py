@@ -4,8 +4,6 @@ An amount is a number for the arguments of a call, and a formula in sizes withou
 of `lower.cost`. Caches of the hardware are not part of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction

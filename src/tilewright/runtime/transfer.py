@@ -1,7 +1,5 @@
 """Copies between host and device: torch tensors if torch is installed, else `DeviceArray`."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from typing import Any

@@ -6,8 +6,6 @@ not imported already. An adapter is looked up once a type. `view` checks and des
 first once for each layout, and the second at each call.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import math
@@ -211,12 +209,6 @@ def _numpy_type(dtype: DType) -> np.dtype:
 _TORCH_NAMES = {f"torch.{t.ml_dtypes or t.name}": t for t in dtypes.ALL.values()}
 
 
-@functools.cache
-def _from_torch(kind: Any) -> DType | None:
-    """The DType of a dtype of torch; None for one that Tilewright does not support."""
-    return _TORCH_NAMES.get(str(kind))
-
-
 def _view_torch(x: Any) -> View:
     """Gradients are not looked at: the caller's data is read as `detach()` would give it."""
     v = describe_torch(x)
@@ -227,7 +219,7 @@ def _view_torch(x: Any) -> View:
 
 def describe_torch(x: Any) -> View:
     """The View of a tensor's memory, whether or not its values are read as negated."""
-    device, known = _torch_device(x.device), _from_torch(x.dtype)
+    device, known = _torch_device(x.device), _TORCH_NAMES.get(str(x.dtype))
     if known is None:
         hint = f"one of {', '.join(dtypes.ALL)}"
         if x.is_complex():
@@ -304,8 +296,7 @@ def _find_adapter(kind: Any) -> Adapter:
         return _ADAPTERS[np.ndarray]
     module = _root_module(kind)
     if module == "torch":
-        is_fake = any(base.__name__ == "FakeTensor" for base in kind.__mro__)
-        if is_fake:
+        if any(base.__name__ == "FakeTensor" for base in kind.__mro__):
             return Adapter(_refuse_fake)
         return Adapter(_view_torch, _layout_torch, kind.data_ptr)
     from tilewright.runtime import exchange

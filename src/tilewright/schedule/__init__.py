@@ -20,12 +20,12 @@ from typing import Any
 
 from tilewright.errors import ScheduleError, illegal
 from tilewright.ir.atoms import Atom
-from tilewright.ir.nodes import Access, For, LoopKind, Nest, Program, Stmt
-from tilewright.ir.rewrite import statements, walk
+from tilewright.ir.nodes import Access, LoopKind, Nest, Program, Stmt
+from tilewright.ir.rewrite import walk
 from tilewright.schedule import arguments as rule
 from tilewright.schedule import coords, loops, privatize, staging
 from tilewright.schedule.arguments import A_NAME, AN_ATOM, FAR, NAMES, NEAR, TWO_NAMES, takes
-from tilewright.schedule.tree import clash, computes, loop_names, matches, unknown
+from tilewright.schedule.tree import clash, computes, has_loop, loop_names, unknown
 from tilewright.target import Target
 
 Nests = tuple[int, ...] | None
@@ -473,8 +473,7 @@ class Schedule:
         return unknown(f"{verb}: {why}", hint)
 
     def _check_names(self, verb: str, body: Stmt) -> None:
-        taken = frozenset(t.name for t in self.program.tensors)
-        name = clash(body, taken)
+        name = clash(body, frozenset(t.name for t in self.program.tensors))
         if name is not None:
             hint = "letters, digits and single underscores; a name that nothing around it has"
             raise illegal(f"{verb}: {name!r} is no new name for a loop", hint)
@@ -487,9 +486,7 @@ class Schedule:
     def has(self, loop: str, nest: int | None = None) -> bool:
         """Whether there is a loop of that name (in one nest)."""
         chosen = self.nests if nest is None else (self._nest(nest),)
-        return any(
-            isinstance(x, For) and matches(x, loop) for n in chosen for x in statements(n.body)
-        )
+        return any(has_loop(n.body, loop) for n in chosen)
 
 
 def replay(schedule: Schedule, steps: tuple[Step, ...]) -> Schedule:

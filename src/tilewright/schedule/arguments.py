@@ -8,8 +8,6 @@
 The functions behind the methods do not check their arguments again.
 """
 
-from __future__ import annotations
-
 import inspect
 import operator
 import reprlib

@@ -1,6 +1,6 @@
-"""Verbs on coordinates: pure functions Program → Program, before positions exist."""
-
-from __future__ import annotations
+"""Verbs on coordinates: pure functions Program → Program, before positions exist. Each is the
+rewrite behind the method of `Schedule` of its name, which says what it does.
+"""
 
 from dataclasses import replace
 
@@ -12,7 +12,6 @@ from tilewright.schedule.tree import unknown
 
 
 def order_axes(program: Program, output: str, *axes: str) -> Program:
-    """The program rewrite behind `Schedule.order_axes`."""
     statement = _statement(program, output)
     has = {x.name for x in indices_of(statement)}
     wrong = [a for a in axes if a not in has]
@@ -24,7 +23,7 @@ def order_axes(program: Program, output: str, *axes: str) -> Program:
 
 
 def compute_at(program: Program, temporary: str, loop: str, scope: str, most: int) -> Program:
-    """The program rewrite behind `Schedule.compute_at`; the lowering checks what it takes."""
+    """The lowering checks what it takes."""
     known = [t.name for t in program.tensors if t.role == "temp"]
     if temporary not in known:
         raise unknown(f"no temporary {temporary!r}", f"temporaries: {', '.join(known) or 'none'}")
@@ -35,7 +34,6 @@ def compute_at(program: Program, temporary: str, loop: str, scope: str, most: in
 
 
 def merge_sums(program: Program, output: str) -> Program:
-    """The program rewrite behind `Schedule.merge_sums`."""
     _statement(program, output)
     return replace(program, merged=(*program.merged, output))
 
@@ -49,24 +47,19 @@ def _statement(program: Program, output: str) -> Assign:
 
 
 def fuse_axes(program: Program, structure: str) -> Program:
-    """The program rewrite behind `Schedule.fuse_axes`."""
     tensor = next((t for t in program.tensors if t.name == structure and t.is_sparse), None)
     if tensor is None:
         known = ", ".join(t.name for t in program.tensors if t.is_sparse)
         raise unknown(f"no sparse tensor {structure!r}", f"there are: {known}")
     for fmt in tensor.format.formats:
-        two = (
-            len(fmt.levels) == 2
-            and isinstance(fmt.levels[1], Compressed)
-            and isinstance(fmt.levels[0], (Dense, Compressed))
-        )
-        if not two or fmt.levels[0].block:
+        rows, *cols = fmt.levels
+        is_list = len(cols) == 1 and isinstance(cols[0], Compressed)
+        if not (is_list and isinstance(rows, (Dense, Compressed))) or rows.block:
             raise illegal(f"{fmt} is no list of rows of entries", "csr and dcsr have axes to fuse")
     return replace(program, fused=(*program.fused, structure))
 
 
 def specialize(program: Program, dim: str, size: int) -> Program:
-    """The program rewrite behind `Schedule.specialize`."""
     known = sorted({str(d) for t in program.tensors for d in t.dims})
     if dim not in known:
         raise unknown(f"no dimension {dim!r}", f"dimensions: {', '.join(known)}")

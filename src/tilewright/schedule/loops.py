@@ -1,13 +1,12 @@
-"""Verbs on loops. Each is a pure function nest body → nest body; `Schedule` calls them by name,
-records them, and turns "no such loop" into an error that lists the loops there are.
+"""Verbs on loops. Each is a pure function nest body → nest body, the rewrite behind the method of
+`Schedule` of its name, which documents it as before → after, records it, and turns "no such loop"
+into an error that lists the loops there are.
 
-Every verb documents itself as before → after. None changes what is computed; one that cannot be
-done says why.
+None changes what is computed; one that cannot be done says why.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
+from typing import Any
 
 from tilewright.errors import illegal
 from tilewright.ir import core as ir
@@ -26,7 +25,6 @@ TAILS = ("guard", "cut", "exact")
 def split(
     f: ir.For, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
 ) -> ir.Stmt:
-    """The loop rewrite behind `Schedule.split`."""
     if f.kind in ("vector", "unroll", "pipeline", *ir.THREADS):
         raise illegal(f"loop {f.name} is marked {f.kind}", "split it first, then mark a part")
     own = tree.axis_name(loop)
@@ -43,10 +41,10 @@ def split(
         hint = "specialize the dimension first, or use tail='cut'"
         raise illegal(f"{extent} is not known to be a multiple of {factor}", hint)
     index = ir.add(f.begin, ir.add(ir.mul(outer, factor), inner))
-    inside: ir.Stmt = ir.seq(ir.Let(f.var, index), f.body)
-    if tail == "guard" and not exact:
-        inside = ir.seq(ir.Let(f.var, index), ir.If(ir.binary("<", f.var, f.end), f.body))
-    rounded = extent if exact or tail != "guard" else ir.add(extent, factor - 1)
+    is_guarded = tail == "guard" and not exact
+    body = ir.If(ir.binary("<", f.var, f.end), f.body) if is_guarded else f.body
+    inside = ir.seq(ir.Let(f.var, index), body)
+    rounded = ir.add(extent, factor - 1) if is_guarded else extent
     count = ir.simplify(ir.binary("//", rounded, factor))
     inner_loop = ir.For(inner, zero, ir.Const(factor, t), inside, "serial", f.axes, f.private)
     nest: ir.Stmt = ir.For(outer, zero, count, inner_loop, f.kind, f.axes)
@@ -74,7 +72,6 @@ def _tail(f: ir.For, name: str, begin: ir.Expr) -> ir.For:
 
 @tree.on_loops
 def fuse(f: ir.For, outer: str, inner: str, into: str = "") -> ir.Stmt:
-    """The loop rewrite behind `Schedule.fuse`."""
     chain = tree.chain_from(f)
     if len(chain.loops) < 2 or not tree.matches(chain.loops[1], inner):
         why, hint = tree.in_the_way(chain, inner) if len(chain.loops) < 2 else ("", "reorder first")
@@ -96,13 +93,11 @@ def fuse(f: ir.For, outer: str, inner: str, into: str = "") -> ir.Stmt:
         ir.Let(a.var, ir.add(a.begin, ir.simplify(ir.binary("//", both, width)))),
         ir.Let(b.var, ir.add(b.begin, ir.simplify(ir.binary("%", both, width)))),
     )
-    return tree.build_chain(
-        replace(chain, loops=(joint, *chain.loops[2:]), lets=(*lets, *chain.lets))
-    )
+    loops = (joint, *chain.loops[2:])
+    return tree.build_chain(replace(chain, loops=loops, lets=(*lets, *chain.lets)))
 
 
 def reorder(body: ir.Stmt, *order: str) -> Rewritten:
-    """The loop rewrite behind `Schedule.reorder`."""
     return tree.rewrite_loops(body, order, lambda f: _reordered(f, order))
 
 
@@ -124,7 +119,6 @@ def _reordered(top: ir.For, order: tuple[str, ...]) -> ir.Stmt:
 
 @tree.on_loops
 def reverse(f: ir.For, loop: str, into: str = "") -> ir.Stmt:
-    """The loop rewrite behind `Schedule.reverse`."""
     if f.kind in ("vector", "pipeline"):
         raise illegal(f"loop {f.name} is marked {f.kind}", "reverse it first, then mark it")
     back = ir.Var(into or f"{tree.axis_name(loop)}_back", f.var.dtype)
@@ -136,7 +130,6 @@ def reverse(f: ir.For, loop: str, into: str = "") -> ir.Stmt:
 
 @tree.on_loops
 def mark(f: ir.For, loop: str, kind: ir.LoopKind) -> ir.Stmt:
-    """The loop rewrite behind `Schedule.mark`."""
     reducing = [c for c in tree.computes(f.body) if ir.reduces(f, c)]
     if kind in ir.GRID:
         for c in reducing:
@@ -183,7 +176,6 @@ def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
 
 @tree.on_loops
 def unroll(f: ir.For, loop: str, factor: int = 0) -> ir.Stmt:
-    """The loop rewrite behind `Schedule.unroll`."""
     if f.extent is None and factor < 2:
         hint = "unroll(loop, 4) hints the compiler"
         raise illegal(f"loop {f.name} has no constant extent", hint)
@@ -194,7 +186,6 @@ def unroll(f: ir.For, loop: str, factor: int = 0) -> ir.Stmt:
 
 @tree.on_loops
 def rfactor(f: ir.For, loop: str) -> ir.Stmt:
-    """The loop rewrite behind `Schedule.rfactor`."""
     if not any(ir.reduces(f, c) for c in tree.computes(f.body)):
         raise illegal(f"loop {f.name} does not reduce", "rfactor splits a reduction")
     if f.extent is None:
@@ -203,7 +194,6 @@ def rfactor(f: ir.For, loop: str) -> ir.Stmt:
 
 
 def atomic(body: ir.Stmt, output: str) -> Rewritten:
-    """The loop rewrite behind `Schedule.atomic`."""
     updates = [c for c in tree.computes(body) if c.out.buffer.name == output and c.in_place]
     for c in updates:
         if c.out.dtype not in ir.ATOMIC.get(c.op, ()):
@@ -216,7 +206,6 @@ def atomic(body: ir.Stmt, output: str) -> Rewritten:
 
 @tree.on_loops
 def mma(f: ir.For, rows: str, cols: str, depth: str, atom: Atom | None = None) -> ir.Stmt:
-    """The loop rewrite behind `Schedule.mma`."""
     chain, names = tree.chain_from(f), (rows, cols, depth)
     paths = ((c, ir.path_to(f, c) or ()) for c in tree.computes(f))
     below = [(c, [x for x in path if isinstance(x, ir.For)]) for c, path in paths]
@@ -227,9 +216,8 @@ def mma(f: ir.For, rows: str, cols: str, depth: str, atom: Atom | None = None) -
     shared = len(below) > 1 and sum(x in chain.loops for x in loops) == 2
     if c is None or not (shared or (chain.body is c and chain.loops[-3:] == tuple(loops))):
         why, hint = tree.in_the_way(chain, depth)
-        raise illegal(
-            f"{', '.join(names)} are not the three innermost loops of one product{why}", hint
-        )
+        text = f"{', '.join(names)} are not the three innermost loops of one product{why}"
+        raise illegal(text, hint)
     extents = tuple(x.extent for x in loops if x)
     if extents not in ATOMS or (atom and atom.shape != extents):
         shapes = atom.shape if atom else SHAPES
@@ -243,21 +231,16 @@ def mma(f: ir.For, rows: str, cols: str, depth: str, atom: Atom | None = None) -
 
 
 def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
-    """The loop rewrite behind `Schedule.prefetch`."""
 
     def one(f: ir.For) -> ir.Stmt:
         lines = f.body.body if isinstance(f.body, ir.Seq) else (f.body,)
-        let = next((b for b in lines if isinstance(b, ir.Let) and _is_coordinate(b, f)), None)
-        if let is None:
-            last = ir.add(f.end, -1)
-            ahead_of = ir.Let(_later(f.var), ir.binary("min", ir.add(f.var, ahead), last))
-            at, moving = 0, f.var
-        else:
-            assert isinstance(let.value, ir.Load)
-            last = ir.add(let.value.buffer.shape[0], -1)
-            position = ir.binary("min", ir.add(f.var, ahead), last)
-            ahead_of = ir.Let(_later(let.var), replace(let.value, index=(position,)))
-            at, moving = lines.index(let) + 1, let.var
+        let: Any = next((b for b in lines if _is_coordinate(b, f)), None)
+        at, moving, end = 0, f.var, f.end
+        if let is not None:
+            at, moving, end = lines.index(let) + 1, let.var, let.value.buffer.shape[0]
+        later = ir.binary("min", ir.add(f.var, ahead), ir.add(end, -1))
+        value = later if let is None else replace(let.value, index=(later,))
+        ahead_of = ir.Let(ir.Var(f"{moving.name}_ahead", moving.dtype), value)
         rest, count = _prefetched(ir.seq(*lines[at:]), buffer, {moving.name: ahead_of.var})
         if not count:
             why = f"loop {f.name} reads nothing of {buffer!r} by way of {moving.name}"
@@ -268,20 +251,17 @@ def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
     return tree.rewrite_loops(body, (loop,), one)
 
 
-def _later(v: ir.Var) -> ir.Var:
-    return ir.Var(f"{v.name}_ahead", v.dtype)
-
-
-def _is_coordinate(let: ir.Let, f: ir.For) -> bool:
-    value = let.value
-    return isinstance(value, ir.Load) and value.buffer.scope == "part" and value.index == (f.var,)
+def _is_coordinate(s: ir.Stmt, f: ir.For) -> bool:
+    x = s.value if isinstance(s, ir.Let) else None
+    return isinstance(x, ir.Load) and x.buffer.scope == "part" and x.index == (f.var,)
 
 
 def _prefetched(s: ir.Stmt, buffer: str, later: dict[str, ir.Expr]) -> Rewritten:
     """`s` with prefetches of what its statements read of `buffer` once the names in `later` have
     these values, and the number of prefetches."""
     if isinstance(s, ir.Compute):
-        moving = (x for _, value in s.sums for x in _moving(value, buffer, later))
+        loads = (x for _, e in s.sums for x in ir.walk(e, ir.Load) if x.buffer.name == buffer)
+        moving = (x for x in loads if ir.free_vars(x) & later.keys())
         reads = list(dict.fromkeys(ir.substitute(x, later) for x in moving))
         return ir.seq(*(ir.Prefetch(x) for x in reads), s), len(reads)
     if isinstance(s, (ir.For, ir.If)):
@@ -302,9 +282,3 @@ def _prefetched(s: ir.Stmt, buffer: str, later: dict[str, ir.Expr]) -> Rewritten
         ):
             later = later | {line.var.name: ir.substitute(line.value, later)}
     return ir.seq(*lines), total
-
-
-def _moving(value: ir.Expr, buffer: str, later: dict[str, ir.Expr]) -> list[ir.Load]:
-    """The loads of `buffer` in a value whose address depends on names in `later`, each once."""
-    reads = (x for x in ir.walk(value) if isinstance(x, ir.Load) and x.buffer.name == buffer)
-    return list(dict.fromkeys(x for x in reads if ir.free_vars(x) & later.keys()))

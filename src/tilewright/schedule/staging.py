@@ -1,8 +1,6 @@
-"""`cache`: operands gathered to scratch memory near the threads. It comes after the verbs that move
-loops.
+"""The rewrites behind `Schedule.cache`, operands gathered to scratch memory near the threads, and
+`Schedule.pipeline`. They come after the verbs that move loops.
 """
-
-from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
@@ -28,7 +26,7 @@ BANK_CONFLICT = 32  # bytes: rows of shared memory that are multiples of it shar
 def cache(
     body: ir.Stmt, buffer: str, loop: str, scope: CacheScope = "register", padding: float = 0
 ) -> tuple[ir.Stmt, int]:
-    """The loop rewrite behind `Schedule.cache`. `padding`: the value of slots without an entry."""
+    """`padding`: the value of slots without an entry."""
     reads = (x for c in computes(body) for e in _values(c) for x in ir.walk(e) if _is_memory(x))
     if not any(_is_of(x.buffer.name, buffer) for x in reads):
         return body, 0
@@ -51,7 +49,6 @@ def _is_of(name: str, operand: str) -> bool:
 
 
 def pipeline(body: ir.Stmt, loop: str, stages: int) -> tuple[ir.Stmt, int]:
-    """The loop rewrite behind `Schedule.pipeline`."""
 
     def one(f: ir.For) -> ir.Stmt:
         lines = f.body.body if isinstance(f.body, ir.Seq) else ()
@@ -99,9 +96,8 @@ class _Staging:
             if _is_memory(x) and _is_of(x.buffer.name, operand)
         ]
         if not accesses:
-            hint = (
-                "name the loop around the read; epilogues are computed outside of loops that reduce"
-            )
+            hint = "name the loop around the read; epilogues are computed outside of loops that "
+            hint += "reduce"
             raise self.refuse(f"loop {at.name} reads no {operand}", hint)
         self.access, self.path = accesses[0]
         scopes = [[s for s in path if not isinstance(s, ir.If)] for _, path in accesses]
@@ -345,9 +341,8 @@ class _Staging:
             if isinstance(s, ir.Let) and s.var.name in needed - fresh.keys():
                 var = ir.Var(f"{s.var.name}_{scratch.name}", s.var.dtype)
                 value = ir.substitute(s.value, names)
-                out.append(
-                    ir.Let(var, ir.zero_unless(held, value) if reads_memory(value) else value)
-                )
+                value = ir.zero_unless(held, value) if reads_memory(value) else value
+                out.append(ir.Let(var, value))
                 names[s.var.name] = var
             for cond in ir.conjuncts(s.cond) if isinstance(s, ir.If) else ():
                 if cond in guards:

@@ -5,8 +5,6 @@ one body. Verbs split a chain into these, change its loops, and rebuild it with 
 far out as the names that they read allow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps

@@ -6,8 +6,6 @@ The text of a request never becomes a control token; a prompt of token ids is ta
 Errors have OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

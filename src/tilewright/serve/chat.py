@@ -16,8 +16,6 @@ Only the template writes control tokens; the text of a message never becomes one
    spelled in that text comes from the template.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -7,8 +7,6 @@ string by string with several NumPy arrays each: `Header` checks every count, le
 against the size of the file before memory is allocated or read, and reads an array at once.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from dataclasses import dataclass

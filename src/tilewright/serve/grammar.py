@@ -1,7 +1,5 @@
 """Answers that follow a JSON schema, by the library llguidance (extra `grammar`)."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

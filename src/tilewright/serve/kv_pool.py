@@ -1,7 +1,5 @@
 """The pages of the KV cache: an allocator that counts who uses each."""
 
-from __future__ import annotations
-
 PAGE_SIZE = 16  # tokens
 
 

@@ -19,8 +19,6 @@ the policy decides again).
    it has waited so long that its rank has grown.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass

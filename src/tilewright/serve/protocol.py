@@ -1,7 +1,5 @@
 """OpenAI's JSON: bodies of requests, answers, pieces of streams, errors. Needs extra `serve`."""
 
-from __future__ import annotations
-
 import json
 import secrets
 import time

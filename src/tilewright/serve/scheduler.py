@@ -15,8 +15,6 @@ No clock, no arrays, no threads: the caller tells the time.
         for request in scheduler.commit(batch, now): ...   # each wants its next token
 """
 
-from __future__ import annotations
-
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

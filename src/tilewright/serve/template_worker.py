@@ -8,8 +8,6 @@ of one rendering, or null to ask whether the source compiles. The answer is {"te
 process at the limit of time. The environment has what `transformers` gives to chat templates.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import resource

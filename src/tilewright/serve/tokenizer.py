@@ -9,8 +9,6 @@ Bytes that a byte-level vocabulary does not have are dropped. Source: the GGUF k
 `tokenizer.ggml.*`.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import math

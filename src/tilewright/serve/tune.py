@@ -1,7 +1,5 @@
 """Measures steps of an engine and fits the cost of a step: `tilewright tune serve`."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -13,8 +13,6 @@ with q_dim = qo_heads * head_dim and kv_dim = kv_heads * head_dim; and, where a 
 has them, layers.N.attn.q.bias .k.bias .v.bias, attn.q_norm .k_norm, attn_post_norm, ffn_post_norm.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

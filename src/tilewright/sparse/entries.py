@@ -5,8 +5,6 @@ values that a dtype cannot hold. Packing and unpacking trust the result. Memory 
 the number of entries, and to the index pointers of the matrix where it has them.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

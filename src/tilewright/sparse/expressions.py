@@ -1,7 +1,5 @@
 """Indices and the operations on values that a traced function can use."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from itertools import chain, count

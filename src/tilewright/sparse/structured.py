@@ -9,8 +9,6 @@
 Bands, diagonals, N:M and pages store explicit zeros beside the entries: see `formats.ragged`.
 """
 
-from __future__ import annotations
-
 from tilewright.ir.levels import Band, Bitmap, Dense, Diagonals, NofM, Paged, integer
 from tilewright.sparse.formats import Format
 

@@ -12,8 +12,6 @@ all of them, are missing; else `where=` names the coordinates, as in
 tensor's fill. Nothing is executed here: `A[i, j]` is a node.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The program being traced: its tensors, statements and indices, and where the user wrote them."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

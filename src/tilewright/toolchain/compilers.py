@@ -4,8 +4,6 @@ Instruction sets are named and spelled out as flags, never `-march=native`. The 
 the cache key, so that different machines can share a cache on a network disk.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -1,7 +1,5 @@
 """Compile C++ source text to a shared library, through the cache, and load it."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

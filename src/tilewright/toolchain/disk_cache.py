@@ -6,8 +6,6 @@ The last line of a file is a hash of its name and contents: a truncated, edited 
 miss, never loaded. (ELF files, cubins and source texts all tolerate a trailing line.)
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import hashlib

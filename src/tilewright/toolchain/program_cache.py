@@ -4,8 +4,6 @@ The second level (`cxx`, `nvrtc`) finds the binary by the source. Keys contain T
 version, a hash of the compiler's source files.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 

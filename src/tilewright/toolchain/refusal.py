@@ -1,7 +1,5 @@
 """The error for generated code that a compiler refused."""
 
-from __future__ import annotations
-
 import contextlib
 
 from tilewright import knobs

@@ -1,7 +1,5 @@
 """`tilewright cache ls | clear`: the compiled kernels on disk."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

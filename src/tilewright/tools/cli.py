@@ -5,8 +5,6 @@ The module of a verb has two functions named after it: `env_arguments(parser)` a
 without a traceback and exit with 2, an interrupt with 130.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib

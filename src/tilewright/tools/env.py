@@ -3,8 +3,6 @@
 Every probe is guarded: a broken package is a line of the report and does not end it.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """`tilewright explain CODE`: the meaning of an error code, its usual cause and its remedy."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import re

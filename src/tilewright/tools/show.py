@@ -4,8 +4,6 @@ The file is executed as by Python, its output goes to standard error: show only 
 run. Its programs are the `Definition`s among its globals.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib

@@ -1,7 +1,5 @@
 """`tilewright tune serve`: measures the cost of a step on this machine, and writes it."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

@@ -4,8 +4,6 @@ A family is one hand-written template with what varies rendered in front of it. 
 first of a device's families that has no reason against a call.
 """
 
-from __future__ import annotations
-
 from tilewright.attention.families import cpu, decode, hopper, portable
 from tilewright.attention.families.family import Call, Family, Prepared, Scratch
 from tilewright.attention.pool import Pool

@@ -2,8 +2,6 @@
 
 Templates: kernels/flash_cpu.h, kernels/vectors_cpu.h."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from typing import Any
@@ -76,10 +74,8 @@ def _prepare(call: Call) -> Prepared:
     row = -(-spec.head_dim_vo // lanes) * lanes + 2  # floats of a partial result
     slots, heads = plan.slots * spec.group * plan.qo_tile * row, call.values["kv_heads"]
     rows = plan.tokens * heads * spec.group if spec.table.shared else 0
-    floats, counts = (
-        slots + rows * row * (spec.table.shared + 1),
-        plan.counters + rows // spec.group,
-    )
+    floats = slots + rows * row * (spec.table.shared + 1)
+    counts = plan.counters + rows // spec.group
     partials, counters = call.scratch.grown(call.like, floats, counts)
     memory = view(partials).pointer, slots, view(counters).pointer, plan.counters
     work = specs.partial_params(*memory, rows)

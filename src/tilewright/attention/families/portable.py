@@ -2,8 +2,6 @@
 
 Template: kernels/flash_portable.cuh."""
 
-from __future__ import annotations
-
 import functools
 
 from tilewright.attention.families.family import Call, Family, Prepared

@@ -1,7 +1,5 @@
 """Coordinates that follow from another coordinate: bands and diagonals, no list is stored."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

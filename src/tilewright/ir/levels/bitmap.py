@@ -1,7 +1,5 @@
 """A bit for each coordinate: whether something is stored there."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

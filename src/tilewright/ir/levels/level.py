@@ -148,10 +148,8 @@ class Level:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        dim = f"d{self.dim}" + (
-            f"%{self.block}" if self.inner else f"/{self.block}" if self.block else ""
-        )
-        return f"{type(self).__name__.lower()}({dim}{self._extra()})"
+        part = f"{'%' if self.inner else '/'}{self.block}" if self.block else ""
+        return f"{type(self).__name__.lower()}(d{self.dim}{part}{self._extra()})"
 
     __repr__ = __str__
 

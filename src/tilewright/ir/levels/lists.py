@@ -1,7 +1,5 @@
 """The levels of CSR, COO, ELL and BSR: all coordinates, or lists of those that are stored."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """N of each M coordinates are stored, with packed indices: 2:4 sparsity."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

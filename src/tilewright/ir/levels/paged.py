@@ -1,7 +1,5 @@
 """Coordinates in pages of a pool, which a page table names: a KV cache."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

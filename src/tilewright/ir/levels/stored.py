@@ -1,7 +1,5 @@
 """What levels store: the coordinates of packed arrays, and values at positions that may miss."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
