@@ -267,7 +267,7 @@ def test_failed_recording_leaves_nothing(axpy: cuda.Function) -> None:
 
     bad = SimpleNamespace(run=run)
     with pytest.raises(KeyError, match="while recording"):
-        cuda.Graph([good, bad])  # pyright: ignore[reportArgumentType]
+        cuda.Graph([good, bad])
     cuda.synchronize()
     assert axpy.handle
 
