@@ -76,8 +76,8 @@ class Runner:
     """A model with the memory of its batches: activations, page tables and the KV cache, which is
     float32 on CPUs and bfloat16 on GPUs.
 
-    `context`: the longest sequence. With `limits.invariant` a batch of many answers takes the
-    kernel of one row too, which is slower and keeps the bits of each.
+    `context`: the longest sequence. With `limits.invariant` a batch of many answers (up to 16 where
+    a library computes products) takes the kernel of one row too: slower, and the bits of each stay.
     """
 
     def __init__(self, model: Llama, limits: Limits, context: int) -> None:
