@@ -178,7 +178,7 @@ TW_INLINE void load_query(Query<BLOCKS>& q, const Params& p, const Walk& w, int 
       for (int low = 0; low < 2; ++low) {
         constexpr int PADDED = DP != D;  // the last columns of a row do not exist
         const int column = j * 16 + low * 8;
-        q.b[n][j][low] = !PADDED || column + column0 < D ? *reinterpret_cast<const uint32_t*>(from + column) : 0u;
+        q.b[n][j][low] = w.rows > 0 && (!PADDED || column + column0 < D) ? *reinterpret_cast<const uint32_t*>(from + column) : 0u;
       }
   }
 }
