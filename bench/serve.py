@@ -4,7 +4,7 @@ Requests come when the trace says, time divided by `--speed`; prompts are random
 trace's lengths, times `--lengths`, and answers have the trace's lengths too. Rows: tokens a second
 over the replay, time to the first token, and gaps between tokens. A few answers are computed again
 alone, and have to be equal. With `--peers` other engines serve the same requests
-(`serve_peers.py`).
+(`serve_peers.py`), with `--shared-prefix` many answers share a prefix (`serve_shared.py`).
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", help="--peers: a model of random weights instead of --model")
     parser.add_argument("--attention", default="", help="--peers: of transformers")
     parser.add_argument("--limit", type=float, default=inf, help="--peers: seconds of each")
+    parser.add_argument("--shared-prefix", type=int, help="tokens that all requests begin with")
+    parser.add_argument("--layers", type=int, help="--shared-prefix: of the shape, the first ones")
     parser.add_argument("--fast", action="store_true", help="faster batches, not equal to the bit")
 
 
@@ -115,6 +117,11 @@ def serve(args: argparse.Namespace) -> Iterator[Row]:
         from bench.serve_peers import peer_rows
 
         yield from peer_rows(args)
+        return
+    if args.shared_prefix:
+        from bench.serve_shared import shared_prefix_rows
+
+        yield from shared_prefix_rows(args)
         return
     file = open_model(args.model or packaged_model())
     context = min(file.config.context, 4096)

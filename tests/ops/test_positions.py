@@ -18,15 +18,17 @@ def test_positions(rng, requests: int, page_size: int):
     lengths[:4] = borders[:requests]
     table = rng.integers(0, 99, (requests, width)).astype(np.int32)
     kernel, before = positions_kernel(page_size), lengths.tolist()
-    position, page, slot, longer = kernel(lengths, table)
+    shared = rng.integers(0, page_size * 3, requests).astype(np.int32)
+    position, page, slot, own, longer = kernel(lengths, table, shared)
     assert position.tolist() == before
     assert page.tolist() == [int(table[r, n // page_size]) for r, n in enumerate(before)]
     assert slot.tolist() == [n % page_size for n in before]
     assert longer is lengths and lengths.tolist() == [n + 1 for n in before]
+    assert own.tolist() == [n + 1 - b for n, b in zip(before, shared.tolist(), strict=True)]
 
 
 def test_rows_that_fill_up_and_a_length_beyond_the_table():
     lengths, table = np.array([-1, 32], np.int32), np.full((2, 2), 5, np.int32)
-    position, page, _, longer = positions_kernel(16)(lengths, table)
+    position, page, _, own, longer = positions_kernel(16)(lengths, table, np.zeros(2, np.int32))
     assert position.tolist() == [0, 32] and page.tolist() == [-1, 0]
-    assert longer.tolist() == [-1, 33]
+    assert longer.tolist() == [-1, 33] and own.tolist() == [0, 33]

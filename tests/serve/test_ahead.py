@@ -65,6 +65,7 @@ class LateLogits:
     def __init__(self, runner: Late, logits: Any) -> None:
         self.runner, self.logits, self.is_read = runner, logits, False
         self.requests, self.left = logits.requests, logits.left
+        self.groups = logits.groups
 
     def wait(self) -> None:
         self.runner.unread -= not self.is_read

@@ -123,11 +123,9 @@ class Workspace:
         rows that q will have, at most `max_tokens` (None: as many). Raises ArgumentError (A101 …
         A109), and what `check` raises of an earlier plan.
         """
-        self.bind(table, qo_indptr, tokens=tokens).run(cuda.current_stream(self.ordinal))
+        self.bind(table, qo_indptr, tokens).run(cuda.current_stream(self.ordinal))
 
-    def bind(
-        self, table: Table, qo_indptr: Any = None, *, tokens: int | None = None
-    ) -> cuda.Launch:
+    def bind(self, table: Table, qo_indptr: Any = None, tokens: int | None = None) -> cuda.Launch:
         """The launch of `plan`, for a recorded step in which attention is bound behind it. Keep the
         arrays of the table as long. Raises what `plan` raises."""
         self.check()

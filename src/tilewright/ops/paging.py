@@ -13,11 +13,12 @@ from tilewright.sparse.trace import dense, indices, out, scalar, update, where
 def positions_program(page_size: int) -> Definition:
     """The program of `positions_kernel`."""
 
-    def positions(L=dense("t", "int32"), T=dense("t w", "int32")):
+    def positions(L=dense("t", "int32"), T=dense("t w", "int32"), B=dense("t", "int32")):
         t = indices("t:t")
         page = where(L[t] >= 0, T[t, L[t] // page_size], -1)
         rows = out[t](where(L[t] >= 0, L[t], 0)), out[t](page), out[t](L[t] % page_size)
-        return *rows, update(L)[t](where(L[t] >= 0, L[t] + 1, L[t]))  # last: the others read L
+        own, longer = out[t](L[t] + 1 - B[t]), where(L[t] >= 0, L[t] + 1, L[t])
+        return *rows, own, update(L)[t](longer)  # last: the others read L
 
     return program(positions)
 
@@ -39,7 +40,8 @@ pages_before_kernel = cache(pages_before.schedule(by_request).build)
 
 @cache
 def positions_kernel(page_size: int, target: str = "cpp") -> Kernel:
-    """Lengths L (t,) and page table T (t, w), int32 → the position L of the next token, its page
-    and its slot, each int32 (t,), and L + 1 in L. A row of a negative length, which fills a batch
-    up, keeps it; its page is -1: what is appended there is not written."""
+    """Lengths L (t,), page table T (t, w) and shared keys B (t,), int32 → of the next token the
+    position L, page and slot, the keys L + 1 - B that a request then has of its own, each int32
+    (t,), and L + 1 in L. A row of a negative length, which fills a batch up, keeps it; its page is
+    -1: what is appended there is not written."""
     return positions_program(page_size).schedule(by_request).build(target)

@@ -54,8 +54,9 @@ class Options:
     most 2048); `running`: requests at once; `step_tokens`: tokens of a step; `kv_tokens`: tokens of
     the KV cache (None: four contexts); `share`: pages of equal prefixes are shared; `invariant`:
     the bits of an answer do not depend on what runs beside it (up to 16 answers where torch
-    computes products), at the cost of speed; `cost`: a file of measured costs, which promised times
-    need. Raises ModelError: M105 for the context, M106."""
+    computes products), at the cost of speed, and each reads a prefix that it shares for itself;
+    `cost`: a file of measured costs, which promised times need. Raises ModelError: M105 for the
+    context, M106."""
 
     context: int | None = None
     running: int = 16
@@ -193,7 +194,8 @@ class Engine:
         are NaN or infinite."""
         logits.wait()
         began, self._began = self._began, time.perf_counter()
-        if not all(c.request.finish for c in batch.chunks):  # else cancelled, perhaps long ago
+        # A cancelled step ended perhaps long ago; of cascaded ones no cost is fitted.
+        if not (logits.groups.nodes or all(c.request.finish for c in batch.chunks)):
             model = self.scheduler.model
             self.scheduler.model = model.corrected(work_of(batch.chunks), self._began - began)
         rows = {r: i for i, r in enumerate(logits.requests) if not r.finish}
@@ -207,12 +209,15 @@ class Engine:
         return [*tokens.items()]
 
     def counts(self) -> dict[str, int]:
-        """What `/metrics` shows of the scheduler."""
-        s = self.scheduler
+        """What `/metrics` shows of the scheduler, and of reads that answers shared."""
+        s, cascade = self.scheduler, self.runner.cascade
+        rows, pages = cascade.totals.tolist()
         return {
             "preemptions_total": s.preemptions, "late_tokens_total": s.late,
             "best_effort_total": self.best_effort, "requests_running": len(s.running),
             "requests_waiting": len(s.waiting), "pages_held": s.pages.held, "pages": s.pages.count,
+            "cascaded_rows_total": rows,
+            "cascade_saved_bytes_total": pages * cascade.page_bytes * len(cascade.pools),
         }  # fmt: skip
 
     def _answer(self, request: Request, token: int, logprob: TokenLogprob | None) -> None:

@@ -35,6 +35,8 @@ from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.paging import positions_kernel
 from tilewright.runtime.step import Step
 from tilewright.runtime.transfer import to_host
+from tilewright.serve.cascade import Cascade
+from tilewright.serve.groups import Groups
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.products import OWN_ROWS
@@ -47,10 +49,11 @@ BUCKET = 64  # rows of recorded parts of a step with prompts are a multiple, and
 
 class Logits:
     """What a step computes for `requests`, those that want a token. On a GPU it may still be under
-    way: `wait` before anything is read. `drawn`: those that it samples; `left`: for the host."""
+    way: `wait` before anything is read. `drawn`: those that it samples; `left`: for the host;
+    `groups`: of the answers, which of them share reads."""
 
     def __init__(self, runner: Runner, chunks: Sequence[Chunk], rows: Any, drawn: Any) -> None:
-        self._runner, self._rows = runner, rows
+        self._runner, self._rows, self.groups = runner, rows, runner.groups
         self.requests = [c.request for c in chunks if c.wants_token]
         self._drawn = [int(r in drawn) for r in self.requests]
         self.left = [r for r in self.requests if not (r in drawn or r.sampling.is_plain_greedy)]
@@ -109,7 +112,8 @@ class Runner:
         self.longest = put(np.full(most, longest, np.int32))
         self.short = put(np.full(most, min(short, longest), np.int32))
         self.table = np.zeros((most, self.width), np.int32)
-        self.block_table = put(self.table.copy())
+        self.cascade = Cascade(model, self.pools, self.table.shape, not limits.invariant)
+        self.block_table = self.cascade.block_table
         self._lengths = np.zeros(most, np.int32)  # what memory of the target holds as `kv_len`
         self.scratch = Scratch()  # all layers of all steps
         self.attentions = {layer.attention for layer in model.layers}
@@ -126,29 +130,36 @@ class Runner:
         computes, PENDING on the host, if it has the same requests."""
         answers = [c for c in chunks if not c.is_prompt]
         prompts, rows = chunks[len(answers) :], len(answers)
-        joined = bool(prompts and answers and self.joins)  # one pass
-        if joined or (rows > 8 and self.model.memory.on_cuda):
-            rows += -rows % (BUCKET if joined else 8)  # filled up with rows of a length below 1
+        if rows > 8 and self.model.memory.on_cuda:
+            rows += -rows % 8  # filled up with rows of a length below 1
+        groups = self.cascade.of(answers, rows)
+        answers = [answers[i] for i in groups.order]
+        joined = bool(prompts and answers and self.joins)  # one pass, in which each reads alone
+        rows += -rows % BUCKET if joined else 0
+        self.groups = Groups(groups.order) if joined else groups
         stops = [c.stop + self._needs_row(c) for c in prompts]
         lengths = [c.start + joined for c in answers] + [joined - 1] * (rows - len(answers)) + stops
         if self._lengths[: len(lengths)].tolist() != lengths:
             self._lengths[: len(lengths)] = lengths
             self._write_ints(self.kv_len, lengths)
-        self._write_table([*range(len(answers)), *range(rows, rows + len(prompts))], chunks)
+        by_row = [*answers, *prompts]
+        self._write_table([*range(len(answers)), *range(rows, rows + len(prompts))], by_row)
         tokens = [c.request.tokens[c.start] for c in answers]
         if answers and not joined and PENDING not in tokens:
             self._write_ints(self.last["token"], tokens)
         # Prompts first: what is copied for them would wait for the step of the answers.
-        read = self._read_prompts(chunks if joined else prompts, stops, rows) if prompts else []
+        read = self._read_prompts(by_row if joined else prompts, stops, rows) if prompts else []
         drawn = self.seats.take(answers, rows) if self.seats and not joined else set()
         if answers and not joined:
-            steps = self._sampling if drawn else self._steps
+            of = self.cascade.steps if groups.nodes else (self._steps, self._sampling)
+            steps = of[bool(drawn)]
             if rows not in steps:
-                [steps[rows]] = self._record(rows, rows, bool(drawn))
+                [steps[rows]] = self._record(rows, rows, drawn, groups.nodes)
             steps[rows]()
             self._lengths[: len(answers)] += 1
-        read = [i for i, c in enumerate(answers) if c.wants_token] + read
-        return Logits(self, chunks, read, drawn)
+            self.cascade.totals += groups[2:]
+        own = zip(np.argsort(groups.order).tolist(), chunks, strict=False)  # the row of each answer
+        return Logits(self, chunks, [row for row, c in own if c.wants_token] + read, drawn)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -263,14 +274,12 @@ class Runner:
             model.finish(last, few, do=call)
         return list(range(first, first + len(ends)))
 
-    def _record(self, answers: int, count: int, samples: bool = False) -> list[Any]:
-        """The step of one row of each of some answers, of which some are sampled (`samples`); or of
-        a `count` of rows, of which those of answers are the first: parts, and between them the
-        arguments of the prompts' attention."""
+    def _record(self, answers: int, count: int, samples: Any = 0, cascaded: Any = 0) -> list[Any]:
+        """The step of one row of each of some answers, of which some are sampled (`samples`) or
+        share reads (`cascaded`); or of a `count` of rows, of which those of answers are the first:
+        parts, and between them the arguments of the prompts' attention."""
         parts, bounds, alone = list[Any](), list[Any](), count == answers
-        # Bits may depend on the lengths of all: the step itself plans the attention of answers.
-        planned = answers > 0 and self.joins and self.model.memory.on_cuda
-        model, rows = self.model, self.model.memory.rows
+        model, rows, planners = self.model, self.model.memory.rows, list[Any]()
         views, plans = (self._kv(0, answers), self._answer_plans(answers)) if answers else ([], {})
 
         def do(kernel: Any, *args: Any, out: Any = None) -> None:
@@ -278,9 +287,10 @@ class Runner:
 
         def attend(layer: int, q: Any, out: Any) -> None:
             attention = model.layers[layer].attention
+            bounds.extend(planners if layer == 0 else ())
             if answers:
                 mine = rows(q, 0, answers), views[layer], rows(out, 0, answers)
-                scratch = None if planned else self.scratch
+                scratch = None if planners else self.scratch
                 bounds.append(attention.bind(*mine, plan=plans[attention], scratch=scratch))
             if not alone:
                 parts.extend((Step(bounds), (layer, q, out)))
@@ -288,12 +298,16 @@ class Runner:
 
         b = self._rows(count, alone and count <= self.few)
         if alone:
-            lengths, table = (rows(x, 0, count) for x in (self.kv_len, self.block_table))
+            of_rows = self.kv_len, self.block_table, self.cascade.base, self.cascade.own
+            *read, own = (rows(x, 0, count) for x in of_rows)
             positions = positions_kernel(PAGE_SIZE, model.name)
-            do(positions, lengths, table, out=(b.position, b.page, b.slot))
-        if planned:
+            do(positions, *read, out=(b.position, b.page, b.slot, own))
+        if cascaded:
+            views, plan, planners = self.cascade.bind(answers)
+            plans = dict.fromkeys(plans, plan)
+        elif answers and self.joins and self.model.memory.on_cuda:  # bits may depend on all lengths
             plans = {x: x.reserve(answers, kv=views[0]) for x in self.attentions}
-            bounds.extend(room.bind(views[0].table) for room in plans.values())
+            planners = [room.bind(views[0].table) for room in plans.values()]
         if not alone:
             model.forward(b, (self.keys, self.values), attend, do)
             return [*parts, Step(bounds)]
