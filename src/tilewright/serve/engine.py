@@ -54,9 +54,9 @@ class Options:
     most 2048); `running`: requests at once; `step_tokens`: tokens of a step; `kv_tokens`: tokens of
     the KV cache (None: four contexts); `share`: pages of equal prefixes are shared; `invariant`:
     the bits of an answer do not depend on what runs beside it (up to 16 answers where torch
-    computes products), at the cost of speed: from eight answers on, and where many share a long
-    prefix, which each then reads for itself; `cost`: a file of measured costs, which promised times
-    need. Raises ModelError: M105 for the context, M106."""
+    computes products), at the cost of speed, and each reads a prefix that it shares for itself;
+    `cost`: a file of measured costs, which promised times need. Raises ModelError: M105 for the
+    context, M106."""
 
     context: int | None = None
     running: int = 16
