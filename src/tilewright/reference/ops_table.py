@@ -5,7 +5,6 @@ NumPy's integers wrap, `//` and `%` by 0 give 0, and a shift beyond the width gi
 the sign. bfloat16 is computed in float32.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import FOLD
+from tilewright.ir.levels.stored import BINARY
 
 UFUNCS: dict[str, np.ufunc] = {
     "sum": np.add,
@@ -23,10 +22,6 @@ UFUNCS: dict[str, np.ufunc] = {
     "max": np.maximum,
     "min": np.minimum,
 }
-BINARY: dict[str, Callable[[Any, Any], Any]] = {
-    **FOLD, "/": operator.truediv, "min": np.minimum, "max": np.maximum, "&": operator.and_,
-    "|": operator.or_, "^": operator.xor, "<<": operator.lshift, ">>": operator.rshift,
-}  # fmt: skip
 UNARY: dict[str, Callable[[Any], Any]] = {
     "-": np.negative, "not": np.logical_not, "exp": np.exp, "exp2": np.exp2, "log": np.log,
     "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "tanh": np.tanh, "sin": np.sin,
