@@ -66,8 +66,7 @@ class KV:
         used = -(-lengths // pool.page_size)
         request = np.repeat(np.arange(table.nodes), used)
         entry = np.arange(len(request)) - np.repeat(np.cumsum(used) - used, used)
-        names = {"csr": "kv_indices", "ragged": "kv_indptr"}
-        name = names.get(table.kind, "block_table")
+        name = {"csr": "kv_indices", "ragged": "kv_indptr"}.get(table.kind, "block_table")
         check_range(name, table.pages(request, entry), 0, pool.pages - 1)
 
     def lengths(self) -> np.ndarray:

@@ -44,8 +44,7 @@ class State:
     ) -> State:
         """The state over no keys: merging with it changes nothing. `like`: an array whose framework
         and device it is of (None: NumPy). Raises ArgumentError[A102, A103, A107]."""
-        sizes = {"tokens": tokens, "qo_heads": qo_heads, "head_dim": head_dim}
-        for name, size in sizes.items():
+        for name, size in {"tokens": tokens, "qo_heads": qo_heads, "head_dim": head_dim}.items():
             check_count(name, size, least=0)
         if dtypes.dtype(dtype) not in _FLOATS:
             raise ArgumentError("A102", f"a state of {dtype}", where="dtype", hint="any float")

@@ -114,8 +114,7 @@ def _as_pages(name: str, seen: View, ndim: int, layout: str) -> View:
     if ndim == 3:
         shape, strides = (shape[0], 1, *shape[1:]), (strides[0], strides[0], *strides[1:])
     elif layout == "HND":
-        shape = (shape[0], shape[2], shape[1], shape[3])
-        strides = (strides[0], strides[2], strides[1], strides[3])
+        shape, strides = (tuple(x[axis] for axis in (0, 2, 1, 3)) for x in (shape, strides))
     if 0 in shape[1:]:
         axis = ("head_dim", "kv_heads", "page_size")[shape[::-1].index(0)]
         raise ArgumentError("A103", f"{name} of shape {seen.shape} has {axis} 0", where=name)

@@ -92,8 +92,7 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     if plan is None:
         rows = torch.arange(kv.requests + 1, dtype=torch.int32) if rows is None else rows
         plan = operator.attn.plan(rows, kv)
-    named = dict(zip(operator.names, values, strict=True))
-    state = operator.attn.run(q, kv, plan, **named)
+    state = operator.attn.run(q, kv, plan, **dict(zip(operator.names, values, strict=True)))
     return state.o, state.lse
 
 

@@ -98,8 +98,7 @@ class JoinBuilder:
         ):
             tensors = self.tables.tensors
             drivers = [d for d in (join.mask, join.first, join.second) if d is not None]
-            formats = [tensors[d.structure].format for d in drivers]
-            raise unmergeable(self.statements[0], formats)
+            raise unmergeable(self.statements[0], [tensors[d.structure].format for d in drivers])
 
     def _product(self) -> ir.Reduce | None:
         """The sum over the join that the statements read. Raises ProgramError[P107] for several, or

@@ -5,7 +5,6 @@ NumPy's integers wrap, `//` and `%` by 0 give 0, and a shift beyond the width gi
 the sign. bfloat16 is computed in float32.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +14,10 @@ from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import FOLD
+from tilewright.ir.levels.stored import BINARY
 
 UFUNCS: dict[str, np.ufunc] = {
     "sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum,
-}  # fmt: skip
-BINARY: dict[str, Callable[[Any, Any], Any]] = {
-    **FOLD, "/": operator.truediv, "min": np.minimum, "max": np.maximum, "&": operator.and_,
-    "|": operator.or_, "^": operator.xor, "<<": operator.lshift, ">>": operator.rshift,
 }  # fmt: skip
 UNARY: dict[str, Callable[[Any], Any]] = {
     "-": np.negative, "not": np.logical_not, "exp": np.exp, "exp2": np.exp2, "log": np.log,

@@ -12,8 +12,7 @@ from tilewright.schedule.tree import unknown
 
 
 def order_axes(program: Program, output: str, *axes: str) -> Program:
-    statement = _statement(program, output)
-    has = {x.name for x in indices_of(statement)}
+    has = {x.name for x in indices_of(_statement(program, output))}
     wrong = [a for a in axes if a not in has]
     if len(set(axes)) < len(axes):
         raise illegal(f"order_axes{axes!r}", "each axis once")

@@ -30,8 +30,8 @@ def split(
     own = tree.axis_name(loop)
     outer_name, inner_name = into or (f"{own}_o", f"{own}_i")
     if f.name in (outer_name, inner_name):
-        hint = "new names"
-        raise illegal(f"split {loop} into {outer_name}, {inner_name}: the name is taken", hint)
+        why = f"split {loop} into {outer_name}, {inner_name}: the name is taken"
+        raise illegal(why, "new names")
     t = f.var.dtype
     zero = ir.Const(0, t)
     outer, inner = ir.Var(outer_name, t), ir.Var(inner_name, t)
@@ -177,8 +177,7 @@ def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
 @tree.on_loops
 def unroll(f: ir.For, loop: str, factor: int = 0) -> ir.Stmt:
     if f.extent is None and factor < 2:
-        hint = "unroll(loop, 4) hints the compiler"
-        raise illegal(f"loop {f.name} has no constant extent", hint)
+        raise illegal(f"loop {f.name} has no constant extent", "unroll(loop, 4) hints the compiler")
     if not factor and f.extent is not None and f.extent > 256:
         raise illegal(f"loop {f.name} would be written out {f.extent} times", "split it first")
     return replace(f, kind="unroll") if not factor else replace(f, unroll_hint=factor)

@@ -179,8 +179,7 @@ def from_metadata(metadata: Mapping[str, Value]) -> Tokenizer:
         out = byte_level(tokens, types, keys.get("tokenizer.ggml.merges", list), pre)
     elif kind == "llama":
         scores = _numbers(metadata, "scores", len(tokens), "f", math.nan)
-        prefix = keys.get("tokenizer.ggml.add_space_prefix", bool, True)
-        out = scored(tokens, types, scores, prefix)
+        out = scored(tokens, types, scores, keys.get("tokenizer.ggml.add_space_prefix", bool, True))
     else:
         hint = "byte-level BPE (gpt2) and scored pieces (llama) are supported"
         raise _unusable(f"model {short(kind)}", "tokenizer.ggml.model", hint)

@@ -218,8 +218,7 @@ def read_json(path: Path, code: str = "M101") -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ModelError(code, f"no JSON: {str(error)[:80]}", where=str(path)) from None
     if not isinstance(values, dict):
-        rule = f"no JSON object of at most {MAX_JSON_BYTES} bytes"
-        raise ModelError(code, rule, where=str(path))
+        raise ModelError(code, f"no JSON object of at most {MAX_JSON_BYTES} bytes", where=str(path))
     return values
 
 

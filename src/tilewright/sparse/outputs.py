@@ -88,8 +88,7 @@ class Update:
         trace.tensors[written.name] = written
         _check_bound(to.coords, value)
         _check_reads_of_updated(to, value, self.op)
-        target = Access(written, to.coords, written.dtype)
-        trace.body.append(_statement(target, value, self.op))
+        trace.body.append(_statement(Access(written, to.coords, written.dtype), value, self.op))
         return written
 
 

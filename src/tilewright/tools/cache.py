@@ -36,7 +36,6 @@ def cache(args: argparse.Namespace) -> int:
         return 0
     for e in entries:
         stamp = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.modified))
-        kind = _KINDS.get(e.kind, e.kind)
-        print(f"{stamp}  {e.nbytes / 1024:8.1f} KiB  {e.key[:12]}  {kind}")
+        print(f"{stamp}  {e.nbytes / 1024:8.1f} KiB  {e.key[:12]}  {_KINDS.get(e.kind, e.kind)}")
     print(f"{len(entries)} entries, {sum(e.nbytes for e in entries) / 2**20:.1f} MiB in {folder}")
     return 0

@@ -1,6 +1,7 @@
 """What levels store: the coordinates of packed arrays, and values at positions that may miss."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,10 @@ def _above(dim: int) -> ir.Var:
     return ir.Var(f"above{dim}", dtypes.int64)
 
 
-_OPERATIONS: dict[str, Any] = {
-    **FOLD, "min": np.minimum, "max": np.maximum, "&": np.bitwise_and, ">>": np.right_shift,
-    "<<": np.left_shift,
+# The operations of two arrays, of those of the evaluator too.
+BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    **FOLD, "/": operator.truediv, "min": np.minimum, "max": np.maximum, "&": operator.and_,
+    "|": operator.or_, "^": operator.xor, "<<": operator.lshift, ">>": operator.rshift,
 }  # fmt: skip
 
 
@@ -63,7 +65,7 @@ def _value(e: Any, known: Arrays, own: Arrays) -> Any:
     if isinstance(e, ir.Cast):
         return _value(e.a, known, own)
     assert isinstance(e, ir.Binary), f"a level has {e} in a loop"
-    return _OPERATIONS[e.op](_value(e.a, known, own), _value(e.b, known, own))
+    return BINARY[e.op](_value(e.a, known, own), _value(e.b, known, own))
 
 
 def row_major(coords: Sequence[np.ndarray], is_entry: np.ndarray) -> np.ndarray:
