@@ -11,6 +11,7 @@ from typing import Any
 
 from tilewright.errors import InternalError
 from tilewright.ir.body import Body
+from tilewright.ir.nodes import COMPARISON
 from tilewright.ir.rewrite import FOLD
 from tilewright.runtime.layout import Struct
 
@@ -160,7 +161,7 @@ def unit_count(count: Count, values: Mapping[str, int]) -> int:
         return count
     if type(count) is str and count in values:
         return values[count]
-    if type(count) is tuple and len(count) == 3 and str(count[0]) in FOLD:
+    if type(count) is tuple and len(count) == 3 and str(count[0]) in FOLD.keys() - COMPARISON:
         name, a, b = count
         return FOLD[name](unit_count(a, values), unit_count(b, values))
     raise InternalError("I101", f"{count!r} is no unit count", hint="run tilewright cache clear")
