@@ -6,8 +6,6 @@ a pair (lo, hi) of integers, a condition an interval in {0, 1}. What cannot be b
 loads from tensors, results that may leave int32) is everything, so that a tile counts as partial.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from tilewright import dtypes

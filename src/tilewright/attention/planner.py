@@ -4,8 +4,6 @@
 there is no C++ compiler. What a mask hides of a request is counted here alone.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from collections.abc import Callable, Mapping

@@ -5,8 +5,6 @@ from one cut to the next. No range lists its tiles: lengths are read when the ke
 last range of a unit works to its end.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -3,8 +3,6 @@
 On the CPU a vector of scores along the keys is one value; on a GPU each thread has one score.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

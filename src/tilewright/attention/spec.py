@@ -1,7 +1,5 @@
 """What an attention kernel is compiled for, and the text that every family's kernels begin with."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

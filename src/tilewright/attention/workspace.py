@@ -9,8 +9,6 @@ A replay plans again from the lengths that are then in memory. Nothing is alloca
 waited for, and no address moves.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from tilewright import dtypes

@@ -5,8 +5,6 @@ finds the row of the work table that a unit belongs to and calls its body. The t
 memory access and matrix tiles, and write the entry.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ a stage finds the row of its CTA. The work table is part of the parameter block:
 to find it, and another matrix changes only the number of CTAs of a launch.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from dataclasses import dataclass, field, replace

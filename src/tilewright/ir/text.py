@@ -3,8 +3,6 @@
 Nodes print themselves through this module, so it knows their classes by name only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any

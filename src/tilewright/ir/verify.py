@@ -1,7 +1,5 @@
 """A verifier for each level. A violation is a bug of a pass (I101), never the user's fault."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache

@@ -4,8 +4,6 @@
 The knob `verify` runs the verifier after each pass; `debug` 3 prints each new program.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The values of expressions where some of what they read is known."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

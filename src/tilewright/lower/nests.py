@@ -6,8 +6,6 @@ statement, its accesses translated by `reads`. A reduction that the statement re
 the outermost loop that binds all its indices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple

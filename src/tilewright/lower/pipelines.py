@@ -1,7 +1,5 @@
 """Passes: loops of kind `pipeline` copy to shared memory for later iterations while they work."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest

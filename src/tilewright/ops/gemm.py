@@ -6,8 +6,6 @@ so that they read the same rows and columns from the L2 cache. On a CPU fragment
 memory. References: CUTLASS (multistage main loop, threadblock swizzle).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal, NamedTuple
 

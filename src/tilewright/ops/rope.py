@@ -5,8 +5,6 @@ elements of a pair are neighbours (`interleaved`), or half a head from each othe
 and sines are computed once, in float64. Source: Su et al., RoFormer (2021), §3.4.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cache

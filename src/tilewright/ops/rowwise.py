@@ -1,8 +1,6 @@
 """Operators of the rows of a matrix: RMSNorm (Zhang and Sennrich, 2019), SiLU or GELU times a
 factor, a scaled array, and the likeliest next token."""
 
-from __future__ import annotations
-
 import math
 from functools import cache
 from typing import Any

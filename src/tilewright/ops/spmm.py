@@ -8,8 +8,6 @@ whose parts share rows (hyb with several column parts); `pack_for_spmm` chooses 
 Reference: SparseTIR (ASPLOS 2023, §4.2), its SpMM on hyb(c, k).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary

@@ -6,8 +6,6 @@ of each other become one, and each may start before the one in front has ended (
 dependent launch), whose end it waits for itself.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """`privatize`: an output with a copy for each group of units, added up in a fixed order."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -7,8 +7,6 @@
 What an earlier prompt or answer has in common with a new prompt is not read again, in full pages.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import secrets

@@ -1,7 +1,5 @@
 """Allocates a model's arrays: NumPy on the CPU, device memory on a GPU. Needs no torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

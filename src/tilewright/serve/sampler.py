@@ -1,8 +1,6 @@
 """The sampler: the next tokens of requests by their logits, seeds and positions in the answer, not
 by the batch; in one native call, or on a GPU in a recorded step (`kernels/sample.h`)."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from collections.abc import Sequence

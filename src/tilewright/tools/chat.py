@@ -1,7 +1,5 @@
 """`tilewright demo`, `chat` and `serve`: a language model on Tilewright's kernels."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import logging

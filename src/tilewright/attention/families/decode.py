@@ -2,8 +2,6 @@
 
 Template: kernels/decode.cuh. `attention/ranges.py` cuts the work of a batch."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -3,8 +3,6 @@
 Template: kernels/prefill_hopper.cuh. Items have up to 128 packed rows; persistent CTAs draw them in
 the order of the plan."""
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ The operators are those of `ops` and `attention`; this file has their order. Buf
 and the batch belong to `runner.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
