@@ -61,6 +61,7 @@ class Loop:
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         owned = torch.arange(seats * pages, dtype=torch.int32, device=device)
         self.table = owned.view(seats, pages)
+        self.ends = torch.arange(seats + 1, dtype=torch.int32, device=device)  # graphs read it
         tables = c.rope.tables(context, c.head_dim)
         self.cos, self.sin = (torch.from_numpy(t).to(device, dtype) for t in tables)
         self.attend: Callable[..., Any] = _flash_attention if self.on_gpu else _torch_attention
@@ -127,9 +128,8 @@ class Loop:
         for size in sorted({n for n in (1, 2, 4, 8, *range(16, seats, 16)) if n < seats} | {seats}):
             rows = [Row(seat, [0], 0) for seat in range(size)]
             ints = self._ints(rows)
-            fixed = torch.arange(size + 1, dtype=torch.int32, device=self.device)
 
-            def run(ints: Any = ints, fixed: Any = fixed) -> Any:
+            def run(ints: Any = ints, fixed: Any = self.ends[: size + 1]) -> Any:
                 ids, position, seat = ints
                 slot = seat * (self.table.shape[1] * PAGE) + position
                 lengths = (position + 1).int()

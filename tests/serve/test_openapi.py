@@ -11,13 +11,13 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck
 
-from tilewright.serve.engine import LLM
-
 pytest.importorskip("fastapi", reason="the server needs the serve extra")
 pytest.importorskip("uvicorn", reason="the server needs the serve extra")
 pytest.importorskip("openai", reason="clients of the tests")
 
 from tests.serve.test_api import PATIENCE_S, serving
+
+from tilewright.serve.engine import LLM
 
 schemathesis: Any = pytest.importorskip(
     "schemathesis", reason="schemathesis makes requests of the OpenAPI document"

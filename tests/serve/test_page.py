@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from tilewright.serve.api import ServerLimits
-from tilewright.serve.engine import LLM
-
 pytest.importorskip("fastapi", reason="the server needs the serve extra")
 pytest.importorskip("uvicorn", reason="the server needs the serve extra")
 pytest.importorskip("openai", reason="clients of the tests")
 
 from tests.serve.test_api import PATIENCE_S, serving, until
+
+from tilewright.serve.api import ServerLimits
+from tilewright.serve.engine import LLM
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 BINARY = next(filter(None, map(shutil.which, NAMES)), None)
