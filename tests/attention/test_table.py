@@ -7,7 +7,7 @@ import pytest
 from tests.attention.cases import TYPES, arrays_of, paged
 
 import tilewright as tw
-from tilewright.attention import reference
+from tilewright.attention import planner, reference
 from tilewright.attention.table import MAX_KEYS, Table
 from tilewright.errors import ArgumentError
 from tilewright.toolchain import compilers
@@ -327,6 +327,7 @@ def test_tensors_of_each_dtype_without_a_compiler(rng, monkeypatch, dtype):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(compilers, "has_compiler", lambda: False)
     monkeypatch.setattr(compilers, "warn_of_interpreter", lambda: None)
+    monkeypatch.setattr(planner, "native", lambda: None)
     q, k, v = (
         torch.from_numpy(rng.standard_normal((5, heads, 16))).to(getattr(torch, dtype))
         for heads in (4, 2, 2)

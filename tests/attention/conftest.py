@@ -1,0 +1,10 @@
+"""The planner's library is cached for a process: it is built before a test changes what it is of."""
+
+import pytest
+
+from tilewright.attention import planner
+
+
+@pytest.fixture(autouse=True, scope="session")
+def library_of_the_planner() -> None:
+    planner.native()
