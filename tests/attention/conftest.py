@@ -1,4 +1,4 @@
-"""The planner's library is cached for a process: it is built before a test changes what it is of."""
+"""The planner's library is cached: it is built before a test changes what it is made of."""
 
 import pytest
 
