@@ -19,6 +19,7 @@ from tests.compiler.cases import (
     pack,
     stored,
 )
+from tests.compiler.replay import replay
 
 import tilewright as tw
 from tilewright.errors import ScheduleError
@@ -30,7 +31,6 @@ from tilewright.ops.gemm import Tile, gpu_recipe
 from tilewright.ops.gemm import recipe as gemm_recipe
 from tilewright.ops.linear import linear_kernel
 from tilewright.ops.spmm import recipe as spmm_recipe
-from tilewright.schedule import replay
 from tilewright.toolchain import nvrtc
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a")

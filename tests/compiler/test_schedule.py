@@ -24,11 +24,11 @@ from tests.compiler.cases import (
     spmm_t,
 )
 from tests.compiler.legality import accepted
+from tests.compiler.replay import replay
 
 import tilewright as tw
 from tilewright.errors import ScheduleError
 from tilewright.reference.evaluate import evaluate
-from tilewright.schedule import replay
 from tilewright.toolchain import compilers, nvrtc
 
 PROGRAMS = (spmm, spmm_t, row_max, sddmm, softmax, rgcn, gemm, rmsnorm)

@@ -155,7 +155,7 @@ def test_logits_that_are_no_numbers(on_gpu: bool):
 
 
 def test_rows_are_written_where_requests_change(on_gpu: bool, monkeypatch: pytest.MonkeyPatch):
-    """Not for a step behind another; again where one goes, or where a token is computed again."""
+    """Not for a step behind another; where one goes, comes, or where a token is computed again."""
     x = np.random.default_rng(2).normal(0, 1, (3, 300)).astype(np.float32)
     rows, writes = Rows(x, "float32", on_gpu), []
     write = rows.seats._memory.write
@@ -174,7 +174,21 @@ def test_rows_are_written_where_requests_change(on_gpu: bool, monkeypatch: pytes
                 request.counts[drawn[i]] += 1
         return len(writes)
 
-    assert [step([first, None, second]) for _ in range(3)] == [1, 0, 0]
+    assert [step([first, None, second]) for _ in range(3)] == [2, 0, 0]
     first.counts[first.tokens.pop()] -= 1
     assert [step([first, None, second]) for _ in range(2)] == [1, 0]
-    assert [step([second, None]), step([second, first, None]), step([second])] == [1, 1, 0]
+    assert [step([second, None]), step([second, first, None]), step([second])] == [1, 2, 0]
+
+
+def test_rows_behind_a_step_that_samples_nobody(on_gpu: bool):
+    """A smaller step without samples leaves rows as they are: the next larger one clears them."""
+    x = np.random.default_rng(5).normal(0, 1, (3, 300)).astype(np.float32)
+    rows, how = Rows(x, "float32", on_gpu), Sampling(temperature=1.0)
+    one, two, last = (Request(i, [1, 2], how, seed=i) for i in (6, 7, 8))
+    rows.draw([one, two, last])
+    rows.draw([None, None])  # of greedy answers; nothing is launched for it
+    last.tokens.append(1)  # preempted and admitted again, it comes back behind the two
+    rows.seats._memory.write(rows.tokens, np.full((2, 3), -7))
+    tokens, drawn = rows.draw([None, None, last])
+    assert tokens[:2] == [-7, -7]
+    assert drawn[2] == sample([last], [x[2]])[0][0]

@@ -219,7 +219,7 @@ class Graph:
     def __init__(self, launches: Sequence[Any]) -> None:
         """Raises BuildError[B104]."""
         api, self.launches = driver(), tuple(launches)
-        own = next(one for one in launches if isinstance(one, Launch))
+        own, *_ = (one for one in launches if isinstance(one, Launch))
         self.device = own.function.module.device
         self._handle = 0
         self.device.activate()

@@ -487,11 +487,3 @@ class Schedule:
         """Whether there is a loop of that name (in one nest)."""
         chosen = self.nests if nest is None else (self._nest(nest),)
         return any(has_loop(n.body, loop) for n in chosen)
-
-
-def replay(schedule: Schedule, steps: tuple[Step, ...]) -> Schedule:
-    """Apply recorded steps to another schedule with the same loops."""
-    for step in steps:
-        schedule = replace(schedule, selected=step.nests)
-        schedule = getattr(schedule, step.verb)(*step.args, **dict(step.options))
-    return schedule

@@ -3,7 +3,7 @@ a recorded step captures them among its own launches. torch is optional."""
 
 from __future__ import annotations
 
-import importlib.util
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,14 @@ def products_of(file: ModelFile, target: Target) -> Products | None:
     """What computes products of many rows: None for our own layers, where torch has no GPU, weights
     are quantised, or results are normalised before they are added."""
     kinds = {w.kind for w in file.tensors.values() if len(w.shape) == 2}
-    usable = target.is_cuda and kinds in ({"f32"}, {"bf16"}) and not file.config.post_norms
-    if not usable or importlib.util.find_spec("torch") is None:
-        return None
-    import torch
+    if target.is_cuda and kinds in ({"f32"}, {"bf16"}) and not file.config.post_norms:
+        with suppress(ImportError, OSError):  # OSError: its own libraries are absent
+            import torch
 
-    return Products("cuda", STORED[kinds.pop()]) if torch.cuda.is_available() else None
+            # Products of older ones have no `out_dtype`.
+            if torch.__version__ >= "2.9" and torch.cuda.is_available():
+                return Products("cuda:0", STORED[kinds.pop()])
+    return None
 
 
 class Products:
@@ -54,12 +56,12 @@ class Products:
     def bind(self, *args: Any, out: Any) -> Product:
         """A product for a recorded step. What torch makes at the first of a shape is made now,
         which writes `out`."""
-        made, shape = Product(self, args, out), (args[0].shape, args[1].shape, out.dtype)
-        if self.stream and shape not in self._known:
-            self._known.add(shape)
+        made, kinds = Product(self, args, out), [(a.shape, str(a.dtype)) for a in (*args, out)]
+        if self.stream and (shape := tuple(kinds)) not in self._known:
             self.torch.cuda.synchronize()  # a step under way reads what this writes
             made.run(0)
             self.torch.cuda.synchronize()
+            self._known.add(shape)
         return made
 
 

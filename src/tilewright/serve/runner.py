@@ -61,8 +61,10 @@ class Logits:
 
     def wait(self) -> None:
         """Returns when the step has ended; `tokens` are those that it has drawn, -1 where no token
-        can be, and else those of the largest logits."""
+        can be, and else those of the largest logits. Raises ArgumentError[A109] of its plan."""
         self.tokens: list[int] = self._tokens().reshape(2, -1)[self._drawn, self._rows].tolist()
+        for room in self._runner.rooms:
+            room.check()
 
     def row(self, i: int) -> np.ndarray:
         """The logits of request i, float32 (vocab,); valid until the next step."""
@@ -122,6 +124,7 @@ class Runner:
         self._steps: dict[int, Step] = {}  # by rows, where none is sampled
         self._sampling: dict[int, Step] = {}
         self._parts: dict[tuple[int, int], list[Any]] = {}
+        self.rooms: list[Any] = []  # workspaces in which recorded steps plan
         self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
     def run(self, chunks: Sequence[Chunk]) -> Logits:
@@ -308,6 +311,7 @@ class Runner:
         elif answers and self.joins and self.model.memory.on_cuda:  # bits may depend on all lengths
             plans = {x: x.reserve(answers, kv=views[0]) for x in self.attentions}
             planners = [room.bind(views[0].table) for room in plans.values()]
+        self.rooms += dict.fromkeys(plans.values()) if planners else ()
         if not alone:
             model.forward(b, (self.keys, self.values), attend, do)
             return [*parts, Step(bounds)]

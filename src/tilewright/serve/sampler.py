@@ -96,6 +96,9 @@ class Seats:
         count = logits.shape[0]
         self._rows = memory.put(np.zeros((count, ROW.size), np.uint8))
         self._scores: Any = None  # until a step samples
+        if memory.on_cuda:  # compiled here, not while answers wait
+            text, gpu = source("sample_gpu.cuh"), self._rows.device.ordinal
+            self._kernel = loaded(text, gpu, "sample_rows", "sampler")
         self._edits: list[Any] = [None] * count
         self._held: list[Any] = [None] * count  # request and position of each row there, or None
 
@@ -108,21 +111,25 @@ class Seats:
             is_left = how.is_plain_greedy or how.schema or how.logprobs is not None
             if c.wants_token and not is_left:
                 seats[i] = c.request, c.request.answered
-        if any(seats) and self._held[:count] != seats:
-            self._write(seats)
-        self._held[:count] = [seat and (seat[0], seat[1] + 1) for seat in seats]
+        if any(seats):  # a step that samples nobody changes no row there
+            for i in (i for i, seat in enumerate(seats) if seat != self._held[i]):
+                self._write(i, seats[i])
+            self._held[:count] = [seat and (seat[0], seat[1] + 1) for seat in seats]
         return {seat[0] for seat in seats if seat}
 
-    def _write(self, seats: list[Any]) -> None:
-        memory, buffer = self._memory, np.zeros((len(seats), ROW.size), np.uint8)
-        for i, seat in enumerate(seats):
-            if seat:
-                edits, logits = _edits(seat[0]), memory.rows(self._logits, i, i + 1)
-                # The step adds the tokens that it draws, for penalties.
-                room = min(seat[0].sampling.max_tokens, self._logits.shape[1]) + 1
-                self._edits[i] = memory.put(np.pad(edits.view(np.int32), (0, 4 * room)))
-                _pack(buffer[i], seat[0], logits, len(edits), view(self._edits[i]).pointer)
-        memory.write(memory.rows(self._rows, 0, len(seats)), buffer)
+    def _write(self, i: int, seat: Any) -> None:
+        memory, row, edits, held = self._memory, np.zeros((1, ROW.size), np.uint8), 0, None
+        if seat:
+            how, found, logits = seat[0].sampling, _edits(seat[0]), self._logits
+            # With penalties the step adds the tokens that it draws, also one that nobody waits for.
+            counts = how.presence_penalty or how.frequency_penalty or how.repetition_penalty != 1
+            room = min(how.max_tokens - seat[1], logits.shape[1]) + 2 if counts else 0
+            if edits := len(found) + room:
+                held = memory.put(np.pad(found.view(np.int32), (0, 4 * room)))
+            at = view(held).pointer if edits else 0
+            _pack(row[0], seat[0], memory.rows(logits, i, i + 1), len(found), at)
+        memory.write(memory.rows(self._rows, i, i + 1), row)
+        self._edits[i] = held
 
     def bind(self, count: int) -> Any:
         """The launch that samples the first rows. Raises BuildError."""
@@ -130,9 +137,7 @@ class Seats:
         self._scores = self._scores or self._memory.empty(most, 2 * vocab, dtype="int32")
         rows, scores, tokens = (view(x).pointer for x in (self._rows, self._scores, self._tokens))
         block = PARAMS.pack(rows=rows, scores=scores, tokens=tokens, drawn=tokens + 4 * most)
-        ordinal, text = self._rows.device.ordinal, source("sample_gpu.cuh")
-        function = loaded(text, ordinal, "sample_rows", "sampler")
-        return function.prepare((count, 1, 1), (THREADS, 1, 1), 0, block, overlaps=True)
+        return self._kernel.prepare((count, 1, 1), (THREADS, 1, 1), 0, block, overlaps=True)
 
 
 def _edits(request: Request) -> np.ndarray:
