@@ -12,7 +12,7 @@ linear layers read rows of answers and of prompts by different kernels, each of 
 alone; attention has a kernel for one query and one for several, and a prompt never takes the first:
 its chunk is read with a row more where a work item would have one query. Keys are divided as if
 every answer were as long as the context, and every prompt short. (On GPUs this holds for answers;
-rows of a prompt may differ in last bits where it is cut otherwise.)
+rows of a prompt may differ in last bits by how it is cut, a library's by what is read beside it.)
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--running": {"type": int, "default": 16, "help": "requests answered at once"},
     "--step-tokens": {"type": int, "default": 256, "help": "tokens of one step"},
     "--kv-tokens": {"type": int, "help": "tokens of the KV cache"},
-    "--fast": {"action": "store_true", "help": "faster batches from 8 on, not equal to the bit"},
+    "--fast": {"action": "store_true", "help": "faster batches, not equal to the bit"},
     "--name": {"help": "the model's name in the API (default: the file's)"},
     "--host": {"default": "127.0.0.1"},
     "--port": {"type": int, "default": 8000},
