@@ -52,9 +52,8 @@ class Options:
     most 2048); `running`: requests at once; `step_tokens`: tokens of a step; `kv_tokens`: tokens of
     the KV cache (None: four contexts); `share`: pages of equal prefixes are shared; `invariant`:
     the bits of an answer behind equal keys do not depend on what runs beside it (up to 16 answers
-    where torch computes products), at a tenth of the speed there, and each reads a shared prefix;
-    `cost`: a file of measured costs, which promised times need. Raises ModelError: M105 for the
-    context, M106."""
+    where torch computes products), at a tenth of the speed there; `cost`: a file of measured costs,
+    which promised times need. Raises ModelError: M105 for the context, M106."""
 
     context: int | None = None
     running: int = 16

@@ -84,8 +84,7 @@ class Rows:
     """The packed rows of a step: where the model reads tokens and writes activations.
 
     `few`: linear layers take the kernel of one row, not that of many rows or the products of a
-    library. Each of the two kernels gives a row the same bits for any number of rows; a
-    library may not.
+    library. Of the two kernels, not of a library, a row has the same bits for any number of rows.
     `ids`, `position`, `page`, `slot`: int32 (tokens,). `a`: arrays of `Llama.activations`.
     """
 
