@@ -180,7 +180,7 @@ def test_rows_are_written_where_requests_change(on_gpu: bool, monkeypatch: pytes
     assert [step([second, None]), step([second, first, None]), step([second])] == [1, 2, 0]
 
 
-def test_rows_behind_a_step_that_samples_nobody(on_gpu: bool):
+def test_rows_behind_a_step_without_samples(on_gpu: bool):
     """A smaller step without samples leaves rows as they are: the next larger one clears them."""
     x = np.random.default_rng(5).normal(0, 1, (3, 300)).astype(np.float32)
     rows, how = Rows(x, "float32", on_gpu), Sampling(temperature=1.0)

@@ -75,7 +75,7 @@ def cpp_source() -> str:
 
 def native() -> ctypes.CDLL | None:
     """The library of the planner; None where there is no C++ compiler."""
-    return _library() if compilers.has_compiler() else None
+    return _library() if _library.cache_info().currsize or compilers.has_compiler() else None
 
 
 @functools.cache

@@ -39,8 +39,8 @@ class Products:
         self.torch, self.device, self.dtype = torch, device, dtype
         self.name = f"torch {torch.__version__}"
         # On which steps are captured: torch keeps the memory that cuBLAS needs for each stream.
-        self.stream = None if device == "cpu" else torch.cuda.Stream()
-        self._known: set[Any] = set()  # shapes of products that torch was asked for before
+        self.stream = None if device == "cpu" else torch.cuda.Stream(device)
+        self._known: set[Any] = set()  # shapes of products that torch has computed
 
     def empty(self, rows: int, width: int, dtype: str) -> Any:
         return self.torch.zeros(rows, width, dtype=getattr(self.torch, dtype), device=self.device)
@@ -58,9 +58,9 @@ class Products:
         which writes `out`."""
         made, kinds = Product(self, args, out), [(a.shape, str(a.dtype)) for a in (*args, out)]
         if self.stream and (shape := tuple(kinds)) not in self._known:
-            self.torch.cuda.synchronize()  # a step under way reads what this writes
+            self.torch.cuda.synchronize(self.device)  # a step under way reads what this writes
             made.run(0)
-            self.torch.cuda.synchronize()
+            self.torch.cuda.synchronize(self.device)
             self._known.add(shape)
         return made
 

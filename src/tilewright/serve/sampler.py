@@ -111,7 +111,7 @@ class Seats:
             is_left = how.is_plain_greedy or how.schema or how.logprobs is not None
             if c.wants_token and not is_left:
                 seats[i] = c.request, c.request.answered
-        if any(seats):  # a step that samples nobody changes no row there
+        if any(seats):  # a step without samples changes no row there
             for i in (i for i, seat in enumerate(seats) if seat != self._held[i]):
                 self._write(i, seats[i])
             self._held[:count] = [seat and (seat[0], seat[1] + 1) for seat in seats]
@@ -121,7 +121,7 @@ class Seats:
         memory, row, edits, held = self._memory, np.zeros((1, ROW.size), np.uint8), 0, None
         if seat:
             how, found, logits = seat[0].sampling, _edits(seat[0]), self._logits
-            # With penalties the step adds the tokens that it draws, also one that nobody waits for.
+            # With penalties the step adds the tokens that it draws, also one computed in vain.
             counts = how.presence_penalty or how.frequency_penalty or how.repetition_penalty != 1
             room = min(how.max_tokens - seat[1], logits.shape[1]) + 2 if counts else 0
             if edits := len(found) + room:

@@ -36,7 +36,7 @@ class Scratch:
         """float32 for partial results, and int32 counters, which are 0 between calls; at least of
         these sizes. Raises ArgumentError[A105] for an array on another device than before."""
         if others := {view(x).device for x in self.arrays} - {view(like).device}:
-            raise ArgumentError("A105", f"queries are not on {others}", where="scratch")
+            raise ArgumentError("A105", f"queries are not on {others.pop()}", where="scratch")
         held = [view(array).size for array in self.arrays] or [0, 0]
         if not self.arrays or any(map(gt, sizes, held)):
             kinds = zip(map(max, sizes, held, (1, 1)), (dtypes.float32, dtypes.int32), strict=True)

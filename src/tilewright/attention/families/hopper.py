@@ -169,7 +169,7 @@ _KEYS = {"at.kv", "at.key", "s"}  # what differs between the keys of a row
 def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
     """Constants and methods of what a kernel computes beside its products (prefill_hopper.cuh): a
     score or outer · tanh(score / inner), plus slope · (key − row); keys up to the limit of a row.
-    Other hooks are computed as they stand, with nothing under way."""
+    Other hooks are computed as they are written, with nothing under way."""
     e, outer, inner, slope, distance = spec.traced.logits, ONE, ONE, ONE, ZERO
     lies, below, rest = not spec.table.kv_base, [], []
     match e:
