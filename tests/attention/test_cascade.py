@@ -20,7 +20,7 @@ from tilewright import knobs
 from tilewright.attention import plan as plans
 from tilewright.attention import planner, ranges
 from tilewright.attention import report as reports
-from tilewright.attention.families import cpu, decode
+from tilewright.attention.families import cpu, decode, hopper
 from tilewright.attention.plan import ITEMS
 from tilewright.attention.spec import (
     PARTIALS,
@@ -274,6 +274,21 @@ def test_thread_sanitizer_finds_nothing(tmp_path):
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("variant", [tw.Causal(), tw.SlidingWindow() | tw.Alibi()])
+def test_cubins_of_a_launch_in_front(variant):
+    """Of it and of the decode kernel behind it; and of that which walks in spite of its plan."""
+    spec = spec_of(4, 128, "bfloat16", "bfloat16", variant, shared=1)
+    texts = [decode.source(spec, 8, 1, kind) for kind in (decode.STATES, decode.WALKED)]
+    for text in (*texts, *(hopper.shared_source(spec, n) for n in (1, 16))):
+        used = compile_cuda(text, "sm_90a").resources["stage0"]
+        assert used.spill_bytes == 0 and 0 < used.registers <= 255
+    text = (
+        texts[0] + f'\nstatic_assert(attention::SMEM_BYTES == {decode.smem_bytes(spec, 1, 1)}, "");'
+    )
+    nvrtc.compile_cuda(text, arch="sm_90a", headers=cuda_headers())
+
+
+@needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_cubins_of_shared_keys(arch):
     spec = spec_of(4, 128, "bfloat16", "bfloat16", tw.Causal(), shared=1)
@@ -320,6 +335,12 @@ def close(case: Case, o: np.ndarray, lse: np.ndarray, text: str = "") -> None:
     np.testing.assert_allclose(lse, wanted_lse, rtol=2e-3, atol=4e-3, err_msg=f"{text} {case}")
 
 
+def _set_costs(monkeypatch: Any, cost: int) -> None:
+    """Of joining states, of units of the decode kernel and of a launch in front of it."""
+    for name in ("JOIN_COST", "APART_COST"):
+        monkeypatch.setattr(ranges, name, cost)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -329,7 +350,7 @@ def test_against_the_oracle(rng, monkeypatch, shape, depth, workers):
     from tilewright.runtime.cuda import DeviceArray
 
     for cost in (-(1 << 30), 1, 1 << 30):
-        monkeypatch.setattr(ranges, "JOIN_COST", cost)
+        _set_costs(monkeypatch, cost)
         case = drawn(rng, shape, depth, page_size=int(rng.choice([1, 7, 16])))
         kv, q, arrays = on_gpu(case)
         attn = oracle.attention_of(case)
@@ -350,7 +371,7 @@ def test_plans_of_the_device_agree_exactly(rng, monkeypatch):
     from tilewright.runtime.cuda import DeviceArray
 
     for cost, depth in itertools.product((-(1 << 30), 1, 20), (1, 2, 3)):
-        monkeypatch.setattr(ranges, "JOIN_COST", cost)
+        _set_costs(monkeypatch, cost)
         planner.cuda_source.cache_clear()
         case = drawn(rng, SHAPES[0], depth)
         kv, _, _ = on_gpu(case)
@@ -365,7 +386,7 @@ def test_plans_of_the_device_agree_exactly(rng, monkeypatch):
         for name in ("begin", "end", "level"):
             np.testing.assert_array_equal(nodes[name], plan.nodes[name])
         read = plan.nodes["begin"] < plan.nodes["end"]
-        for name in ("base", "outer", "states"):
+        for name in ("base", "outer", "states", "joined", "chunks", "item", "row"):
             np.testing.assert_array_equal(nodes[name][read], plan.nodes[name][read])
     planner.cuda_source.cache_clear()
 

@@ -29,7 +29,7 @@ SCALARS = {"window": {"window": 1000}, "two ranges": {"window": 700, "first": 4}
            "three ranges": {"window": 150, "first": 4}, "causal": {}}  # fmt: skip
 
 
-def compiled(variant, shared=0):
+def compiled(variant, shared=0, kind=decode.UNITS):
     """A function that writes (node, first row of q, rows, head, tile) of each step of a CTA, the
     node that has the tile; -1 as the tile where a unit ends, with the node of the unit."""
     spec = spec_of(GROUP, 64, "float16", "float16", variant, table_indptr="", shared=shared)
@@ -38,6 +38,8 @@ def compiled(variant, shared=0):
         "G": GROUP, "HEAD_BLOCK": together, "TILE": TILE, "MAX_KEYS": MAX_KEYS,
         "LEVELS": shared + 1, "NARROW_ROWS": ranges.NARROW_ROWS,
         "WIDE_TOKENS": ranges.WIDE_ROWS // GROUP, "MOST_ROWS": ranges.WIDE_ROWS,
+        "UNITS": decode.UNITS, "STATES": decode.STATES, "WALKED": decode.WALKED, "SHARED": kind,
+        "OF_UNITS": int(shared > 0 and kind == decode.UNITS),
     }  # fmt: skip
     source = "\n".join(
         (

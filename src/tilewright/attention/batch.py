@@ -27,7 +27,7 @@ from tilewright.attention.checks import (
     named_view,
     ordinal_of,
 )
-from tilewright.attention.families import Call, Family, Scratch
+from tilewright.attention.families import Call, Family, Scratch, hopper
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
 from tilewright.attention.plan import Plan
@@ -135,7 +135,9 @@ class Attention:
         size = (spec.head_dim + spec.head_dim_vo) * spec.kv.itemsize
         batch = Batch(lengths, size, reasons, gpu.name if gpu else "")
         numbers = tuple((n, v) for n, v in values.items() if is_number(v))
-        shape = _shape_of(self, family, family.qo_tile(spec), numbers)
+        apart = table.form.shared and family.device == "cuda"
+        block = hopper.shared_block(spec, pool, gpu.arch) if apart else 0
+        shape = _shape_of(self, family, family.qo_tile(spec), numbers, block)
         result = plan.make(indptr, lengths, shape, workers, table.tree(lengths), batch)
         if gpu is not None:
             result.on_device(ordinal_of(table.device))
@@ -157,11 +159,15 @@ class Attention:
         if kv is not None:
             check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         heads = (self.kv_heads, self.group, self.head_dim)
-        room = Workspace(heads, max_requests, max_tokens, device, workers, shared)
+        form, pool = (kv.table.form, kv.pool) if kv else (TableForm(shared=shared), None)
+        kind = kv.dtype if kv else dtypes.bfloat16
+        spec = _spec_of(self, (kind, kind, kind), form)
+        block_of = functools.partial(hopper.shared_block, spec, pool)
+        room = Workspace(heads, max_requests, max_tokens, device, workers, shared, block_of)
         shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())
         room.most_tiles = planner.most_visible_tiles(shape, room.longest)
         if kv is not None:
-            room.load(_spec_of(self, (kv.dtype, kv.dtype, kv.dtype), kv.table.form))
+            room.load(spec, kv.pool.page_size)
         return room
 
     def resolve(self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None) -> Resolution:
@@ -345,13 +351,14 @@ def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableFor
 
 @functools.lru_cache(512)
 def _shape_of(
-    attn: Attention, family: Family, qo_tile: int, values: tuple[tuple[str, Any], ...]
-) -> plan.Shape:
+    attn: Attention, family: Family, qo_tile: int, values: tuple[tuple[str, Any], ...],
+    block: int = 0,
+) -> plan.Shape:  # fmt: skip
     """What a planner must know, with the scalars that are fixed or among `values`."""
     known = {n: v for n, v in (*attn.variant.fixed, *values) if is_number(v)}
     return plan.Shape(
         family.name, attn.kv_heads, attn.group, traced_of(attn.variant).mask, known, qo_tile,
-        family.splits, family.ctas_per_sm, family.order,
+        family.splits, family.ctas_per_sm, family.order, block,
     )  # fmt: skip
 
 

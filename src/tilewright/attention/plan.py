@@ -41,7 +41,7 @@ MAX_WORKERS = 1 << 16
 CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
 
-_NUMBERS = ("kv_heads", "qo_tile", "workers", "slots", "counters", "group")
+_NUMBERS = ("kv_heads", "qo_tile", "workers", "slots", "counters", "group", "block")
 _ARRAYS = {
     "items": ITEM.numpy, "qo_indptr": np.dtype(np.int32), "cuts": CUT.numpy, "nodes": NODE.numpy,
 }  # fmt: skip
@@ -67,7 +67,8 @@ class Plan:
     `qo_tile` is the most queries an item has; `slots` and `counters` size the work space; `workers`
     are threads or SMs; `imbalance` is the longest worker's estimated work over the mean. `longest`:
     the most queries of a request; `nodes`: an array of `NODE` where requests share keys, `group`:
-    query heads of a KV head, which packs their rows; `tensors`: what `on_device`
+    query heads of a KV head, which packs their rows; `block`: where a launch in front does shared
+    keys the queries of an item of it, else 0; `tensors`: what `on_device`
     has copied to GPUs; `batch`: what `report` needs.
 
     Kernels trust a plan, so one that was not planned here is checked when it is constructed (see
@@ -87,6 +88,7 @@ class Plan:
     cuts: np.ndarray = field(default_factory=lambda: _NO_CUTS)
     nodes: np.ndarray = field(default_factory=lambda: _NO_NODES)
     group: int = 1
+    block: int = 0
     batch: Batch | None = field(default=None, repr=False)
     tensors: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
     longest: int = field(default=0, init=False, repr=False)
@@ -217,7 +219,8 @@ def make(
         work = _items(*args)
     return Plan(
         **work, qo_indptr=indptr, nodes=nodes, kv_heads=shape.kv_heads, qo_tile=shape.qo_tile,
-        workers=workers, family=shape.family, group=shape.group, batch=batch, planned=True,
+        workers=workers, family=shape.family, group=shape.group, block=shape.block, batch=batch,
+        planned=True,
     )  # fmt: skip
 
 
@@ -327,7 +330,7 @@ def check(plan: Plan) -> None:
     indptr, items = plan.qo_indptr, plan.items
     from_zero = len(indptr) and indptr[0] == 0 and rises(indptr)
     _require(from_zero, "qo_indptr does not rise from 0")
-    limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group)
+    limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group, plan.block + 1)
     _require(min(limits) >= 1 and max(limits) < 2**31, "its numbers are out of range")
     _require(_is_tree(plan.nodes, plan.requests), "its nodes are no tree of the requests")
     first, last = _rows_of_nodes(indptr, plan.nodes)
@@ -336,6 +339,16 @@ def check(plan: Plan) -> None:
         own = plan.nodes["states"] >> plan.nodes["level"] & 1
         links = (ranges.linked(plan.nodes, own)[0] == plan.nodes).all()
         _require(links and own[len(own) - plan.requests :].all(), "its nodes are not linked")
+        chunks, (item, row) = (
+            plan.nodes["chunks"],
+            ranges.numbers(plan.nodes, last - first, plan.kv_heads, plan.block),
+        )
+        apart = own * (last > first) * (plan.block > 0)
+        apart[len(own) - plan.requests :] = 0
+        fits = ((chunks > 0) == apart).all() and (item == plan.nodes["item"]).all()
+        _require(
+            fits and (row == plan.nodes["row"]).all(), "its items of shared keys are not right"
+        )
         units *= ranges.row_blocks(last - first, plan.group, plan.nodes)[0]
     _require(ranges.is_sound(plan.cuts, units), "its cuts do not cover the batch")
     if not len(items):

@@ -16,6 +16,7 @@ HEAD_BLOCK = 8  # KV heads of a range, at most: its CTAs read the same pages at 
 TILE_COST, UNIT_COST = 4, 2  # of a tile, and of starting and finishing a unit
 WIDE_COST, SNAP = 6, 2  # of a tile of a wide unit; its parts are multiples of so many tiles
 JOIN_COST = 28  # of joining states of shared keys with those of their requests, in one CTA
+APART_COST, CHUNK_TILES = 8, 2  # of a launch in front that makes them; the fewest tiles of a chunk
 
 CUT = Struct("Cut", [(name, "int32") for name in ("node", "unit", "tile", "first", "last")])
 """Where a range begins: a unit of a node and a tile of it. `first` and `last` are the ranges that
@@ -40,37 +41,57 @@ def row_blocks(
     A node has none without readers, or where a plan (`nodes`) says that they walk it themselves."""
     wide = queries * group > NARROW_ROWS
     blocks = np.where(wide, -(-queries // (WIDE_ROWS // group)), queries > 0)
-    return blocks if nodes is None else blocks * (nodes["states"] >> nodes["level"] & 1), wide
+    if nodes is not None:  # nor where a launch in front does it
+        blocks = blocks * (nodes["states"] >> nodes["level"] & (nodes["chunks"] == 0))
+    return blocks, wide
 
 
 def linked(nodes: np.ndarray, own: Any, tiles: Any = 0) -> tuple[np.ndarray, np.ndarray]:
-    """`nodes` with `outer` and `states`, where those of `own` are units; the tiles of a unit."""
+    """`nodes` with the links of a plan in which those of `own` are units; the tiles of a unit."""
     nodes, requests = nodes.copy(), int(nodes["end"].max(initial=0))
     tiles = np.zeros(len(nodes), int) + tiles
-    so_far = np.array([[-1], [0], [0]]) + np.zeros(requests + 1, int)  # of each request
+    so_far = np.array([[-1], [0], [0], [-1]]) + np.zeros(requests + 1, int)  # of each request
     for level in range(int(nodes["level"].max(initial=-1)) + 1):
         at = np.flatnonzero(nodes["level"] == level)
-        outer, states, walked = so_far[:, nodes["begin"][at]]
+        outer, states, walked, joined = so_far[:, nodes["begin"][at]]
         nodes["outer"][at], nodes["states"][at] = outer, states | own[at] << level
-        more = np.where(own[at], (outer, walked), (at, walked + tiles[at]))
+        nodes["joined"][at] = joined
+        more = np.where(own[at], (outer, walked, at), (at, walked + tiles[at], joined))
         many = nodes["end"][at] - nodes["begin"][at]
-        so_far[:, :-1] = np.repeat((more[0], nodes["states"][at], more[1]), many, 1)
+        so_far[:, :-1] = np.repeat((more[0], nodes["states"][at], *more[1:]), many, 1)
     tiles[len(nodes) - requests :] += so_far[2, :-1]
     return nodes, tiles
 
 
 def chosen(
-    nodes: np.ndarray, keys: np.ndarray, queries: np.ndarray, heads: tuple[int, int], limit: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """What `linked` returns of the choice by predicted time (see cuts.h). `heads`: blocks of KV
-    heads, and the query heads of a KV head."""
+    nodes: np.ndarray, keys: np.ndarray, queries: np.ndarray, heads: tuple[int, int], limit: int,
+    block: int = 0, sms: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """What `linked` returns of the choice by predicted time (see cuts.h). `heads`: KV heads, and
+    the query heads of each. `block`: where a launch in front on `sms` SMs does shared keys the
+    queries of an item of it, else 0."""
     tiles, (blocks, wide) = -(-keys // TILE), row_blocks(queries, heads[1])
+    each, join = np.where(wide, WIDE_COST, TILE_COST) * tiles + UNIT_COST, JOIN_COST
+    if block:
+        blocks, each, join = -(-queries // block), TILE_COST * tiles, APART_COST
     alone = np.minimum(nodes["end"] - nodes["begin"], queries) * tiles * TILE_COST
-    gain = alone - blocks * (np.where(wide, WIDE_COST, TILE_COST) * tiles + UNIT_COST) - JOIN_COST
+    gain = alone - blocks * each - join
     own = np.arange(len(nodes)) >= len(nodes) - nodes["end"].max(initial=0)
     gain = np.where(own, 0, gain).clip(0)
-    shares = gain.sum() * heads[0] > JOIN_COST * limit
-    return linked(nodes, own | (gain > 0) & shares, tiles)
+    split = (gain > 0) & (gain.sum() * (heads[0] // head_block(heads[0])) > join * limit)
+    nodes, walked = linked(nodes, own | split, tiles)
+    if block:
+        items = blocks * heads[0] * split
+        wanted = tiles * sms // max(int((items * tiles).sum()), 1)
+        nodes["chunks"] = np.minimum(wanted, tiles // CHUNK_TILES).clip(1) * (items > 0)
+        nodes["item"], nodes["row"] = numbers(nodes, queries, heads[0], block)
+    return nodes, walked
+
+
+def numbers(nodes: np.ndarray, queries: np.ndarray, kv_heads: int, block: int) -> np.ndarray:
+    """The first item of each node and the first row of its states, int64 (2, nodes)."""
+    counts = np.array([-(-queries // max(block, 1)) * kv_heads, queries]) * nodes["chunks"]
+    return np.cumsum(counts, 1) - counts
 
 
 def _sizes(lengths: np.ndarray, kv_heads: int, blocks: Any, wide: Any) -> tuple[np.ndarray, ...]:

@@ -9,12 +9,13 @@ A replay plans again from the lengths that are then in memory. Nothing is alloca
 waited for, and no address moves.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from tilewright import dtypes
 from tilewright.attention import planner, ranges
 from tilewright.attention.checks import check_count, integer_view
-from tilewright.attention.families import decode
+from tilewright.attention.families import decode, hopper
 from tilewright.attention.plan import MAX_WORKERS
 from tilewright.attention.ranges import CUT
 from tilewright.attention.spec import Spec, loaded, partial_params
@@ -41,9 +42,10 @@ class Workspace:
 
     def __init__(
         self, heads: tuple[int, int, int], max_requests: int, max_tokens: int | None, device: str,
-        workers: int | None, shared: int,
+        workers: int | None, shared: int, block_of: Callable[[str], int],
     ) -> None:  # fmt: skip
-        """`heads`: KV heads, group, head_dim. Raises ArgumentError[A103, A105], BuildError."""
+        """`heads`: KV heads, group, head_dim. `block_of` an architecture: `Plan.block` of plans for
+        it. Raises ArgumentError[A103, A105], BuildError."""
         self.ordinal = _checked(heads[1], max_requests, max_tokens, device, workers, shared)
         self.kv_heads, self.group = heads[:2]
         self.max_requests, self.max_tokens = max_requests, max_tokens
@@ -52,8 +54,10 @@ class Workspace:
         self.shared, self.max_nodes = shared, max_requests * (shared + 1)
         self._block = ranges.head_block(self.kv_heads)
         gpu = cuda.device(self.ordinal)
-        sms = gpu.sms if workers is None else workers
-        blocks = decode.blocks_of(self.longest * self.group, shared)
+        self.sms = sms = gpu.sms if workers is None else workers
+        self.block = block_of(gpu.arch) if shared else 0
+        units = 0 if self.block else shared  # levels whose units are of the decode kernel
+        blocks = decode.blocks_of(self.longest * self.group, units)
         self.limit = max(decode.CTAS_PER_SM * sms // self._block, 1)
         most = gpu.attribute(_SMEM_OF_A_CTA) - _STATIC_SMEM
         if planner.smem_bytes(self.max_nodes, self.limit) > most:
@@ -69,11 +73,13 @@ class Workspace:
 
         tokens = max_tokens or max_requests
         self._state_rows = tokens * heads[0] * heads[1]
-        self._slots = decode.partial_floats(heads[2], blocks, self.ctas, shared)
-        states = decode.state_floats(heads[2], self._state_rows, shared)
+        self._slots = decode.partial_floats(heads[2], blocks, self.ctas, units)
+        apart = shared * tokens + self.block * sms // heads[0] + 1 if self.block else 0
+        rows = apart * heads[0] * heads[1]  # at most: chunks of a node fill the SMs
+        states = decode.state_floats(heads[2], self._state_rows, units, rows)
         self._cuts = words("int32", (self.limit + 1) * (CUT.size // 4))
         self._partials = words("float32", self._slots + states)
-        self._counters = words("int32", self.ctas + (tokens * heads[0] if shared else 0))
+        self._counters = words("int32", self.ctas + (tokens * heads[0] if units else 1))
         self._indptr = words("int32", max_requests + 1 if max_tokens else 0)
         self._nodes = words("int32", NODE.size // 4 * self.max_nodes if shared else 0)
         self._status = cuda.HostWords(self.ordinal)
@@ -91,12 +97,15 @@ class Workspace:
         arrays = (self._cuts, self._partials, self._counters, self._indptr, self._nodes)
         return sum(a.nbytes for a in arrays)
 
-    def load(self, spec: Spec) -> None:
+    def load(self, spec: Spec, page_size: int) -> None:
         """Load the kernels of a spec, so that no capture has to. Raises BuildError."""
-        text = planner.cuda_source(spec.table.for_planner(), self.group)
+        text = planner.cuda_source(spec.table.for_planner(), self.group, self.block)
         loaded(text, self.ordinal, "plan_cuts", "planner")
-        blocks = decode.blocks_of(self.longest * self.group, self.shared)
-        loaded(decode.source(spec, self._block, blocks), self.ordinal)
+        units, kind = (0, decode.STATES) if self.block else (self.shared, decode.UNITS)
+        blocks = decode.blocks_of(self.longest * self.group, units)
+        loaded(decode.source(spec, self._block, blocks, kind), self.ordinal)
+        if self.block:
+            loaded(hopper.shared_source(spec, page_size), self.ordinal)
 
     def check(self) -> None:
         """Refuse what a plan on the GPU has found wrong since the last look, also one that a graph
@@ -141,8 +150,9 @@ class Workspace:
             cuts=self._cuts.pointer, nodes=self._nodes.pointer, status=self._status.pointer,
             limit=self.limit, most_tiles=self.most_tiles, requests=table.requests,
             node_count=table.nodes, head_blocks=self.kv_heads // self._block, max_tokens=rows,
+            kv_heads=self.kv_heads, sms=self.sms,
         )  # fmt: skip
-        text = planner.cuda_source(form.for_planner(), self.group)
+        text = planner.cuda_source(form.for_planner(), self.group, self.block)
         function = loaded(text, self.ordinal, "plan_cuts", "planner")
         smem = planner.smem_bytes(table.nodes, self.limit)
         block = (planner.THREADS, 1, 1)

@@ -1,6 +1,7 @@
 """The decode family: few query rows over long KV on tensor cores, sm_80 and newer.
 
-Template: kernels/decode.cuh. `attention/ranges.py` cuts the work of a batch."""
+Template: kernels/decode.cuh. `attention/ranges.py` cuts the work of a batch. Shared keys are units
+of its own or, on Hopper GPUs, of a launch of that family in front (`Plan.block`)."""
 
 import functools
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.attention import spec as specs
+from tilewright.attention.families import hopper
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
@@ -28,6 +30,7 @@ THREADS = WARPS * 32
 CTAS_PER_SM = 2
 WIDE_BLOCKS = WIDE_ROWS // WARPS // 8  # of 8 packed rows, for a warp where many requests share keys
 WIDE_GROUPS = 4  # of 16 keys that such a warp works on at once
+UNITS, STATES, WALKED = 0, 1, 2  # what shared keys are to a kernel (decode_walk.cuh)
 
 
 def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
@@ -59,12 +62,13 @@ def _columns(head_dim: int) -> int:
     return -(-head_dim // 16) * 16
 
 
-def smem_bytes(spec: Spec, blocks: int) -> int:
+def smem_bytes(spec: Spec, blocks: int, kind: int = UNITS) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
+    levels = 0 if kind else spec.table.shared
     ring = (
         WARPS * STAGES * 2 * KEYS * (_columns(spec.head_dim) + 8) * 2 + WARPS * blocks * 8 * 8 + 16
     )
-    return ring + bool(spec.table.shared) * (WARPS * 16 + 20 + 16 * spec.table.shared) * WIDE_ROWS
+    return ring + bool(levels) * (WARPS * 16 + 20 + 16 * levels) * WIDE_ROWS
 
 
 def partial_floats(head_dim: int, blocks: int, ctas: int, shared: int = 0) -> int:
@@ -73,9 +77,11 @@ def partial_floats(head_dim: int, blocks: int, ctas: int, shared: int = 0) -> in
     return 2 * ctas * rows * (_columns(head_dim) + 2)
 
 
-def state_floats(head_dim: int, rows: int, shared: int) -> int:
-    """float32 words of the states of all levels; `rows` of o and levels of `shared` keys."""
-    return (shared + 1) * rows * (_columns(head_dim) + 4) if shared else 0
+def state_floats(head_dim: int, rows: int, shared: int, apart: int = 0) -> int:
+    """float32 words of the states of all levels; `rows` of o and levels of `shared` keys. `apart`:
+    rows of the states that a launch in front leaves."""
+    columns = _columns(head_dim)
+    return apart * (columns + 8) + ((shared + 1) * rows * (columns + 4) if shared else 0)
 
 
 def params_struct(spec: Spec) -> Struct:
@@ -84,12 +90,14 @@ def params_struct(spec: Spec) -> Struct:
 
 
 @functools.lru_cache(256)
-def source(spec: Spec, together: int, blocks: int) -> str:
-    """The CUDA C++ of one kernel; `together`: KV heads of one range; `blocks` of 8 packed rows."""
+def source(spec: Spec, together: int, blocks: int, kind: int = UNITS) -> str:
+    """The CUDA C++ of one kernel; `together`: KV heads of one range; `blocks` of 8 packed rows;
+    `kind`: what shared keys are."""
     numbers = {
         "D": spec.head_dim, "G": spec.group, "BLOCKS": blocks, "WIDE_BLOCKS": WIDE_BLOCKS,
         "WIDE_GROUPS": WIDE_GROUPS, "HEAD_BLOCK": together, "WARPS": WARPS, "STAGES": STAGES,
-        "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS,
+        "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS, "UNITS": UNITS, "STATES": STATES,
+        "WALKED": WALKED, "SHARED": kind,
     }  # fmt: skip
     types = f"using Element = uint16_t;\nusing Kind = tw::{spec.kv.name}_bits;"
     text = specs.namespace("attention", *specs.constants(numbers), types)
@@ -102,26 +110,35 @@ def _prepare(call: Call) -> Prepared:
 
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     check_alignment(values, 4)
-    together, shared = head_block(values["kv_heads"]), spec.table.shared
+    together, shared = head_block(values["kv_heads"]), 0 if plan.block else spec.table.shared
     blocks = blocks_of(plan.longest * spec.group, shared)
     if isinstance(plan, Plan):
         ctas, rows = (len(plan.cuts) - 1) * together, plan.tokens * values["qo_heads"]
         indptr, cuts, nodes = plan.on_device(ordinal)
         floats = partial_floats(spec.head_dim, blocks, ctas, shared)
         counts = max(ctas, 1) + (plan.tokens * values["kv_heads"] if shared else 0)
-        states = state_floats(spec.head_dim, rows, shared)
-        partials, counters = call.scratch.grown(call.like, floats + states, counts)
+        items, apart = (plan.nodes[n][-1:].sum().item() * bool(plan.block) for n in ("item", "row"))
+        states = state_floats(spec.head_dim, rows, shared, apart * values["qo_heads"])
+        partials, counters = call.scratch.grown(call.like, floats + states, counts + 1)
         one_each = bool((np.diff(plan.qo_indptr) == 1).all())
         work = {"qo_indptr": 0 if one_each else indptr.pointer, "cuts": cuts.pointer}
         memory = (view(partials).pointer, floats, view(counters).pointer, max(ctas, 1))
-        work |= specs.partial_params(*memory, rows) | ({"nodes": nodes.pointer} if shared else {})
+        work |= specs.partial_params(*memory, rows)
+        work |= {"nodes": nodes.pointer} if spec.table.shared else {}
+        front = min(items, plan.workers)
         keep: tuple[Any, ...] = (indptr, cuts, nodes, partials, counters)
     else:
-        ctas, work, keep = plan.ctas, plan.params(), (plan,)
-    text = source(spec, together, blocks)
+        ctas, work, keep, front = plan.ctas, plan.params(), (plan,), plan.sms
+    before, kind = None, WALKED if plan.block else UNITS
+    if plan.block and front and plan.tokens:
+        read = {n: work[n] for n in ("qo_indptr", "nodes")}
+        before = hopper.shared_launch(call, front, read, (work["states"], work["arrivals"]))
+        kind = STATES if before else WALKED
+    text = source(spec, together, blocks, kind)
     block, cta = params_struct(spec).pack(**values, **work), (THREADS, 1, 1)
-    smem, planned = smem_bytes(spec, blocks), (plan.requests, plan.tokens)
+    smem, planned = smem_bytes(spec, blocks, kind), (plan.requests, plan.tokens)
     launch = specs.loaded(text, ordinal).prepare((ctas, 1, 1), cta, smem, block, overlaps=True)
+    launch.before = before
 
     def run() -> None:
         if (plan.requests, plan.tokens) != planned:

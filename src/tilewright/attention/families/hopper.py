@@ -5,7 +5,7 @@ the order of the plan."""
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from tilewright import dtypes
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
+from tilewright.attention.ranges import NARROW_ROWS
 from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, loaded, namespace
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
@@ -64,8 +65,9 @@ def rows_of(spec: Spec) -> int:
     return tiles_of(spec).groups * 64
 
 
-def refuses(spec: Spec, _rows: int, pool: Pool | None) -> str:
-    """Why the kernel cannot run a call, or "" where it can."""
+def refuses(spec: Spec, _rows: int, pool: Pool | None, arch: str = "") -> str:
+    """Why the kernel cannot run a call, or "" where it can; `arch`: of a GPU whose strides are not
+    known, but assumed."""
     if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
         return "q, k and v are not all float16 or all bfloat16"
     if (spec.head_dim, spec.head_dim_vo) not in TILES:
@@ -74,11 +76,12 @@ def refuses(spec: Spec, _rows: int, pool: Pool | None) -> str:
         return f"{spec.group} query heads share a KV head, more than {MAX_GROUP}"
     if not spec.ascending:
         return "sm_scale is not positive"
-    if pool is None:
+    if pool is None and not arch:
         return "the strides and the GPU are not known: plan with the cache, not with its table"
-    arch = _arch(pool.device)
-    if arch != ARCH:
+    if (arch := arch or _arch(pool.device)) != ARCH:
         return f"the GPU is {arch}, not {ARCH}"
+    if pool is None:
+        return ""
     if spec.table.table_entries and pool.page_size & (pool.page_size - 1):
         return f"page_size {pool.page_size} is no power of two"
     strides = (*pool.k.strides[:3], *pool.v.strides[:3])
@@ -87,6 +90,11 @@ def refuses(spec: Spec, _rows: int, pool: Pool | None) -> str:
     if min(strides) < 0:
         return "k or v has a negative stride"
     return "" if pool.pages else "the cache has no pages"
+
+
+def shared_block(spec: Spec, pool: Pool | None, arch: str = "") -> int:
+    """Queries of an item where it does shared keys, in front of a decode kernel; 0: it cannot."""
+    return 0 if refuses(spec, 0, pool, arch) else rows_of(spec) // spec.group
 
 
 def _arch(device: str) -> str:
@@ -213,7 +221,7 @@ def source(spec: Spec, box: int, chunked: bool = False) -> str:
         "CONSUMERS": tiles.groups,
         "IN_PAGES": IN_PAGES, "IN_ROWS": IN_ROWS, "KEYS_LIE": keys_lie(spec), "Q_TILES": tiles.q,
         "K_STAGES": tiles.k, "V_STAGES": tiles.v, "MAX_TILES": MAX_TILES, "MAX_KEYS": MAX_KEYS,
-        "CHUNKED": int(chunked),
+        "CHUNKED": int(chunked), "MOST_QUERIES": max(1, NARROW_ROWS // spec.group),
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
     out = f"using Out = {'uint16_t' if spec.o.itemsize == 2 else 'float'};"
@@ -261,20 +269,46 @@ def _prepare(call: Call) -> Prepared:
     floats = plan.slots * rows_of(spec) * (spec.head_dim_vo + 8)
     counts = 1 + 4 * tiles_of(spec).groups * plan.counters
     partials, counters = call.scratch.grown(call.like, floats, counts)
-    box, struct = box_keys(spec, values["page_size"]), params_struct(spec)
-    padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
-    first = view(counters).pointer
-    block = struct.pack(
-        **values, **maps(spec, values, plan.tokens), **padding, qo_indptr=indptr.pointer,
-        items=items.pointer, item_count=len(plan.items), counter=first, counters=first + 4,
-        page_shift=values["page_size"].bit_length() - 1, cycles=0, partials=view(partials).pointer,
-    )  # fmt: skip
-    grid, chunked = (min(len(plan.items), cuda.device(ordinal).sms), 1, 1), plan.slots > 0
-    text = source(spec, box, chunked)
-    cta = threads(spec, box), 1, 1
-    launch = loaded(text, ordinal).prepare(grid, cta, smem_bytes(spec), block)
-    keep = (indptr, items, counters, partials, block)
+    work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": len(plan.items)}
+    memory = view(partials).pointer, view(counters).pointer
+    ctas = min(len(plan.items), cuda.device(ordinal).sms)
+    launch, text = _launch(call, spec, ctas, work, memory)
+    keep = (indptr, items, counters, partials)
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
+
+
+def _launch(
+    call: Call, spec: Spec, ctas: int, work: dict[str, int], memory: tuple[int, int]
+) -> tuple[Any, str]:
+    """The launch of a call and its source; `memory`: partial results, and counters."""
+    values, plan, struct = call.values, call.plan, params_struct(spec)
+    box, chunked = box_keys(spec, values["page_size"]), spec.table.shared or call.plan.slots > 0
+    padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
+    block = struct.pack(
+        **values, **maps(spec, values, plan.tokens), **padding, **work, counter=memory[1],
+        counters=memory[1] + 4, page_shift=values["page_size"].bit_length() - 1, cycles=0,
+        partials=memory[0],
+    )  # fmt: skip
+    text, cta = source(spec, box, bool(chunked)), (threads(spec, box), 1, 1)
+    function, overlaps = loaded(text, call.ordinal), spec.table.shared > 0
+    return function.prepare((ctas, 1, 1), cta, smem_bytes(spec), block, overlaps=overlaps), text
+
+
+def shared_launch(call: Call, ctas: int, work: dict[str, int], memory: tuple[int, int]) -> Any:
+    """The launch that does shared keys in front of the decode kernel of a call; None where it
+    cannot run over its queries and cache. `work`: `qo_indptr` and `nodes` of the plan; `memory`:
+    the states of `decode_finish.cuh`, and a counter."""
+    at = [call.values[n] for n in ("q", "q_token", "q_head")]
+    misaligned = min(at[1:]) < 0 or any(a % 16 for a in (at[0], 2 * at[1], 2 * at[2]))
+    if misaligned or shared_block(call.spec, call.pool) != call.plan.block:
+        return None
+    work = {"items": 0, "item_count": 0, **work}
+    return _launch(call, replace(call.spec, o=dtypes.float32), ctas, work, memory)[0]
+
+
+def shared_source(spec: Spec, page_size: int) -> str:
+    """The CUDA C++ of that launch."""
+    return source(replace(spec, o=dtypes.float32), box_keys(spec, page_size), True)
 
 
 FAMILY = Family("hopper", "cuda", rows_of, "batch", 0, refuses, _prepare, order)

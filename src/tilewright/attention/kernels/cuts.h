@@ -4,7 +4,8 @@
 // A unit is (node of the table, block of packed rows, block of KV heads that CTAs work on together), in that
 // order; all units of a node cost alike. In front of this file: the constants of `cuts` (TILE keys, TILE_COST
 // and UNIT_COST, WIDE_COST of a tile of a wide unit, which is cut at multiples of SNAP tiles; NARROW_ROWS and
-// WIDE_ROWS of a unit, JOIN_COST, SHORT) and the struct `Cut`; TW_INLINE comes from either prelude.
+// WIDE_ROWS of a unit, JOIN_COST, SHORT; where a launch in front does shared keys BLOCK queries of an item of it, else 0,
+// and APART_COST, CHUNK_TILES) and the struct `Cut`; TW_INLINE comes from either prelude.
 
 namespace cuts {
 
@@ -23,14 +24,21 @@ TW_INLINE int64_t row_blocks(int64_t queries, int64_t group, bool& wide) {
 }
 
 // What a batch saves where a shared node is a unit of its own instead of being walked by each of its requests,
-// beyond joining its states with theirs, which takes the last CTA to arrive JOIN_COST.
+// beyond joining its states with theirs, which takes the last CTA to arrive JOIN_COST; APART_COST where a launch in
+// front makes the states.
 TW_INLINE int64_t gain_of(int64_t keys, int64_t requests, int64_t queries, int64_t group) {
   bool wide;
-  const int64_t tiles = (keys + TILE - 1) / TILE, blocks = row_blocks(queries, group, wide);
-  return (requests < queries ? requests : queries) * tiles * TILE_COST - blocks * cost_of(tiles, wide) - JOIN_COST;
+  const int64_t tiles = (keys + TILE - 1) / TILE, alone = (requests < queries ? requests : queries) * tiles * TILE_COST;
+  if constexpr (BLOCK > 0) return alone - (queries + BLOCK - 1) / BLOCK * tiles * TILE_COST - APART_COST;
+  return alone - row_blocks(queries, group, wide) * cost_of(tiles, wide) - JOIN_COST;
 }
 // Whether any node is a unit of its own: all ranges wait for a join. `gains`: the sum of those above 0.
-TW_INLINE bool shares(int64_t gains, int64_t head_blocks, int64_t limit) { return gains * head_blocks > JOIN_COST * limit; }
+TW_INLINE bool shares(int64_t gains, int64_t head_blocks, int64_t limit) { return gains * head_blocks > (BLOCK > 0 ? APART_COST : JOIN_COST) * limit; }
+// Into how many chunks the launch in front cuts the items of a node: until `sms` have work, of the tiles of all its items.
+TW_INLINE int64_t chunks_of(int64_t tiles, int64_t all, int64_t sms) {
+  const int64_t most = tiles / CHUNK_TILES, wanted = tiles * sms / (all > 0 ? all : 1), chunks = wanted < most ? wanted : most;
+  return chunks < 1 ? 1 : chunks;
+}
 
 // How many ranges a batch of so many tiles is cut into: at most `limit`. Where all units are alike (else `units` is
 // 0) and ranges short, a few less if no range then has parts of two: starting and finishing a unit costs more.

@@ -12,17 +12,18 @@
 // Units that several ranges share leave partial states; the last CTA to arrive merges them in the order of
 // the ranges. Where requests share keys, rows are merged one by one by the last to arrive of all that have a
 // part of them, of any level, in the order of levels and ranges: so the bits of a result do not depend on the
-// order of arrival. The plan decides which shared keys are units of their own.
+// order of arrival. The plan decides which shared keys are units of their own. Where a launch in front does those
+// (SHARED is STATES, see prefill_hopper.cuh) its states are added to a row's own where that ends.
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (D head_dim, G query heads of a KV head, BLOCKS of 8 packed rows of a narrow unit and
-// WIDE_BLOCKS of a warp in a wide one, WIDE_GROUPS of 16 keys at once there, HEAD_BLOCK, WARPS, STAGES, CTAS of an SM, MAX_KEYS; the types
+// WIDE_BLOCKS of a warp in a wide one, WIDE_GROUPS of 16 keys at once there, HEAD_BLOCK, WARPS, STAGES, CTAS of an SM, MAX_KEYS, SHARED: UNITS, STATES or WALKED; the types
 // Element and Kind), the structs `Params`, `Cut`, `At` and `Variant`.
 //
 // Launch: grid = ranges × HEAD_BLOCK, THREADS threads, SMEM_BYTES of dynamic shared memory:
 //   [warp][stage][16 rows of K, 16 rows of V][ROW elements]   a row ends in 16 bytes against conflicts
 //   [warp][packed row] (row maximum, row sum); one word: whether this CTA arrived last
-//   where LEVELS > 1: [warp][row of q] whose it is; [row of q] those whose last state has arrived; [row][level]
+//   where OF_UNITS: [warp][row of q] whose it is; [row of q] those whose last state has arrived; [row][level]
 //   where its states are
 // Where a narrow unit ends, the stage that was read last holds the outputs of each warp.
 // Assumes: fewer than 2^32 pages; D a multiple of 8, rows of K and V 16-byte aligned, q rows × G at most 8 · BLOCKS for a request.
@@ -33,23 +34,24 @@ constexpr int THREADS = WARPS * 32;
 constexpr int KEYS = 16;             // of a tile, for one warp
 constexpr int TILE = WARPS * KEYS;   // keys of a tile
 constexpr int LEVELS = table::LEVELS;
+constexpr bool OF_UNITS = LEVELS > 1 && SHARED == UNITS;  // shared keys may be units of this kernel
 constexpr int NARROW_ROWS = BLOCKS * 8;             // the columns of the matrix operand
 constexpr int WIDE_ROWS = WARPS * WIDE_BLOCKS * 8;  // of a CTA
 constexpr int WIDE_TOKENS = WIDE_ROWS / G;
-constexpr int MOST_ROWS = LEVELS > 1 ? WIDE_ROWS : NARROW_ROWS;
+constexpr int MOST_ROWS = OF_UNITS ? WIDE_ROWS : NARROW_ROWS;
 constexpr int DP = (D + 15) / 16 * 16;
 constexpr int CHUNKS = DP / 8;       // of 16 bytes, in a row
 constexpr int ROW = DP + 8;          // elements of a row in shared memory
 constexpr int STAGE = 2 * KEYS * ROW;  // elements
 constexpr int RING_BYTES = WARPS * STAGES * STAGE * 2;
 constexpr int SUMS_BYTES = WARPS * NARROW_ROWS * 8 + 16;
-constexpr int SMEM_BYTES = RING_BYTES + SUMS_BYTES + (LEVELS > 1 ? (WARPS * 16 + 4 + LEVELS * 16) * WIDE_ROWS : 0);
+constexpr int SMEM_BYTES = RING_BYTES + SUMS_BYTES + (OF_UNITS ? (WARPS * 16 + 4 + LEVELS * 16) * WIDE_ROWS : 0);
 constexpr int PITCH = DP + 4;        // floats of a row of outputs in shared memory: no bank conflicts
 constexpr int PARTIAL = MOST_ROWS * (DP + 2);  // floats of a partial state: outputs, then (maximum, sum) a row
 constexpr int STATE = DP + 4;        // floats of the state of a row at one level (see decode_finish.cuh)
 constexpr float LOG2E = 1.4426950408889634f;
 static_assert(STAGE * 2 >= NARROW_ROWS * PITCH * 4, "a stage holds the outputs of a warp");
-static_assert(BLOCKS <= WIDE_BLOCKS || LEVELS == 1, "a wide CTA has room for a narrow one's rows");
+static_assert(BLOCKS <= WIDE_BLOCKS || !OF_UNITS, "a wide CTA has room for a narrow one's rows");
 
 }  // namespace attention
 
@@ -186,7 +188,7 @@ TW_INLINE void load_query(Query<BLOCKS>& q, const Params& p, const Walk& w, int 
 // Whose the rows of q of a unit are, in the memory of one warp.
 TW_INLINE tw::Row* rows_of_warp(char* smem, int warp) { return reinterpret_cast<tw::Row*>(smem + RING_BYTES + SUMS_BYTES) + warp * WIDE_ROWS; }
 TW_INLINE void load_rows(const Params& p, const Walk& w, tw::Row* rows, int lane) {
-  if constexpr (LEVELS > 1) {
+  if constexpr (OF_UNITS) {
     const int request = w.node - tw::own_node(p, 0);
     for (int t = lane; t < w.rows / G; t += 32)
       rows[t] = request < 0 ? tw::row_of(p, w.node, w.token + t, MAX_KEYS) : tw::Row{w.first + t, request, w.rows / G, w.kv_len};
@@ -207,9 +209,11 @@ TW_INLINE float sum_over_keys(float x) {
 
 TW_INLINE At at_of(const Walk& w, const tw::Row* rows, int row, int key) {
   const int t = row < w.rows ? row / G : 0, head = w.head * G + row % G;
-  if constexpr (LEVELS > 1) {
+  if constexpr (OF_UNITS) {
     const tw::Row own = rows[t];
     return At{own.position, w.keys.position(key), head, w.head, own.request, w.token + t, w.keys.number(key), own.qo_len, own.kv_len};
+  } else if constexpr (LEVELS > 1) {
+    return At{w.first + row / G, w.keys.position(key), head, w.head, w.request, w.token + t, w.keys.number(key), w.rows / G, w.kv_len};
   }
   return At{w.first + row / G, w.keys.position(key), head, w.head, w.node, w.token + t, key, w.rows / G, w.keys.length};
 }
@@ -359,7 +363,7 @@ TW_INLINE void run_narrow(const Params& p, const Variant& variant, Walk& w, cons
           copier.issue(p, variant, range, ring, member, warp, lane);
         } while (++issued < STAGES);
         const int key0 = w.seen.at(w.tile) * TILE + warp * KEYS;
-        if (LEVELS > 1 && w.rows <= 8) attend<1, 1>(p, variant, w, q, whose, ring + stage * STAGE, 0, key0, rows, lane);
+        if (OF_UNITS && w.rows <= 8) attend<1, 1>(p, variant, w, q, whose, ring + stage * STAGE, 0, key0, rows, lane);
         else attend<1, BLOCKS>(p, variant, w, q, whose, ring + stage * STAGE, 0, key0, rows, lane);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
       }
@@ -411,7 +415,7 @@ TW_INLINE void run_wide(const Params& p, const Variant& variant, Walk& w, const 
 
 TW_INLINE void body(const Params& p, unsigned cta, unsigned thread, char* smem) {
   const Variant variant(p);
-  if constexpr (LEVELS == 1) {
+  if constexpr (!OF_UNITS) {
     const Range range = range_of(p, cta);
     Walk w = start(p, variant, range, cta % HEAD_BLOCK);
     if (in_range(w, range)) run_narrow(p, variant, w, range, smem, cta, thread);
@@ -431,7 +435,9 @@ TW_INLINE void body(const Params& p, unsigned cta, unsigned thread, char* smem) 
 
 extern "C" __global__ void __launch_bounds__(attention::THREADS, attention::CTAS) stage0(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char smem[];
+  using namespace attention;
   tw::start_next_launch();
-  tw::wait_for_previous_launch();
-  attention::body(p, blockIdx.x, threadIdx.x, smem);
+  if (LEVELS == 1 || SHARED != STATES) tw::wait_for_previous_launch();  // else it is not read until units end
+  body(p, blockIdx.x, threadIdx.x, smem);
+  if (LEVELS > 1 && SHARED == STATES) tw::wait_for_previous_launch();
 }

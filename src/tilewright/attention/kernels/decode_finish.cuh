@@ -3,6 +3,7 @@
 
 namespace attention {
 
+constexpr int PITCH_OF_STATE = DP + 8;  // floats of a state that the launch in front leaves: outputs, maximum, sum
 constexpr int ALL = 1 << 24;  // what the states of a level count when they arrive
 static_assert(LEVELS <= 23, "counts fit, and the bits of levels");
 static_assert(STAGE * 2 >= 4 * 32 * 8, "a stage holds where 32 states of 4 rows are");
@@ -30,17 +31,6 @@ TW_INLINE float* state_of(const Params& p, const Walk& w, int level, int row) {
 TW_INLINE void store_sums(float* state, float row_max, float row_sum) {
   store_four(state + DP, row_max, row_sum, __int_as_float(-1), 0.0f);
 }
-// Four outputs of a row that all keys of the unit have reached.
-TW_INLINE void write(const Params& p, const Walk& w, const tw::Row* whose, int row, int column, const float (&o)[4], float row_max, float row_sum) {
-  if (LEVELS > 1 && !w.alone) {
-    float* to = state_of(p, w, tw::node_at(p, w.node).level, row);
-    store_four(to + column, o[0], o[1], o[2], o[3]);
-    if (column == 0) store_sums(to, row_max, row_sum);
-  } else {
-    write_result(p, w, whose, row, column, o, row_max, row_sum);
-  }
-}
-
 struct Sum { float o[4], row_max, row_sum; };  // of partial states: four outputs of a row
 
 // Adds partial states to a sum, all at once: one latency.
@@ -65,6 +55,43 @@ TW_INLINE void add(Sum& sum, const float2 (&sums)[PARTS], const float4 (&x)[PART
   }
 }
 
+// Adds the states of a row that the launch in front has left, from the inside out and in the order of chunks.
+TW_INLINE void add_states(const Params& p, const Walk& w, int row, int column, Sum& sum) {
+  constexpr int AT_ONCE = 8;
+  for (int at = w.joined; at >= 0;) {
+    const tw::Node node = tw::node_at(p, at);
+    const int first = tw::first_row(p, node.begin), tokens = tw::first_row(p, node.end) - first;
+    const int64_t chunk = static_cast<int64_t>(tokens) * p.qo_heads * PITCH_OF_STATE;
+    const float* states = p.states + (static_cast<int64_t>(node.row + w.token + row / G - first) * p.qo_heads + w.head * G + row % G) * PITCH_OF_STATE;
+    tw::wait_for_previous_launch();
+    for (int c0 = 0; c0 < node.chunks; c0 += AT_ONCE) {
+      float2 sums[AT_ONCE];
+      float4 x[AT_ONCE];
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        const float* state = states + chunk * (c0 + j < node.chunks ? c0 + j : node.chunks - 1);
+        sums[j] = __ldcg(reinterpret_cast<const float2*>(state + DP));
+        x[j] = __ldcg(reinterpret_cast<const float4*>(state + column));
+        if (c0 + j >= node.chunks) sums[j].x = lowest();
+      }
+      add(sum, sums, x);
+    }
+    at = node.joined;
+  }
+}
+
+// Four outputs of a row that all keys of the unit have reached.
+TW_INLINE void write(const Params& p, const Walk& w, const tw::Row* whose, int row, int column, Sum sum) {
+  if (OF_UNITS && !w.alone) {
+    float* to = state_of(p, w, tw::node_at(p, w.node).level, row);
+    store_four(to + column, sum.o[0], sum.o[1], sum.o[2], sum.o[3]);
+    if (column == 0) store_sums(to, sum.row_max, sum.row_sum);
+    return;
+  }
+  if (LEVELS > 1 && SHARED == STATES) add_states(p, w, row, column, sum);
+  write_result(p, w, whose, row, column, sum.o, sum.row_max, sum.row_sum);
+}
+
 TW_INLINE float* slot_of(const Params& p, int cta, bool head_part) { return p.partials + (2 * static_cast<int64_t>(cta) + (head_part ? 0 : 1)) * PARTIAL; }
 
 // Partial states `first` … `last` of a unit, in the order of their CTAs; PARTS are read at once.
@@ -86,7 +113,7 @@ TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int f
       }
       add(all, sums, x);
     }
-    write(p, w, whose, row, column, all.o, all.row_max, all.row_sum);
+    write(p, w, whose, row, column, all);
   }
 }
 
@@ -203,7 +230,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
   float* slot = slot_of(p, cta, head_part);
   // Of a row whose state is in the slots of `first` … `last`.
   auto share = [&](int row) {
-    if constexpr (LEVELS > 1) *reinterpret_cast<int4*>(state_of(p, w, tw::node_at(p, w.node).level, row) + DP) = make_int4(row, 0, first, last);
+    if constexpr (OF_UNITS) *reinterpret_cast<int4*>(state_of(p, w, tw::node_at(p, w.node).level, row) + DP) = make_int4(row, 0, first, last);
   };
   __syncwarp();  // all lanes have read the stage that outputs are written to
 #pragma unroll
@@ -243,7 +270,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
       Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
       add(all, weight, x);
       if (!part) {
-        write(p, w, whose, row, column, all.o, all.row_max, all.row_sum);
+        write(p, w, whose, row, column, all);
       } else {
         store_four(slot + row * DP + column, all.o[0], all.o[1], all.o[2], all.o[3]);
         if (column == 0) {
@@ -253,8 +280,8 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
       }
     }
   }
-  if (LEVELS > 1 && (WIDE || !w.alone)) {
-    if constexpr (LEVELS > 1) {
+  if (OF_UNITS && (WIDE || !w.alone)) {
+    if constexpr (OF_UNITS) {
       int2* free = reinterpret_cast<int2*>(ring + (warp * STAGES + (WIDE ? 0 : stage)) * STAGE);
       const int share = !part ? ALL : cta / HEAD_BLOCK == first ? ALL - (last - first) : 1;
       join<4>(p, w, whose, smem, arrived, free, share, cta % HEAD_BLOCK, thread);

@@ -5,6 +5,8 @@
 // packed rows, block of KV heads), in that order; a CTA does one head of the block. A node of more than
 // NARROW_ROWS packed rows is *wide*: its rows go WIDE_ROWS at a time. A unit of a request has the keys of its
 // node and of the shared nodes that are no units of their own, one *piece* after the other, from the inside out.
+// SHARED says whose those are that are: of this kernel (UNITS), of a launch in front (STATES), or none: WALKED
+// takes a plan for STATES, and a request walks all of its nodes.
 //
 // In front of this file: table.h, variant.h, the constants of `attention` (see decode.cuh).
 
@@ -25,10 +27,11 @@ TW_INLINE Range range_of(const Params& p, int cta) {
 struct Walk {
   int node, unit, head, tile, end;
   int piece, outer, before;  // the node whose keys they are, the next one, the tiles of the pieces before
+  int joined;                // of a request: the next node of which there are states
   tw::Pages keys;            // of the piece
   bool wide, alone;          // whether the unit has all keys of its rows
   int token, rows, first;  // the first row of q; packed rows; at least the lowest position of a query
-  int kv_len;              // of a request: all its keys
+  int request, kv_len;     // of a request: its number, all its keys
   tw::Tiles<Variant::RANGES> seen;
 };
 
@@ -37,9 +40,11 @@ TW_INLINE bool in_range(const Walk& w, const Range& range) {
 }
 template <bool WIDE>
 TW_INLINE bool has_unit(const Walk& w, const Range& range) {
-  return in_range(w, range) && (LEVELS == 1 || w.wide == WIDE);
+  return in_range(w, range) && (!OF_UNITS || w.wide == WIDE);
 }
 
+// The next node out from one whose keys a request walks; -1: no more.
+TW_INLINE int next_piece_of(const tw::Node& node) { return SHARED == WALKED && node.joined > node.outer ? node.joined : node.outer; }
 // The units of a node, and which pieces they have.
 TW_INLINE int units_of(const Params& p, Walk& w) {
   w.piece = w.node;
@@ -49,18 +54,22 @@ TW_INLINE int units_of(const Params& p, Walk& w) {
     const tw::Node node = tw::node_at(p, w.node);
     const int tokens = tw::first_row(p, node.end) - tw::first_row(p, node.begin);
     const bool own = w.node >= tw::own_node(p, 0);
-    w.outer = own ? node.outer : -1;
-    w.alone = own && node.states == 1 << node.level;
-    w.wide = tokens * G > NARROW_ROWS;
+    w.outer = own ? next_piece_of(node) : -1;
+    w.joined = SHARED == STATES ? node.joined : -1;
+    w.alone = own && (SHARED == WALKED || node.states == 1 << node.level);
+    w.wide = OF_UNITS && tokens * G > NARROW_ROWS;
     const int blocks = w.wide ? (tokens + WIDE_TOKENS - 1) / WIDE_TOKENS : tokens > 0;
-    return node.splits() ? p.kv_heads / HEAD_BLOCK * blocks : 0;
+    return own || (OF_UNITS && node.splits()) ? p.kv_heads / HEAD_BLOCK * blocks : 0;
   }
 }
 
 TW_INLINE tw::Tile tile_of(const Params& p, const Walk& w, tw::Bound kv, tw::Bound key) {
   tw::Tile tile{tw::Bound{w.first, w.first + w.rows / G - 1}, kv, tw::Bound{w.head * G, w.head * G + G - 1}, tw::bound(w.head),
                 tw::bound(w.node), key, tw::bound(w.rows / G), tw::bound(w.keys.length)};
-  if constexpr (LEVELS > 1) {
+  if constexpr (LEVELS > 1 && !OF_UNITS) {
+    tile.request = tw::bound(w.request);
+    tile.kv_len = tw::bound(w.kv_len);
+  } else if constexpr (LEVELS > 1) {
     const tw::Node node = tw::node_at(p, w.node);
     if (w.node < tw::own_node(p, 0)) tile.qo.hi = MAX_KEYS;
     tile.request = tw::Bound{node.begin, node.end - 1};
@@ -83,8 +92,8 @@ TW_INLINE void bound(Walk& w, const Params& p, int member) {
   }
   // Queries of shared keys lie behind these, but for those of a request without keys of its own.
   w.first = table::QUERY_POSITIONS ? -MAX_KEYS : w.keys.base + w.keys.length - NARROW_ROWS;
-  const int request = w.node - tw::own_node(p, 0);
-  if (request >= 0) w.first = tw::first_query(p, w.keys, request, tokens);
+  w.request = w.node - tw::own_node(p, 0);
+  if (w.request >= 0) w.first = tw::first_query(p, w.keys, w.request, tokens);
   w.rows = tokens * G < MOST_ROWS ? tokens * G : MOST_ROWS;
   w.before = 0;
   w.kv_len = w.keys.number(w.keys.length);
@@ -120,7 +129,7 @@ TW_INLINE void next_piece(Walk& w, const Params& p, const Variant& variant, cons
   w.before += w.seen.count();
   w.tile -= w.seen.count();
   w.piece = w.outer;
-  w.outer = tw::node_at(p, w.piece).outer;
+  w.outer = next_piece_of(tw::node_at(p, w.piece));
   w.keys = tw::pages_of(p, w.piece, MAX_KEYS);
   see(w, p, variant, range);
 }

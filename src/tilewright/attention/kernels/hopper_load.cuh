@@ -30,18 +30,41 @@ TW_INLINE void sort_tiles(const Variant& variant, Slot& s, const Tiles& seen, in
 }
 
 // The number of the next item of this CTA, the n-th. Each CTA draws until it gets none, so the draw that
-// brings the counter to `item_count` is the last of all: it sets the counter back.
-TW_INLINE int draw(const Params& p, int n, int lane) {
+// brings the counter to `count` is the last of all: it sets the counter back.
+TW_INLINE int draw(const Params& p, int n, int count, int lane) {
   if (n == 0) return blockIdx.x;
   int drawn = 0;
   if (lane == 0) {
     drawn = atomicAdd(p.counter, 1);
-    if (drawn == p.item_count - 1) *p.counter = 0;
+    if (drawn == count - 1) *p.counter = 0;
   }
   return gridDim.x + __shfl_sync(0xffffffffu, drawn, 0);
 }
 
+// Item `number` of shared nodes; its slot is the row of its first state.
+template <class P>
+TW_INLINE Item shared_item(const P& p, int number, int lane) {
+  int n = 0;  // the last of `count` nodes from n on that has its first item at `number` or before: 32 at once
+  for (int count = static_cast<int>(p.shared_nodes); count > 1;) {
+    const int step = (count + 31) / 32;
+    const bool before = lane * step < count && tw::node_at(p, n + lane * step).item <= number;
+    const int skipped = (__popc(__ballot_sync(0xffffffffu, before)) - 1) * step;
+    n += skipped;
+    count = min(step, count - skipped);
+  }
+  const tw::Node node = tw::node_at(p, n);
+  const int first = tw::first_row(p, node.begin), end = tw::first_row(p, node.end), blocks = (end - first + TOKENS - 1) / TOKENS;
+  const int of_heads = (number - node.item) / blocks, block = (number - node.item) % blocks, chunk = of_heads / p.kv_heads;
+  const int token = first + block * TOKENS;
+  return Item{n, of_heads % p.kv_heads, token, min(token + TOKENS, end), chunk, node.chunks, node.row + chunk * (end - first) + block * TOKENS, 0};
+}
+
 TW_INLINE Work work_of(const Params& p, const Item& item, const tw::Pages& pages) {
+  if constexpr (SHARED) {  // queries of shared keys lie behind them, but for those of a request without keys of its own
+    const int lowest = table::QUERY_POSITIONS ? -MAX_KEYS : pages.base + pages.length - (p.qo_indptr ? MOST_QUERIES : 1);
+    return Work{item.request, item.kv_head, item.qo_begin, item.qo_end - item.qo_begin, lowest, pages.length, 0,
+                pages.base, pages.stride, item.chunk, item.chunks, item.slot, 0};
+  }
   const int begin = p.qo_indptr[item.request], queries = p.qo_indptr[item.request + 1] - begin;
   const int first = tw::first_query(p, pages, item.request, queries) + (item.qo_begin - begin);
   return Work{item.request, item.kv_head, item.qo_begin, item.qo_end - item.qo_begin, first, pages.length, queries,
@@ -50,11 +73,14 @@ TW_INLINE Work work_of(const Params& p, const Item& item, const tw::Pages& pages
 
 TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& shared, int lane) {
   int segments = 0;
+  const int items = SHARED ? tw::node_at(p, tw::own_node(p, 0)).item : p.item_count;
   for (int n = 0;; ++n) {
     shared.trace(SORT_TILES);
-    const int number = draw(p, n, lane);
-    const bool ends = number >= p.item_count;
-    const Item item = p.items[ends ? 0 : number];
+    const int number = draw(p, n, items, lane);
+    const bool ends = number >= items;
+    Item item{};
+    if constexpr (!SHARED) item = p.items[ends ? 0 : number];
+    else if (!ends) item = shared_item(p, number, lane);
     const tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
     Work work = work_of(p, item, pages);
     const auto seen = tw::tiles_seen<BN>(variant, rows_and(work, 0, work.length - 1), pages);
@@ -177,17 +203,18 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
 }
 
 // Whether no row of the item sees a key.
-TW_INLINE bool is_unseen(const Variant& variant, const Slot& s, int key) {
+TW_INLINE bool is_unseen(const Params& p, const Variant& variant, const Slot& s, int key) {
   if (key >= s.length) return true;
   const int last = s.tokens * G - 1;
-  if (variant.mask(at_of(s, last, key)) || variant.mask(at_of(s, 0, key))) return false;  // mostly
+  // Mostly the first or the last row sees it; whose a row of shared keys is takes long to find.
+  if (!SHARED && (variant.mask(at_of(p, s, last, key)) || variant.mask(at_of(p, s, 0, key)))) return false;
   tw::Tile tile = rows_and(s, key, key);
   if (READS) tile.request.hi = tile.request.lo + 1;  // no element of a tensor: they are of one request
   const int kind = variant.tile_class(tile);
   if (kind != tw::PARTIAL) return kind == tw::EMPTY;
 #pragma unroll 1
-  for (int row = BY_HEAD ? 1 : G; row < last; row += BY_HEAD ? 1 : G)
-    if (variant.mask(at_of(s, row, key))) return false;
+  for (int row = SHARED ? 0 : BY_HEAD ? 1 : G; SHARED ? row <= last : row < last; row += BY_HEAD ? 1 : G)
+    if (variant.mask(at_of(p, s, row, key))) return false;
   return true;
 }
 
@@ -215,7 +242,7 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
       int unseen = 0;  // of keys lane, lane + 32, …, a bit each
       if (i < s.partial) {
 #pragma unroll 1
-        for (int j = 0; j < BN / 32; ++j) unseen |= is_unseen(variant, s, tile * BN + j * 32 + lane) << j;
+        for (int j = 0; j < BN / 32; ++j) unseen |= is_unseen(p, variant, s, tile * BN + j * 32 + lane) << j;
       }
       const bool patches = __any_sync(0xffffffffu, unseen != 0);
       shared.trace(WAIT_STAGE);
@@ -291,7 +318,7 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
         for (int j = 0; j < HELD; ++j) {
           const int row = 4 * (part + LOADERS * (8 * j + lane / 4)) + lane % 4, key = tile * BN + row, number = key >> p.page_shift;
           bool loads = row < BN && number < pages.count;
-          if (VALUES && i + 1 < s.partial) loads = loads && !is_unseen(variant, s, key);
+          if (VALUES && i + 1 < s.partial) loads = loads && !is_unseen(p, variant, s, key);
           page[j] = loads ? static_cast<int>(tw::page_at(p, pages, head, number)) : -1;
         }
       }

@@ -29,7 +29,7 @@ TW_EXPORT int64_t plan_cuts(const Shape& shape, const int32_t* qo_indptr, const 
     Load load{keys[n], shape.head_blocks, false};
     if (shared) {  // what masks hide of shared keys is not counted
       load.tiles = cuts::tiles_of(keys[n]);
-      load.units *= nodes[n].splits() * cuts::row_blocks(queries, shape.group, load.wide);
+      load.units *= (nodes[n].splits() && nodes[n].chunks == 0) * cuts::row_blocks(queries, shape.group, load.wide);
     } else {
       load.tiles = tw::most(extents::visible_tiles(shape, stack, keys[n] - queries, keys[n] - 1, keys[n]), 1);
     }

@@ -4,7 +4,8 @@
 // struct `PlanParams`, the constants of `cuts` (THREADS, GROUP query heads of a KV head, MAX_KEYS).
 // Launch: one CTA of THREADS threads; shared memory: ends [nodes + 1], keys [limit + 1], int64 each.
 // A node counts as its tiles, but at most `most_tiles`: what a window can see of any context.
-// It copies qo_indptr into the workspace, writes the tree of shared nodes, decides which are units of their own, and
+// It copies qo_indptr into the workspace, writes the tree of shared nodes, decides which are units of their own and, where
+// a launch in front does these (BLOCK > 0), cuts them into items for `sms` CTAs. It
 // sets the status word where either is wrong: then no unit is planned.
 
 namespace cuts {
@@ -38,7 +39,7 @@ TW_INLINE bool copy_rows(const PlanParams& p, int thread) {
 TW_INLINE bool write_level(const PlanParams& p, const int32_t* indptr, int count, int first, int level, const int32_t* outer, int outer_count, int thread) {
   bool good = true;
   for (int i = thread; i < count; i += THREADS) {
-    tw::Node node{indptr ? indptr[i] : i, indptr ? indptr[i + 1] : i + 1, 0, level, -1, 0};
+    tw::Node node{indptr ? indptr[i] : i, indptr ? indptr[i + 1] : i + 1, 0, level, -1, 0, -1, 0, 0, 0};
     good &= node.begin <= node.end && (i > 0 || node.begin == 0) && (i + 1 < count || node.end == p.requests);
     if (outer && node.begin < node.end) {
       int low = 0;  // the last outer node that begins at or before this one
@@ -82,10 +83,60 @@ TW_INLINE void choose(const PlanParams& p, int64_t* sums, int thread) {
       if (node.level != level) continue;
       const tw::Node* outer = node.outer < 0 ? nullptr : p.nodes + node.outer;
       node.states = (outer ? outer->states : 0) | (n >= shared || (any && node.states)) << level;
+      if (outer) node.joined = outer->splits() ? node.outer : outer->joined;
       if (outer && outer->splits()) node.outer = outer->outer;
     }
     __syncthreads();
   }
+}
+
+// Two numbers of each thread become the sums of those of the threads before; returns that of the second of all
+// threads. `sums`: two words for each warp.
+TW_INLINE int64_t sum_before(int64_t (&own)[2], int64_t* sums, int thread) {
+  constexpr int WARPS = THREADS / 32;
+  const int lane = thread % 32, warp = thread / 32;
+  int64_t before[2] = {own[0], own[1]}, all = 0;  // an inclusive scan over the warp, then over the warps
+  for (int i = 0; i < 2; ++i) {
+    for (int step = 1; step < 32; step *= 2) {
+      const int64_t other = __shfl_up_sync(0xffffffffu, before[i], step);
+      if (lane >= step) before[i] += other;
+    }
+    if (lane == 31) sums[i * WARPS + warp] = before[i];
+    own[i] = before[i] - own[i];
+  }
+  __syncthreads();
+  for (int w = 0; w < WARPS; ++w) {
+    for (int i = 0; i < 2; ++i) own[i] += w < warp ? sums[i * WARPS + w] : 0;
+    all += sums[WARPS + w];
+  }
+  __syncthreads();
+  return all;
+}
+
+// Items of the nodes that the launch in front does, and rows of their states: first numbers, and chunks.
+TW_INLINE void cut_apart(const PlanParams& p, int64_t* sums, int thread) {
+  const int shared = p.node_count - p.requests, share = (p.node_count + THREADS - 1) / THREADS;
+  const int begin = thread * share, end = begin + share < p.node_count ? begin + share : p.node_count;
+  auto items_of = [&](int n) { return n < shared && p.nodes[n].splits() ? (queries_of(p, p.nodes[n]) + BLOCK - 1) / BLOCK * p.kv_heads : 0; };
+  auto tiles = [&](int n) { return (length_of(p, n) + TILE - 1) / TILE; };
+  int64_t tiles_of_all[2] = {}, before[2] = {};  // items and rows of states
+  for (int n = begin; n < end; ++n) tiles_of_all[1] += items_of(n) * tiles(n);
+  const int64_t all = sum_before(tiles_of_all, sums, thread);
+  for (int n = begin; n < end; ++n) {
+    tw::Node& node = p.nodes[n];
+    node.chunks = items_of(n) > 0 ? static_cast<int32_t>(chunks_of(tiles(n), all, p.sms)) : 0;
+    before[0] += items_of(n) * node.chunks;
+    before[1] += queries_of(p, node) * node.chunks;
+  }
+  sum_before(before, sums, thread);
+  for (int n = begin; n < end; ++n) {
+    tw::Node& node = p.nodes[n];
+    node.item = static_cast<int32_t>(before[0]);
+    node.row = static_cast<int32_t>(before[1]);
+    before[0] += items_of(n) * node.chunks;
+    before[1] += queries_of(p, node) * node.chunks;
+  }
+  __syncthreads();
 }
 
 // The tiles of a unit of a node. A node without keys costs a tile: its result is written.
@@ -102,15 +153,15 @@ TW_INLINE int64_t units_of(const PlanParams& p, int n, bool& wide) {
   wide = false;
   if constexpr (table::LEVELS == 1) return p.head_blocks;
   const tw::Node node = p.nodes[n];
-  return node.splits() * row_blocks(queries_of(p, node), GROUP, wide) * p.head_blocks;
+  return (node.splits() && node.chunks == 0) * row_blocks(queries_of(p, node), GROUP, wide) * p.head_blocks;
 }
 
 }  // namespace cuts
 
 extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const __grid_constant__ PlanParams p) {
   extern __shared__ __align__(16) int64_t ends[];
-  __shared__ int64_t sums[cuts::THREADS / 32], tile_sums[cuts::THREADS / 32];
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  __shared__ int64_t sums[2 * cuts::THREADS / 32];
+  const int thread = threadIdx.x;
   int64_t* keys = ends + p.node_count + 1;
   tw::start_next_launch();
   tw::wait_for_previous_launch();
@@ -128,14 +179,17 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
       outer_count = count;
       __syncthreads();
     }
-    if (!__syncthreads_or(wrong)) cuts::choose(p, sums, thread);
+    if (!__syncthreads_or(wrong)) {
+      cuts::choose(p, sums, thread);
+      if constexpr (cuts::BLOCK > 0) cuts::cut_apart(p, sums, thread);
+    }
   }
   const bool none = __syncthreads_or(wrong);
   if (wrong) *p.status = wrong;
   const int share = (p.node_count + cuts::THREADS - 1) / cuts::THREADS;
   const int begin = thread * share < p.node_count ? thread * share : p.node_count;
   const int end = begin + share < p.node_count ? begin + share : p.node_count;
-  int64_t own = 0, own_tiles = 0;  // the cost of this thread's nodes, and their tiles
+  int64_t own[2] = {};  // the cost of this thread's nodes, and their tiles
   int64_t unit = none || p.node_count == 0 ? 0 : cuts::unit_tiles(p, p.node_count - 1);
   unit = cuts::cost_of(unit < p.most_tiles ? unit : p.most_tiles, false);  // of the last request; those of others may differ
   bool differ = false;
@@ -146,24 +200,11 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
     const int64_t units = none ? 0 : cuts::units_of(p, n, wide);
     ends[n + 1] = units * cuts::cost_of(tiles, wide);
     differ |= units > 0 && cuts::cost_of(tiles, wide) != unit;
-    own += ends[n + 1];
-    own_tiles += units * tiles;
+    own[0] += ends[n + 1];
+    own[1] += units * tiles;
   }
-  int64_t before = own;  // an inclusive scan over the warp, then over the warps
-  for (int step = 1; step < 32; step *= 2) {
-    const int64_t other = __shfl_up_sync(0xffffffffu, before, step);
-    if (lane >= step) before += other;
-    own_tiles += __shfl_xor_sync(0xffffffffu, own_tiles, step);
-  }
-  if (lane == 31) {
-    sums[warp] = before;
-    tile_sums[warp] = own_tiles;
-  }
-  __syncthreads();
-  before -= own;
-  for (int w = 0; w < warp; ++w) before += sums[w];
-  int64_t all_tiles = 0;
-  for (int w = 0; w < cuts::THREADS / 32; ++w) all_tiles += tile_sums[w];
+  const int64_t all_tiles = cuts::sum_before(own, sums, thread);
+  int64_t before = own[0];
   if (thread == 0) ends[0] = 0;
   for (int n = begin; n < end; ++n) {
     before += ends[n + 1];
