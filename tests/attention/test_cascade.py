@@ -279,7 +279,7 @@ def test_cubins_of_a_launch_in_front(variant):
     """Of it and of the decode kernel behind it; and of that which walks in spite of its plan."""
     spec = spec_of(4, 128, "bfloat16", "bfloat16", variant, shared=1)
     texts = [decode.source(spec, 8, 1, kind) for kind in (decode.STATES, decode.WALKED)]
-    for text in (*texts, *(hopper.shared_source(spec, n) for n in (1, 16))):
+    for text in (*texts, *(hopper.source(spec, n, True) for n in (1, 16))):
         used = compile_cuda(text, "sm_90a").resources["stage0"]
         assert used.spill_bytes == 0 and 0 < used.registers <= 255
     text = (

@@ -339,16 +339,11 @@ def check(plan: Plan) -> None:
         own = plan.nodes["states"] >> plan.nodes["level"] & 1
         links = (ranges.linked(plan.nodes, own)[0] == plan.nodes).all()
         _require(links and own[len(own) - plan.requests :].all(), "its nodes are not linked")
-        chunks, (item, row) = (
-            plan.nodes["chunks"],
-            ranges.numbers(plan.nodes, last - first, plan.kv_heads, plan.block),
-        )
-        apart = own * (last > first) * (plan.block > 0)
-        apart[len(own) - plan.requests :] = 0
-        fits = ((chunks > 0) == apart).all() and (item == plan.nodes["item"]).all()
-        _require(
-            fits and (row == plan.nodes["row"]).all(), "its items of shared keys are not right"
-        )
+        wanted = ranges.numbers(plan.nodes, last - first, plan.kv_heads, plan.block)
+        apart = own * (last > first) * (np.arange(len(own)) < len(own) - plan.requests)
+        fits = ((plan.nodes["chunks"] > 0) == (apart * plan.block > 0)).all()
+        fits = fits and (wanted == [plan.nodes["item"], plan.nodes["row"]]).all()
+        _require(fits, "the items of its shared keys are not right")
         units *= ranges.row_blocks(last - first, plan.group, plan.nodes)[0]
     _require(ranges.is_sound(plan.cuts, units), "its cuts do not cover the batch")
     if not len(items):

@@ -105,7 +105,8 @@ class Workspace:
         blocks = decode.blocks_of(self.longest * self.group, units)
         loaded(decode.source(spec, self._block, blocks, kind), self.ordinal)
         if self.block:
-            loaded(hopper.shared_source(spec, page_size), self.ordinal)
+            text = hopper.source(spec, hopper.box_keys(spec, page_size), True)
+            loaded(text, self.ordinal)
 
     def check(self) -> None:
         """Refuse what a plan on the GPU has found wrong since the last look, also one that a graph

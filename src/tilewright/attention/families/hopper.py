@@ -5,7 +5,7 @@ the order of the plan."""
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -224,7 +224,8 @@ def source(spec: Spec, box: int, chunked: bool = False) -> str:
         "CHUNKED": int(chunked), "MOST_QUERIES": max(1, NARROW_ROWS // spec.group),
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
-    out = f"using Out = {'uint16_t' if spec.o.itemsize == 2 else 'float'};"
+    sixteen = spec.o.itemsize == 2 and not spec.table.shared  # states of shared keys are float32
+    out = f"using Out = {'uint16_t' if sixteen else 'float'};"
     text = namespace("attention", *constants(numbers), kinds, out)
     files = ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh")
     params = params_struct(spec)
@@ -242,7 +243,9 @@ def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]
     shape, strides = (spec.head_dim, heads, tokens), (values["q_head"], values["q_token"])
     box = (64, group, rows_of(spec) // group)
     words["q_map"] = tensor_map(values["q"], spec.q, shape, strides, box)
-    if spec.o == spec.q and 16 % group == 0:  # the 16 rows of a warp are whole queries
+    if (
+        spec.o == spec.q and 16 % group == 0 and not spec.table.shared
+    ):  # the 16 rows of a warp are whole queries
         dim = spec.head_dim_vo
         strides, box = (dim, heads * dim), (64, group, 16 // group)
         words["o_map"] = tensor_map(values["o"], spec.o, (dim, heads, tokens), strides, box)
@@ -271,44 +274,37 @@ def _prepare(call: Call) -> Prepared:
     partials, counters = call.scratch.grown(call.like, floats, counts)
     work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": len(plan.items)}
     memory = view(partials).pointer, view(counters).pointer
-    ctas = min(len(plan.items), cuda.device(ordinal).sms)
-    launch, text = _launch(call, spec, ctas, work, memory)
+    launch, text = _launch(call, min(len(plan.items), cuda.device(ordinal).sms), work, memory)
     keep = (indptr, items, counters, partials)
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
 
 
 def _launch(
-    call: Call, spec: Spec, ctas: int, work: dict[str, int], memory: tuple[int, int]
-) -> tuple[Any, str]:
+    call: Call, ctas: int, work: dict[str, int], memory: tuple[int, int]
+) -> tuple[Any, str]:  # fmt: skip
     """The launch of a call and its source; `memory`: partial results, and counters."""
-    values, plan, struct = call.values, call.plan, params_struct(spec)
-    box, chunked = box_keys(spec, values["page_size"]), spec.table.shared or call.plan.slots > 0
+    spec, values, plan, struct = call.spec, call.values, call.plan, params_struct(call.spec)
+    page_size, shared = values["page_size"], spec.table.shared > 0
     padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
     block = struct.pack(
-        **values, **maps(spec, values, plan.tokens), **padding, **work, counter=memory[1],
-        counters=memory[1] + 4, page_shift=values["page_size"].bit_length() - 1, cycles=0,
-        partials=memory[0],
+        **values, **maps(spec, values, plan.tokens), **padding, **work, partials=memory[0],
+        counter=memory[1], counters=memory[1] + 4, page_shift=page_size.bit_length() - 1, cycles=0,
     )  # fmt: skip
-    text, cta = source(spec, box, bool(chunked)), (threads(spec, box), 1, 1)
-    function, overlaps = loaded(text, call.ordinal), spec.table.shared > 0
-    return function.prepare((ctas, 1, 1), cta, smem_bytes(spec), block, overlaps=overlaps), text
+    text = source(spec, box := box_keys(spec, page_size), shared or plan.slots > 0)
+    cta, smem = (threads(spec, box), 1, 1), smem_bytes(spec)
+    function = loaded(text, call.ordinal)
+    return function.prepare((ctas, 1, 1), cta, smem, block, overlaps=shared), text
 
 
 def shared_launch(call: Call, ctas: int, work: dict[str, int], memory: tuple[int, int]) -> Any:
     """The launch that does shared keys in front of the decode kernel of a call; None where it
     cannot run over its queries and cache. `work`: `qo_indptr` and `nodes` of the plan; `memory`:
     the states of `decode_finish.cuh`, and a counter."""
-    at = [call.values[n] for n in ("q", "q_token", "q_head")]
-    misaligned = min(at[1:]) < 0 or any(a % 16 for a in (at[0], 2 * at[1], 2 * at[2]))
+    at, *strides = (call.values[n] for n in ("q", "q_token", "q_head"))
+    misaligned = min(strides) < 0 or any(a % 16 for a in (at, *(2 * n for n in strides)))
     if misaligned or shared_block(call.spec, call.pool) != call.plan.block:
         return None
-    work = {"items": 0, "item_count": 0, **work}
-    return _launch(call, replace(call.spec, o=dtypes.float32), ctas, work, memory)[0]
-
-
-def shared_source(spec: Spec, page_size: int) -> str:
-    """The CUDA C++ of that launch."""
-    return source(replace(spec, o=dtypes.float32), box_keys(spec, page_size), True)
+    return _launch(call, ctas, {"items": 0, "item_count": 0, **work}, memory)[0]
 
 
 FAMILY = Family("hopper", "cuda", rows_of, "batch", 0, refuses, _prepare, order)
