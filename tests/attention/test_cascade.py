@@ -22,14 +22,7 @@ from tilewright.attention import planner, ranges
 from tilewright.attention import report as reports
 from tilewright.attention.families import cpu, decode, hopper
 from tilewright.attention.plan import ITEMS
-from tilewright.attention.spec import (
-    PARTIALS,
-    compile_cuda,
-    cuda_headers,
-    param_values,
-    params_struct,
-    template,
-)
+from tilewright.attention.spec import PARTIALS, compile_cuda, param_values, params_struct, template
 from tilewright.attention.table import NODE
 from tilewright.errors import ArgumentError
 from tilewright.runtime.view import view
@@ -274,36 +267,28 @@ def test_thread_sanitizer_finds_nothing(tmp_path):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("variant", [tw.Causal(), tw.SlidingWindow() | tw.Alibi()])
-def test_cubins_of_a_launch_in_front(variant):
-    """Of it and of the decode kernel behind it; and of that which walks in spite of its plan."""
-    spec = spec_of(4, 128, "bfloat16", "bfloat16", variant, shared=1)
-    texts = [decode.source(spec, 8, 1, kind) for kind in (decode.STATES, decode.WALKED)]
-    for text in (*texts, *(hopper.source(spec, n, True) for n in (1, 16))):
-        used = compile_cuda(text, "sm_90a").resources["stage0"]
-        assert used.spill_bytes == 0 and 0 < used.registers <= 255
-    text = (
-        texts[0] + f'\nstatic_assert(attention::SMEM_BYTES == {decode.smem_bytes(spec, 1, 1)}, "");'
-    )
-    nvrtc.compile_cuda(text, arch="sm_90a", headers=cuda_headers())
+@pytest.mark.parametrize("kind", [decode.ALONE, decode.BEHIND, decode.FRONT])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+def test_cubins_of_shared_keys(arch, kind):
+    """The numbers that Python launches with are those of the kernel, too."""
+    spec = spec_of(4, 128, "bfloat16", "bfloat16", tw.Causal(), shared=1)
+    blocks = 2 if kind == decode.FRONT else 1
+    text = decode.source(spec, 8, blocks, kind, 32)
+    for name, value in {
+        "SMEM_BYTES": decode.smem_bytes(spec, blocks, kind), "STATE": decode.state_floats(128, 1),
+    }.items():  # fmt: skip
+        text += f'\nstatic_assert(attention::{name} == {value}, "");'
+    used = compile_cuda(text, arch).resources["stage0"]
+    assert used.spill_bytes <= 64 * (arch == "sm_80") and 0 < used.registers <= 255
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_cubins_of_shared_keys(arch):
-    spec = spec_of(4, 128, "bfloat16", "bfloat16", tw.Causal(), shared=1)
-    text = decode.source(spec, 8, decode.blocks_of(4, 1))
-    used = compile_cuda(text, arch).resources["stage0"]
-    assert used.spill_bytes <= 64 and 0 < used.registers <= 255
-    text = decode.source(spec, 8, 2)
-    for name, value in {
-        "SMEM_BYTES": decode.smem_bytes(spec, 2), "WIDE_ROWS": ranges.WIDE_ROWS,
-        "2 * attention::PARTIAL": decode.partial_floats(128, 2, 1, 1),
-        "2 * attention::STATE": decode.state_floats(128, 1, 1),
-    }.items():  # fmt: skip
-        name = name if "attention::" in name else f"attention::{name}"
-        text += f'\nstatic_assert({name} == {value}, "");'
-    nvrtc.compile_cuda(text, arch=arch, headers=cuda_headers())
+@pytest.mark.parametrize("variant", [tw.Causal(), tw.SlidingWindow() | tw.Alibi()])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_cubins_of_the_hopper_kernel_in_front(variant, page_size):
+    spec = spec_of(4, 128, "bfloat16", "bfloat16", variant, shared=1)
+    used = compile_cuda(hopper.source(spec, page_size, True), "sm_90a").resources["stage0"]
+    assert used.spill_bytes == 0 and 0 < used.registers <= 168
 
 
 # ---------------------------------------------------------------------------- on a GPU
@@ -335,22 +320,17 @@ def close(case: Case, o: np.ndarray, lse: np.ndarray, text: str = "") -> None:
     np.testing.assert_allclose(lse, wanted_lse, rtol=2e-3, atol=4e-3, err_msg=f"{text} {case}")
 
 
-def _set_costs(monkeypatch: Any, cost: int) -> None:
-    """Of joining states, of units of the decode kernel and of a launch in front of it."""
-    for name in ("JOIN_COST", "APART_COST"):
-        monkeypatch.setattr(ranges, name, cost)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("workers", [1, 5, None])
 def test_against_the_oracle(rng, monkeypatch, shape, depth, workers):
-    """With shared keys as units of their own, as the plan chooses, and walked by requests."""
+    """With all shared keys read by a launch in front, as the plan chooses, and walked by requests;
+    by the Hopper family where it can, and by the decode family everywhere."""
     from tilewright.runtime.cuda import DeviceArray
 
     for cost in (-(1 << 30), 1, 1 << 30):
-        _set_costs(monkeypatch, cost)
+        monkeypatch.setattr(ranges, "APART_COST", cost)
         case = drawn(rng, shape, depth, page_size=int(rng.choice([1, 7, 16])))
         kv, q, arrays = on_gpu(case)
         attn = oracle.attention_of(case)
@@ -371,7 +351,7 @@ def test_plans_of_the_device_agree_exactly(rng, monkeypatch):
     from tilewright.runtime.cuda import DeviceArray
 
     for cost, depth in itertools.product((-(1 << 30), 1, 20), (1, 2, 3)):
-        _set_costs(monkeypatch, cost)
+        monkeypatch.setattr(ranges, "APART_COST", cost)
         planner.cuda_source.cache_clear()
         case = drawn(rng, SHAPES[0], depth)
         kv, _, _ = on_gpu(case)
@@ -386,7 +366,7 @@ def test_plans_of_the_device_agree_exactly(rng, monkeypatch):
         for name in ("begin", "end", "level"):
             np.testing.assert_array_equal(nodes[name], plan.nodes[name])
         read = plan.nodes["begin"] < plan.nodes["end"]
-        for name in ("base", "outer", "states", "joined", "chunks", "item", "row"):
+        for name in ("base", "outer", "joined", "chunks", "item", "row"):
             np.testing.assert_array_equal(nodes[name][read], plan.nodes[name][read])
     planner.cuda_source.cache_clear()
 

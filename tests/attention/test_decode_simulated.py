@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -32,11 +31,9 @@ SHAPES = [  # group, kv_heads, head_dim, dtype, mask, logits, sink
 ]
 
 
-def result(
-    case: Case, workers: int, seed: int, kind: int = decode.UNITS
-) -> tuple[np.ndarray, np.ndarray, tw.Plan]:
-    """o and lse of the kernel, and the plan: of the family of GPUs, made on the host. `kind`: what
-    shared keys are; where a launch in front does them their states are computed here."""
+def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray, tw.Plan]:
+    """o and lse of the kernel, and the plan: of the family of GPUs, made on the host. Shared keys
+    are read by a launch in front, where the plan has that."""
     attn, table = oracle.attention_of(case), oracle.table_of(case)
     kv = tw.KV(table, tw.Pool(case.k, case.v))
     traced = attn.variant.traced
@@ -46,7 +43,7 @@ def result(
     known = {n: x for n, x in attn.variant.fixed if np.isscalar(x)}
     shape = plans.Shape("decode", attn.kv_heads, attn.group, traced.mask, known,
                         decode.FAMILY.qo_tile(spec), "", decode.CTAS_PER_SM,
-                        block=BLOCK if kind else 0)  # fmt: skip
+                        block=BLOCK)  # fmt: skip
     lengths = kv.lengths()
     plan = plans.make(case.qo_indptr, lengths, shape, workers, table.tree(lengths))
     o = np.full(case.q.shape, np.nan, np.float32)
@@ -56,61 +53,33 @@ def result(
     arrays = values_of(attn.variant, oracle.arrays_of(case), sizes, "cpu")
     numbers = param_values(view(case.q), kv.pool, table, (view(o), view(lse)), attn.scale)
     numbers |= render.param_values(traced, {n: seen for n, (_, seen) in arrays.items()})
-    together, shared = ranges.head_block(attn.kv_heads), 0 if kind else table.form.shared
-    blocks = decode.blocks_of(plan.longest * attn.group, shared)
-    ctas, rows = (len(plan.cuts) - 1) * together, plan.tokens * attn.qo_heads
-    floats = decode.partial_floats(attn.head_dim, blocks, ctas, shared)
-    left = states_in_front(case, plan) if kind == decode.STATES else np.zeros(0)
-    states = decode.state_floats(attn.head_dim, rows, shared)
+    together, blocks = ranges.head_block(attn.kv_heads), decode.blocks_of(plan.longest * attn.group)
+    ctas, (items, rows) = (len(plan.cuts) - 1) * together, plan.of_front
+    floats = decode.partial_floats(attn.head_dim, blocks, ctas)
+    states = decode.state_floats(attn.head_dim, rows * attn.qo_heads)
     partials = np.full(floats + states, np.nan, np.float32)
-    partials = np.concatenate([partials, left.ravel()]).astype(np.float32)
-    counters = np.zeros(ctas + plan.tokens * attn.kv_heads * bool(shared) + 1, np.int32)
+    counters = np.zeros(ctas + 1, np.int32)
     work: dict[str, Any] = {"qo_indptr": plan.qo_indptr.ctypes.data, "cuts": plan.cuts.ctypes.data}
     work |= partial_params(partials.ctypes.data, floats, counters.ctypes.data, ctas, rows)
     work |= {"nodes": plan.nodes.ctypes.data} if table.form.shared else {}
     block = decode.params_struct(spec).pack(**numbers, **work)
+    if items:
+        run = simulated.kernel(decode.source(spec, together, 2, decode.FRONT, BLOCK))
+        simulated.launch(run, block, decode.THREADS, min(items, workers), seed)
+        left = partials[floats:].reshape(-1, attn.head_dim + 8)[:, : attn.head_dim + 2]
+        assert not np.isnan(left).any()
+    kind = decode.BEHIND if items else decode.ALONE
     run = simulated.kernel(decode.source(spec, together, blocks, kind))
     simulated.launch(run, block, decode.THREADS, ctas, seed)
     assert not counters.any()
     return o, lse, plan
 
 
-def states_in_front(case: Case, plan: tw.Plan) -> np.ndarray:
-    """What a launch in front of the decode kernel leaves (rows, qo_heads, head_dim + 8): of each
-    shared node with chunks, chunk and row of q outputs, maximum (log2) and sum; in float64."""
-    nodes, dim = plan.nodes[: len(plan.nodes) - plan.requests], case.q.shape[2]
-    left = np.full((int(plan.nodes["row"][-1]), case.q.shape[1], dim + 8), np.nan)
-    slots, q = oracle.slots_of(case), case.q.astype(np.float64)
-    for r, head, rows, score, seen in oracle.scores_of(case, slots):
-        for n in np.flatnonzero((nodes["begin"] <= r) & (r < nodes["end"]) & (nodes["chunks"] > 0)):
-            first, last = plan.qo_indptr[nodes["begin"][n]], plan.qo_indptr[nodes["end"][n]]
-            chunks, base, length = int(nodes["chunks"][n]), nodes["base"][n], int(case.kv_len[n])
-            for chunk in range(chunks):
-                part = slice(*(base + length * (chunk + i) // chunks for i in range(2)))
-                pages, places = np.array(slots[r], int).reshape(-1, 2)[part].T
-                some = seen[:, part].any(0)[:, None]
-                k, v = (np.where(some, x[pages, places, score.kv_head], 0).astype(np.float64)
-                        for x in (case.k, case.v))  # fmt: skip
-                of_part = replace(score, kv=score.kv[:, part], key=score.key[:, part])
-                s = oracle.LOGITS[case.logits][1](q[rows, head] @ k.T / np.sqrt(dim), of_part)
-                s = np.where(seen[:, part], s, -np.inf)
-                top = s.max(1, initial=-np.inf)
-                weights = np.exp(s - np.where(np.isfinite(top), top, 0)[:, None])
-                at = nodes["row"][n] + chunk * (last - first) + np.arange(rows.start, rows.stop)
-                assert np.isnan(left[at - first, head]).all()
-                left[at - first, head] = np.concatenate(
-                    [weights @ v, top[:, None] / np.log(2), weights.sum(1)[:, None],
-                     np.zeros((len(at), 6))], 1,
-                )  # fmt: skip
-    assert not np.isnan(left).any()
-    return left
-
-
-def check(case: Case, workers: int, kind: int = decode.UNITS) -> tw.Plan:
+def check(case: Case, workers: int) -> tw.Plan:
     """Right in every order of the CTAs, and the same bits."""
-    first, lse, plan = result(case, workers, 0, kind)
+    first, lse, plan = result(case, workers, 0)
     close(case, first, lse, str(plan))
-    again = result(case, workers, 1, kind)[0]
+    again = result(case, workers, 1)[0]
     assert np.array_equal(first.view(np.uint32), again.view(np.uint32))
     return plan
 
@@ -120,30 +89,27 @@ def test_flat(rng):
 
 
 @pytest.mark.parametrize("cost", [-(1 << 30), 1, 1 << 30])
-@pytest.mark.parametrize("kind", [decode.UNITS, decode.STATES, decode.WALKED])
-def test_shared_keys(rng, monkeypatch, cost, kind):
-    """As units of their own or of a launch in front, as the plan chooses, and walked by their
-    requests: because of the plan, or in spite of it."""
-    monkeypatch.setattr(ranges, "APART_COST" if kind else "JOIN_COST", cost)
-    check(drawn(rng, SHAPES[1], 2 if cost == 1 else 1), int(rng.choice([5, 40])), kind)
+def test_shared_keys(rng, monkeypatch, cost):
+    """All read by a launch in front, as the plan chooses, and walked by their requests."""
+    monkeypatch.setattr(ranges, "APART_COST", cost)
+    check(drawn(rng, SHAPES[1], 2 if cost == 1 else 1), int(rng.choice([5, 40])))
 
 
-def test_wide_units_of_many_parts(rng, monkeypatch):
-    """The states of a row come in several rounds."""
-    monkeypatch.setattr(ranges, "JOIN_COST", 0)
+def test_many_chunks(rng, monkeypatch):
+    """The states of a row are read in several rounds."""
+    monkeypatch.setattr(ranges, "APART_COST", 0)
     plan = check(cascade(rng, SHAPES[1], [1] * 9, [[0, 9]], [4300, *[30] * 9]), 40)
-    assert (plan.cuts["last"] - plan.cuts["first"]).max() > 16
+    assert plan.nodes["chunks"].max() > 8
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 @pytest.mark.parametrize("cost", [-(1 << 30), 3])
-@pytest.mark.parametrize("of_front", [0, BLOCK])
-def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost, of_front):
+def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
     """With the one of the host, exactly: cuts and nodes; of units that cost alike, too."""
-    monkeypatch.setattr(ranges, "APART_COST" if of_front else "JOIN_COST", cost)
+    monkeypatch.setattr(ranges, "APART_COST", cost)
     planner.cuda_source.cache_clear()
     form = TableForm("int32", table_entries="", shared=depth)
-    run = simulated.kernel(planner.cuda_source(form, 4, of_front), "plan_cuts", "PlanParams")
+    run = simulated.kernel(planner.cuda_source(form, 4, BLOCK), "plan_cuts", "PlanParams")
     mask = tw.Causal().traced.mask
     for requests, most, workers in (
         (1, 900, 20),
@@ -157,7 +123,7 @@ def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost, of_front):
         keys = (rng.integers(0, most, count) if most > 1 else np.full(count, 1024)).astype(np.int32)
         tree = tw.Table.dense(keys, shared=shared).tree(keys.astype(np.int64))
         indptr = np.cumsum([0, *rng.integers(0, 4, requests)]).astype(np.int32)
-        shape = plans.Shape("decode", 8, 4, mask, {}, 4, "", decode.CTAS_PER_SM, block=of_front)
+        shape = plans.Shape("decode", 8, 4, mask, {}, 4, "", decode.CTAS_PER_SM, block=BLOCK)
         plan = plans.make(indptr, keys.astype(np.int64), shape, workers, tree)
         limit = decode.CTAS_PER_SM * workers // 8
         cuts, nodes = np.zeros(limit + 1, ranges.CUT.numpy), np.zeros(count, NODE.numpy)
@@ -168,7 +134,8 @@ def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost, of_front):
             kv_len=keys.ctypes.data, table_indptr=0, qo_from=indptr.ctypes.data, **levels,
             qo_indptr=copied.ctypes.data, cuts=cuts.ctypes.data, nodes=nodes.ctypes.data,
             status=status.ctypes.data, limit=limit, most_tiles=2**31, requests=requests,
-            node_count=count, head_blocks=1, max_tokens=int(indptr[-1]), kv_heads=8, sms=workers,
+            node_count=count, head_blocks=1, max_tokens=int(indptr[-1]), kv_heads=8,
+            front=ranges.of_front(BLOCK, 4, workers),
         )  # fmt: skip
         simulated.launch(run, block, planner.THREADS, 1, 0)
         assert not status[0]
@@ -183,6 +150,6 @@ if __name__ == "__main__":  # more of them: python -m tests.attention.test_decod
     for seed in itertools.count():
         numbers = np.random.default_rng(seed)
         shape, depth = SHAPES[seed % 2], int(numbers.integers(1, 4))
-        ranges.JOIN_COST = int(numbers.choice([-(1 << 30), 0, 3, 20]))
+        ranges.APART_COST = int(numbers.choice([-(1 << 30), 0, 3, 20]))
         plan = check(drawn(numbers, shape, depth), int(numbers.choice([1, 5, 40])))
         print(seed, plan, flush=True)

@@ -27,7 +27,7 @@ from tilewright.attention.checks import (
     named_view,
     ordinal_of,
 )
-from tilewright.attention.families import Call, Family, Scratch, hopper
+from tilewright.attention.families import Call, Family, Scratch, decode
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
 from tilewright.attention.plan import Plan
@@ -135,8 +135,7 @@ class Attention:
         size = (spec.head_dim + spec.head_dim_vo) * spec.kv.itemsize
         batch = Batch(lengths, size, reasons, gpu.name if gpu else "")
         numbers = tuple((n, v) for n, v in values.items() if is_number(v))
-        apart = table.form.shared and family.device == "cuda"
-        block = hopper.shared_block(spec, pool, gpu.arch) if apart else 0
+        block = decode.shared_block(spec, pool, gpu.arch) if table.form.shared and gpu else 1
         shape = _shape_of(self, family, family.qo_tile(spec), numbers, block)
         result = plan.make(indptr, lengths, shape, workers, table.tree(lengths), batch)
         if gpu is not None:
@@ -162,7 +161,7 @@ class Attention:
         form, pool = (kv.table.form, kv.pool) if kv else (TableForm(shared=shared), None)
         kind = kv.dtype if kv else dtypes.bfloat16
         spec = _spec_of(self, (kind, kind, kind), form)
-        block_of = functools.partial(hopper.shared_block, spec, pool)
+        block_of = functools.partial(decode.shared_block, spec, pool)
         room = Workspace(heads, max_requests, max_tokens, device, workers, shared, block_of)
         shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())
         room.most_tiles = planner.most_visible_tiles(shape, room.longest)
@@ -352,7 +351,7 @@ def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableFor
 @functools.lru_cache(512)
 def _shape_of(
     attn: Attention, family: Family, qo_tile: int, values: tuple[tuple[str, Any], ...],
-    block: int = 0,
+    block: int = 1,
 ) -> plan.Shape:  # fmt: skip
     """What a planner must know, with the scalars that are fixed or among `values`."""
     known = {n: v for n, v in (*attn.variant.fixed, *values) if is_number(v)}

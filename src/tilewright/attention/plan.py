@@ -67,8 +67,8 @@ class Plan:
     `qo_tile` is the most queries an item has; `slots` and `counters` size the work space; `workers`
     are threads or SMs; `imbalance` is the longest worker's estimated work over the mean. `longest`:
     the most queries of a request; `nodes`: an array of `NODE` where requests share keys, `group`:
-    query heads of a KV head, which packs their rows; `block`: where a launch in front does shared
-    keys the queries of an item of it, else 0; `tensors`: what `on_device`
+    query heads of a KV head, which packs their rows; `block`: queries
+    of an item of the launch in front that does shared keys; `tensors`: what `on_device`
     has copied to GPUs; `batch`: what `report` needs.
 
     Kernels trust a plan, so one that was not planned here is checked when it is constructed (see
@@ -88,7 +88,7 @@ class Plan:
     cuts: np.ndarray = field(default_factory=lambda: _NO_CUTS)
     nodes: np.ndarray = field(default_factory=lambda: _NO_NODES)
     group: int = 1
-    block: int = 0
+    block: int = 1
     batch: Batch | None = field(default=None, repr=False)
     tensors: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
     longest: int = field(default=0, init=False, repr=False)
@@ -113,6 +113,12 @@ class Plan:
     @property
     def tokens(self) -> int:
         return int(self.qo_indptr[-1])
+
+    @property
+    def of_front(self) -> tuple[int, int]:
+        """Items and states of q's rows of the launch in front."""
+        last = self.nodes[-1:]
+        return int(last["item"].sum()), int(last["row"].sum())
 
     @property
     def tree(self) -> tuple[int, int, int]:
@@ -330,21 +336,19 @@ def check(plan: Plan) -> None:
     indptr, items = plan.qo_indptr, plan.items
     from_zero = len(indptr) and indptr[0] == 0 and rises(indptr)
     _require(from_zero, "qo_indptr does not rise from 0")
-    limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group, plan.block + 1)
+    limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group, plan.block)
     _require(min(limits) >= 1 and max(limits) < 2**31, "its numbers are out of range")
     _require(_is_tree(plan.nodes, plan.requests), "its nodes are no tree of the requests")
     first, last = _rows_of_nodes(indptr, plan.nodes)
     units = np.full(len(first), plan.kv_heads // ranges.head_block(plan.kv_heads))
     if plan.tree[0] and len(plan.cuts):
-        own = plan.nodes["states"] >> plan.nodes["level"] & 1
-        links = (ranges.linked(plan.nodes, own)[0] == plan.nodes).all()
-        _require(links and own[len(own) - plan.requests :].all(), "its nodes are not linked")
-        wanted = ranges.numbers(plan.nodes, last - first, plan.kv_heads, plan.block)
-        apart = own * (last > first) * (np.arange(len(own)) < len(own) - plan.requests)
-        fits = ((plan.nodes["chunks"] > 0) == (apart * plan.block > 0)).all()
-        fits = fits and (wanted == [plan.nodes["item"], plan.nodes["row"]]).all()
-        _require(fits, "the items of its shared keys are not right")
-        units *= ranges.row_blocks(last - first, plan.group, plan.nodes)[0]
+        own, chunks = np.arange(len(first)) >= len(first) - plan.requests, plan.nodes["chunks"]
+        wanted = ranges.linked(plan.nodes, chunks > 0)[0]
+        numbers = ranges.numbers(plan.nodes, last - first, plan.kv_heads, plan.block)
+        fits = (wanted == plan.nodes).all() and (chunks >= 0).all() and not chunks[own].any()
+        fits = fits and (numbers == [plan.nodes["item"], plan.nodes["row"]]).all()
+        _require(fits, "its nodes are not linked, or their items not numbered")
+        units *= own & (last > first)
     _require(ranges.is_sound(plan.cuts, units), "its cuts do not cover the batch")
     if not len(items):
         return _require(not plan.tokens or len(plan.cuts), "it has no work")

@@ -41,7 +41,7 @@ from tilewright.sparse.formats import Format
 from tilewright.sparse.pack import Packed, Part, Structure
 from tilewright.sparse.structured import paged
 
-_FIELDS = ("begin", "end", "base", "level", "outer", "states", "joined", "chunks", "item", "row")
+_FIELDS = ("begin", "end", "base", "level", "outer", "joined", "chunks", "item", "row")
 NODE = Struct("Node", [(name, "int32") for name in _FIELDS])
 """A row of a table: requests begin … end − 1 have its keys behind `base` others; `outer` and all
 behind it are a plan's (see table.h)."""

@@ -54,10 +54,10 @@ class Workspace:
         self.shared, self.max_nodes = shared, max_requests * (shared + 1)
         self._block = ranges.head_block(self.kv_heads)
         gpu = cuda.device(self.ordinal)
-        self.sms = sms = gpu.sms if workers is None else workers
-        self.block = block_of(gpu.arch) if shared else 0
-        units = 0 if self.block else shared  # levels whose units are of the decode kernel
-        blocks = decode.blocks_of(self.longest * self.group, units)
+        sms = gpu.sms if workers is None else workers
+        self.block = block_of(gpu.arch) if shared else 1
+        self.front = ranges.of_front(self.block, self.group, sms)
+        blocks = decode.blocks_of(self.longest * self.group)
         self.limit = max(decode.CTAS_PER_SM * sms // self._block, 1)
         most = gpu.attribute(_SMEM_OF_A_CTA) - _STATIC_SMEM
         if planner.smem_bytes(self.max_nodes, self.limit) > most:
@@ -73,13 +73,12 @@ class Workspace:
 
         tokens = max_tokens or max_requests
         self._state_rows = tokens * heads[0] * heads[1]
-        self._slots = decode.partial_floats(heads[2], blocks, self.ctas, units)
-        apart = shared * tokens + self.block * sms // heads[0] + 1 if self.block else 0
-        rows = apart * heads[0] * heads[1]  # at most: chunks of a node fill the SMs
-        states = decode.state_floats(heads[2], self._state_rows, units, rows)
+        self._slots = decode.partial_floats(heads[2], blocks, self.ctas)
+        rows = shared * tokens + self.block * self.front // heads[0] + 1  # chunks fill the CTAs
+        states = decode.state_floats(heads[2], rows * heads[0] * heads[1] * bool(shared))
         self._cuts = words("int32", (self.limit + 1) * (CUT.size // 4))
         self._partials = words("float32", self._slots + states)
-        self._counters = words("int32", self.ctas + (tokens * heads[0] if units else 1))
+        self._counters = words("int32", self.ctas + 1)
         self._indptr = words("int32", max_requests + 1 if max_tokens else 0)
         self._nodes = words("int32", NODE.size // 4 * self.max_nodes if shared else 0)
         self._status = cuda.HostWords(self.ordinal)
@@ -101,12 +100,14 @@ class Workspace:
         """Load the kernels of a spec, so that no capture has to. Raises BuildError."""
         text = planner.cuda_source(spec.table.for_planner(), self.group, self.block)
         loaded(text, self.ordinal, "plan_cuts", "planner")
-        units, kind = (0, decode.STATES) if self.block else (self.shared, decode.UNITS)
-        blocks = decode.blocks_of(self.longest * self.group, units)
-        loaded(decode.source(spec, self._block, blocks, kind), self.ordinal)
-        if self.block:
-            text = hopper.source(spec, hopper.box_keys(spec, page_size), True)
-            loaded(text, self.ordinal)
+        blocks, kind = decode.blocks_of(self.longest * self.group), decode.ALONE
+        if self.shared and self.block * self.group > decode.ROWS:
+            loaded(hopper.source(spec, hopper.box_keys(spec, page_size), True), self.ordinal)
+            kind = decode.BEHIND
+        elif self.shared:
+            two, kind = decode.blocks_of(decode.ROWS), decode.BEHIND
+            loaded(decode.source(spec, self._block, two, decode.FRONT, self.block), self.ordinal)
+        loaded(decode.source(spec, self._block, blocks, kind, self.block), self.ordinal)
 
     def check(self) -> None:
         """Refuse what a plan on the GPU has found wrong since the last look, also one that a graph
@@ -151,7 +152,7 @@ class Workspace:
             cuts=self._cuts.pointer, nodes=self._nodes.pointer, status=self._status.pointer,
             limit=self.limit, most_tiles=self.most_tiles, requests=table.requests,
             node_count=table.nodes, head_blocks=self.kv_heads // self._block, max_tokens=rows,
-            kv_heads=self.kv_heads, sms=self.sms,
+            kv_heads=self.kv_heads, front=self.front,
         )  # fmt: skip
         text = planner.cuda_source(form.for_planner(), self.group, self.block)
         function = loaded(text, self.ordinal, "plan_cuts", "planner")

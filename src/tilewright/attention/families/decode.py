@@ -1,7 +1,7 @@
 """The decode family: few query rows over long KV on tensor cores, sm_80 and newer.
 
-Template: kernels/decode.cuh. `attention/ranges.py` cuts the work of a batch. Shared keys are units
-of its own or, on Hopper GPUs, of a launch of that family in front (`Plan.block`)."""
+Template: kernels/decode.cuh. `attention/ranges.py` cuts the work of a batch. Keys that requests
+share are read by a launch in front, of this family or of the Hopper family (`Plan.block`)."""
 
 import functools
 from typing import Any
@@ -14,23 +14,21 @@ from tilewright.attention.families import hopper
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
-from tilewright.attention.ranges import CUT, NARROW_ROWS, TILE, WIDE_ROWS, head_block
+from tilewright.attention.ranges import CUT, ROWS, TILE, head_block, of_front
 from tilewright.attention.spec import Spec
 from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
-KEYS, ROWS = 16, NARROW_ROWS  # keys of a tile for each warp; the most packed rows of a request
+KEYS = 16  # of a tile, for each warp
 WARPS = TILE // KEYS
 # Stages of a warp's ring: more bytes in flight lengthen the queue at the memory and gain nothing.
 STAGES = 2
 THREADS = WARPS * 32
 # Resident at once: what the registers of a CTA are limited to. Three are no faster.
 CTAS_PER_SM = 2
-WIDE_BLOCKS = WIDE_ROWS // WARPS // 8  # of 8 packed rows, for a warp where many requests share keys
-WIDE_GROUPS = 4  # of 16 keys that such a warp works on at once
-UNITS, STATES, WALKED = 0, 1, 2  # what shared keys are to a kernel (decode_walk.cuh)
+ALONE, BEHIND, FRONT = range(3)  # kinds of launches where requests share keys (decode.cuh)
 
 
 def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
@@ -51,10 +49,9 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
 # ---------------------------------------------------------------------------- the kernel
 
 
-def blocks_of(rows: int, shared: int = 0) -> int:
-    """Blocks of 8 packed rows of a narrow unit, for at most `rows` of a request; where requests
-    share keys their rows fill two."""
-    return 1 if rows <= 8 and not shared else 2
+def blocks_of(rows: int) -> int:
+    """Blocks of 8 packed rows of a unit, for at most `rows` of a request."""
+    return 1 if rows <= 8 else 2
 
 
 def _columns(head_dim: int) -> int:
@@ -62,26 +59,28 @@ def _columns(head_dim: int) -> int:
     return -(-head_dim // 16) * 16
 
 
-def smem_bytes(spec: Spec, blocks: int, kind: int = UNITS) -> int:
+def smem_bytes(spec: Spec, blocks: int, kind: int = ALONE) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
-    levels = 0 if kind else spec.table.shared
-    ring = (
-        WARPS * STAGES * 2 * KEYS * (_columns(spec.head_dim) + 8) * 2 + WARPS * blocks * 8 * 8 + 16
-    )
-    return ring + bool(levels) * (WARPS * 16 + 20 + 16 * levels) * WIDE_ROWS
+    rows = WARPS * blocks * 8
+    ring = WARPS * STAGES * 2 * KEYS * (_columns(spec.head_dim) + 8) * 2
+    return ring + rows * 8 + 16 + rows * 16 * (kind == FRONT)
 
 
-def partial_floats(head_dim: int, blocks: int, ctas: int, shared: int = 0) -> int:
+def partial_floats(head_dim: int, blocks: int, ctas: int) -> int:
     """float32 words of the partial states: two of each CTA."""
-    rows = WIDE_ROWS if shared else blocks * 8
-    return 2 * ctas * rows * (_columns(head_dim) + 2)
+    return 2 * ctas * blocks * 8 * (_columns(head_dim) + 2)
 
 
-def state_floats(head_dim: int, rows: int, shared: int, apart: int = 0) -> int:
-    """float32 words of the states of all levels; `rows` of o and levels of `shared` keys. `apart`:
-    rows of the states that a launch in front leaves."""
-    columns = _columns(head_dim)
-    return apart * (columns + 8) + ((shared + 1) * rows * (columns + 4) if shared else 0)
+def state_floats(head_dim: int, rows: int) -> int:
+    """float32 words of the states that a launch in front leaves."""
+    return rows * (_columns(head_dim) + 8)
+
+
+def shared_block(spec: Spec, pool: Pool | None, arch: str) -> int:
+    """Queries of an item of the launch in front that does shared keys on GPUs of `arch`: of the
+    Hopper family where that can run it (`pool`: None where it is not known), else of this one."""
+    can = not hopper.refuses(spec, 0, pool, arch)
+    return (hopper.rows_of(spec) if can else ROWS) // spec.group
 
 
 def params_struct(spec: Spec) -> Struct:
@@ -90,14 +89,13 @@ def params_struct(spec: Spec) -> Struct:
 
 
 @functools.lru_cache(256)
-def source(spec: Spec, together: int, blocks: int, kind: int = UNITS) -> str:
+def source(spec: Spec, together: int, blocks: int, kind: int = ALONE, block: int = 1) -> str:
     """The CUDA C++ of one kernel; `together`: KV heads of one range; `blocks` of 8 packed rows;
-    `kind`: what shared keys are."""
+    `block`: queries of an item of a launch in front."""
     numbers = {
-        "D": spec.head_dim, "G": spec.group, "BLOCKS": blocks, "WIDE_BLOCKS": WIDE_BLOCKS,
-        "WIDE_GROUPS": WIDE_GROUPS, "HEAD_BLOCK": together, "WARPS": WARPS, "STAGES": STAGES,
-        "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS, "UNITS": UNITS, "STATES": STATES,
-        "WALKED": WALKED, "SHARED": kind,
+        "D": spec.head_dim, "G": spec.group, "BLOCKS": blocks, "HEAD_BLOCK": together,
+        "WARPS": WARPS, "STAGES": STAGES, "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS,
+        "ALONE": ALONE, "BEHIND": BEHIND, "FRONT": FRONT, "KIND": kind, "BLOCK": block,
     }  # fmt: skip
     types = f"using Element = uint16_t;\nusing Kind = tw::{spec.kv.name}_bits;"
     text = specs.namespace("attention", *specs.constants(numbers), types)
@@ -110,35 +108,39 @@ def _prepare(call: Call) -> Prepared:
 
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     check_alignment(values, 4)
-    together, shared = head_block(values["kv_heads"]), 0 if plan.block else spec.table.shared
-    blocks = blocks_of(plan.longest * spec.group, shared)
+    together, shared = head_block(values["kv_heads"]), spec.table.shared > 0
+    blocks = blocks_of(plan.longest * spec.group)
     if isinstance(plan, Plan):
-        ctas, rows = (len(plan.cuts) - 1) * together, plan.tokens * values["qo_heads"]
+        ctas, (items, rows) = (len(plan.cuts) - 1) * together, plan.of_front
         indptr, cuts, nodes = plan.on_device(ordinal)
-        floats = partial_floats(spec.head_dim, blocks, ctas, shared)
-        counts = max(ctas, 1) + (plan.tokens * values["kv_heads"] if shared else 0)
-        items, apart = (plan.nodes[n][-1:].sum().item() * bool(plan.block) for n in ("item", "row"))
-        states = state_floats(spec.head_dim, rows, shared, apart * values["qo_heads"])
-        partials, counters = call.scratch.grown(call.like, floats + states, counts + 1)
+        floats = partial_floats(spec.head_dim, blocks, ctas)
+        states = state_floats(spec.head_dim, rows * values["qo_heads"])
+        memory = call.scratch.grown(call.like, floats + states, ctas + 1)
         one_each = bool((np.diff(plan.qo_indptr) == 1).all())
         work = {"qo_indptr": 0 if one_each else indptr.pointer, "cuts": cuts.pointer}
-        memory = (view(partials).pointer, floats, view(counters).pointer, max(ctas, 1))
-        work |= specs.partial_params(*memory, rows)
-        work |= {"nodes": nodes.pointer} if spec.table.shared else {}
-        front = min(items, plan.workers)
-        keep: tuple[Any, ...] = (indptr, cuts, nodes, partials, counters)
+        partials, counters = (view(x).pointer for x in memory)
+        work |= specs.partial_params(partials, floats, counters, ctas, rows)
+        work |= {"nodes": nodes.pointer} if shared else {}
+        front = min(items, of_front(plan.block, plan.group, plan.workers))
+        keep: tuple[Any, ...] = (indptr, cuts, nodes, memory)
     else:
-        ctas, work, keep, front = plan.ctas, plan.params(), (plan,), plan.sms
-    before, kind = None, WALKED if plan.block else UNITS
-    if plan.block and front and plan.tokens:
-        read = {n: work[n] for n in ("qo_indptr", "nodes")}
-        before = hopper.shared_launch(call, front, read, (work["states"], work["arrivals"]))
-        kind = STATES if before else WALKED
-    text = source(spec, together, blocks, kind)
+        ctas, work, keep, front = plan.ctas, plan.params(), (plan,), plan.front
     block, cta = params_struct(spec).pack(**values, **work), (THREADS, 1, 1)
-    smem, planned = smem_bytes(spec, blocks, kind), (plan.requests, plan.tokens)
-    launch = specs.loaded(text, ordinal).prepare((ctas, 1, 1), cta, smem, block, overlaps=True)
-    launch.before = before
+
+    def launch_of(ctas: int, blocks: int, kind: int) -> tuple[cuda.Launch, str]:
+        text, smem = (
+            source(spec, together, blocks, kind, plan.block),
+            smem_bytes(spec, blocks, kind),
+        )
+        function = specs.loaded(text, ordinal)
+        return function.prepare((ctas, 1, 1), cta, smem, block, overlaps=True), text
+
+    behind = shared and front > 0 < plan.tokens
+    launch, text = launch_of(ctas, blocks, BEHIND if behind else ALONE)
+    if behind:
+        before = hopper.shared_launch(call, front, work)
+        launch.before = before or launch_of(front, blocks_of(ROWS), FRONT)[0]
+    planned = plan.requests, plan.tokens
 
     def run() -> None:
         if (plan.requests, plan.tokens) != planned:

@@ -14,7 +14,7 @@ from tilewright import dtypes
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
-from tilewright.attention.ranges import NARROW_ROWS
+from tilewright.attention.ranges import ROWS
 from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, loaded, namespace
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
@@ -76,12 +76,11 @@ def refuses(spec: Spec, _rows: int, pool: Pool | None, arch: str = "") -> str:
         return f"{spec.group} query heads share a KV head, more than {MAX_GROUP}"
     if not spec.ascending:
         return "sm_scale is not positive"
-    if pool is None and not arch:
+    arch = arch or (_arch(pool.device) if pool else "")
+    if not arch:
         return "the strides and the GPU are not known: plan with the cache, not with its table"
-    if (arch := arch or _arch(pool.device)) != ARCH:
-        return f"the GPU is {arch}, not {ARCH}"
-    if pool is None:
-        return ""
+    if arch != ARCH or pool is None:
+        return "" if arch == ARCH else f"the GPU is {arch}, not {ARCH}"
     if spec.table.table_entries and pool.page_size & (pool.page_size - 1):
         return f"page_size {pool.page_size} is no power of two"
     strides = (*pool.k.strides[:3], *pool.v.strides[:3])
@@ -90,11 +89,6 @@ def refuses(spec: Spec, _rows: int, pool: Pool | None, arch: str = "") -> str:
     if min(strides) < 0:
         return "k or v has a negative stride"
     return "" if pool.pages else "the cache has no pages"
-
-
-def shared_block(spec: Spec, pool: Pool | None, arch: str = "") -> int:
-    """Queries of an item where it does shared keys, in front of a decode kernel; 0: it cannot."""
-    return 0 if refuses(spec, 0, pool, arch) else rows_of(spec) // spec.group
 
 
 def _arch(device: str) -> str:
@@ -221,7 +215,7 @@ def source(spec: Spec, box: int, chunked: bool = False) -> str:
         "CONSUMERS": tiles.groups,
         "IN_PAGES": IN_PAGES, "IN_ROWS": IN_ROWS, "KEYS_LIE": keys_lie(spec), "Q_TILES": tiles.q,
         "K_STAGES": tiles.k, "V_STAGES": tiles.v, "MAX_TILES": MAX_TILES, "MAX_KEYS": MAX_KEYS,
-        "CHUNKED": int(chunked), "MOST_QUERIES": max(1, NARROW_ROWS // spec.group),
+        "CHUNKED": int(chunked), "MOST_QUERIES": max(1, ROWS // spec.group),
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
     sixteen = spec.o.itemsize == 2 and not spec.table.shared  # states of shared keys are float32
@@ -290,21 +284,23 @@ def _launch(
         **values, **maps(spec, values, plan.tokens), **padding, **work, partials=memory[0],
         counter=memory[1], counters=memory[1] + 4, page_shift=page_size.bit_length() - 1, cycles=0,
     )  # fmt: skip
-    text = source(spec, box := box_keys(spec, page_size), shared or plan.slots > 0)
+    chunked = not isinstance(plan, Plan) or shared or plan.slots > 0
+    text = source(spec, box := box_keys(spec, page_size), chunked)
     cta, smem = (threads(spec, box), 1, 1), smem_bytes(spec)
     function = loaded(text, call.ordinal)
     return function.prepare((ctas, 1, 1), cta, smem, block, overlaps=shared), text
 
 
-def shared_launch(call: Call, ctas: int, work: dict[str, int], memory: tuple[int, int]) -> Any:
-    """The launch that does shared keys in front of the decode kernel of a call; None where it
-    cannot run over its queries and cache. `work`: `qo_indptr` and `nodes` of the plan; `memory`:
-    the states of `decode_finish.cuh`, and a counter."""
+def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
+    """The launch that does shared keys in front of the decode kernel of a call, whose own part of
+    the parameters is `work`; None where the plan is not for it, or q or the cache are not."""
     at, *strides = (call.values[n] for n in ("q", "q_token", "q_head"))
-    misaligned = min(strides) < 0 or any(a % 16 for a in (at, *(2 * n for n in strides)))
-    if misaligned or shared_block(call.spec, call.pool) != call.plan.block:
+    aligned = min(strides) >= 0 and not any(a % 16 for a in (at, *(2 * n for n in strides)))
+    planned = call.plan.block == rows_of(call.spec) // call.spec.group
+    if not (aligned and planned) or refuses(call.spec, 0, call.pool):
         return None
-    return _launch(call, ctas, {"items": 0, "item_count": 0, **work}, memory)[0]
+    items = {n: work[n] for n in ("qo_indptr", "nodes")} | {"items": 0, "item_count": 0}
+    return _launch(call, ctas, items, (work["states"], work["arrivals"]))[0]
 
 
 FAMILY = Family("hopper", "cuda", rows_of, "batch", 0, refuses, _prepare, order)

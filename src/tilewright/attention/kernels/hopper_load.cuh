@@ -1,4 +1,5 @@
 // The scheduler and the loaders of prefill_hopper.cuh, which includes this file and says what they do.
+#include "shared_items.cuh"
 
 namespace attention {
 
@@ -41,24 +42,7 @@ TW_INLINE int draw(const Params& p, int n, int count, int lane) {
   return gridDim.x + __shfl_sync(0xffffffffu, drawn, 0);
 }
 
-// Item `number` of shared nodes; its slot is the row of its first state.
-template <class P>
-TW_INLINE Item shared_item(const P& p, int number, int lane) {
-  int n = 0;  // the last of `count` nodes from n on that has its first item at `number` or before: 32 at once
-  for (int count = static_cast<int>(p.shared_nodes); count > 1;) {
-    const int step = (count + 31) / 32;
-    const bool before = lane * step < count && tw::node_at(p, n + lane * step).item <= number;
-    const int skipped = (__popc(__ballot_sync(0xffffffffu, before)) - 1) * step;
-    n += skipped;
-    count = min(step, count - skipped);
-  }
-  const tw::Node node = tw::node_at(p, n);
-  const int first = tw::first_row(p, node.begin), end = tw::first_row(p, node.end), blocks = (end - first + TOKENS - 1) / TOKENS;
-  const int of_heads = (number - node.item) / blocks, block = (number - node.item) % blocks, chunk = of_heads / p.kv_heads;
-  const int token = first + block * TOKENS;
-  return Item{n, of_heads % p.kv_heads, token, min(token + TOKENS, end), chunk, node.chunks, node.row + chunk * (end - first) + block * TOKENS, 0};
-}
-
+TW_INLINE Item item_of(const tw::SharedItem& x) { return Item{x.node, x.head, x.token, x.end, x.chunk, x.chunks, x.row, 0}; }
 TW_INLINE Work work_of(const Params& p, const Item& item, const tw::Pages& pages) {
   if constexpr (SHARED) {  // queries of shared keys lie behind them, but for those of a request without keys of its own
     const int lowest = table::QUERY_POSITIONS ? -MAX_KEYS : pages.base + pages.length - (p.qo_indptr ? MOST_QUERIES : 1);
@@ -80,7 +64,7 @@ TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& s
     const bool ends = number >= items;
     Item item{};
     if constexpr (!SHARED) item = p.items[ends ? 0 : number];
-    else if (!ends) item = shared_item(p, number, lane);
+    else if (!ends) item = item_of(tw::shared_item<TOKENS>(p, number, lane));
     const tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
     Work work = work_of(p, item, pages);
     const auto seen = tw::tiles_seen<BN>(variant, rows_and(work, 0, work.length - 1), pages);

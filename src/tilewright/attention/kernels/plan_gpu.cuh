@@ -1,12 +1,11 @@
 // Cuts of a decode batch on a GPU, as a node of a CUDA graph in front of the attention of all layers.
 //
 // In front of this file: gpu.cuh, async.cuh, the form of the table (namespace `table`), table.h, cuts.h, the
-// struct `PlanParams`, the constants of `cuts` (THREADS, GROUP query heads of a KV head, MAX_KEYS).
+// struct `PlanParams`, the constants of `cuts` (THREADS, GROUP query heads of a KV head, MAX_KEYS, MOST_ROWS: packed rows of a request).
 // Launch: one CTA of THREADS threads; shared memory: ends [nodes + 1], keys [limit + 1], int64 each.
 // A node counts as its tiles, but at most `most_tiles`: what a window can see of any context.
-// It copies qo_indptr into the workspace, writes the tree of shared nodes, decides which are units of their own and, where
-// a launch in front does these (BLOCK > 0), cuts them into items for `sms` CTAs. It
-// sets the status word where either is wrong: then no unit is planned.
+// It copies qo_indptr into the workspace, writes the tree of shared nodes, decides which of these a launch in front does and
+// cuts them into items for the `front` CTAs of that, and sets the status word where either is wrong: then no unit is planned.
 
 namespace cuts {
 
@@ -22,12 +21,12 @@ TW_INLINE int64_t length_of(const PlanParams& p, int node) {
 }
 
 // Rows of q of each request, copied; whether none is below the one before or beyond max_tokens, and no
-// request has more than NARROW_ROWS.
+// request has more than MOST_ROWS.
 TW_INLINE bool copy_rows(const PlanParams& p, int thread) {
   bool good = true;
   for (int r = thread; r <= p.requests; r += THREADS) {
     const int at = p.qo_from[r], before = r ? p.qo_from[r - 1] : 0;
-    good &= r ? at >= before && (at - before) * static_cast<int64_t>(GROUP) <= NARROW_ROWS : at == 0;
+    good &= r ? at >= before && (at - before) * static_cast<int64_t>(GROUP) <= MOST_ROWS : at == 0;
     good &= at >= 0 && at <= p.max_tokens;
     p.qo_indptr[r] = at;
   }
@@ -39,7 +38,7 @@ TW_INLINE bool copy_rows(const PlanParams& p, int thread) {
 TW_INLINE bool write_level(const PlanParams& p, const int32_t* indptr, int count, int first, int level, const int32_t* outer, int outer_count, int thread) {
   bool good = true;
   for (int i = thread; i < count; i += THREADS) {
-    tw::Node node{indptr ? indptr[i] : i, indptr ? indptr[i + 1] : i + 1, 0, level, -1, 0, -1, 0, 0, 0};
+    tw::Node node{indptr ? indptr[i] : i, indptr ? indptr[i + 1] : i + 1, 0, level, -1, -1, 0, 0, 0};
     good &= node.begin <= node.end && (i > 0 || node.begin == 0) && (i + 1 < count || node.end == p.requests);
     if (outer && node.begin < node.end) {
       int low = 0;  // the last outer node that begins at or before this one
@@ -62,29 +61,29 @@ TW_INLINE int64_t queries_of(const PlanParams& p, const tw::Node& node) {
   return p.qo_from ? p.qo_indptr[node.end] - p.qo_indptr[node.begin] : node.end - node.begin;
 }
 
-// Which of the shared nodes are units of their own, and the links of all. `sums`: a word for each warp.
+// Which of the shared nodes a launch in front does, and the links of all. `sums`: a word for each warp.
 TW_INLINE void choose(const PlanParams& p, int64_t* sums, int thread) {
   const int shared = p.node_count - p.requests;
   int64_t gains = 0;
   for (int n = thread; n < shared; n += THREADS) {
     tw::Node& node = p.nodes[n];
-    const int64_t gain = gain_of(length_of(p, n), node.end - node.begin, queries_of(p, node), GROUP);
-    node.states = gain > 0;
+    const int64_t gain = gain_of(length_of(p, n), node.end - node.begin, queries_of(p, node));
+    node.chunks = gain > 0;
     gains += gain > 0 ? gain : 0;
   }
   for (int step = 1; step < 32; step *= 2) gains += __shfl_xor_sync(0xffffffffu, gains, step);
   if (thread % 32 == 0) sums[thread / 32] = gains;
   __syncthreads();
   for (int w = 1; w < THREADS / 32; ++w) gains += sums[(thread / 32 + w) % (THREADS / 32)];
-  const bool any = shares(gains, p.head_blocks, p.limit);
+  const bool any = pays(gains, p.head_blocks, p.limit);
   for (int level = 0; level < table::LEVELS; ++level) {
     for (int n = thread; n < p.node_count; n += THREADS) {
       tw::Node& node = p.nodes[n];
       if (node.level != level) continue;
       const tw::Node* outer = node.outer < 0 ? nullptr : p.nodes + node.outer;
-      node.states = (outer ? outer->states : 0) | (n >= shared || (any && node.states)) << level;
-      if (outer) node.joined = outer->splits() ? node.outer : outer->joined;
-      if (outer && outer->splits()) node.outer = outer->outer;
+      node.chunks = any && node.chunks;
+      if (outer) node.joined = outer->chunks ? node.outer : outer->joined;
+      if (outer && outer->chunks) node.outer = outer->outer;
     }
     __syncthreads();
   }
@@ -114,17 +113,17 @@ TW_INLINE int64_t sum_before(int64_t (&own)[2], int64_t* sums, int thread) {
 }
 
 // Items of the nodes that the launch in front does, and rows of their states: first numbers, and chunks.
-TW_INLINE void cut_apart(const PlanParams& p, int64_t* sums, int thread) {
+TW_INLINE void cut_shared(const PlanParams& p, int64_t* sums, int thread) {
   const int shared = p.node_count - p.requests, share = (p.node_count + THREADS - 1) / THREADS;
   const int begin = thread * share, end = begin + share < p.node_count ? begin + share : p.node_count;
-  auto items_of = [&](int n) { return n < shared && p.nodes[n].splits() ? (queries_of(p, p.nodes[n]) + BLOCK - 1) / BLOCK * p.kv_heads : 0; };
+  auto items_of = [&](int n) { return n < shared && p.nodes[n].chunks ? (queries_of(p, p.nodes[n]) + BLOCK - 1) / BLOCK * p.kv_heads : 0; };
   auto tiles = [&](int n) { return (length_of(p, n) + TILE - 1) / TILE; };
   int64_t tiles_of_all[2] = {}, before[2] = {};  // items and rows of states
   for (int n = begin; n < end; ++n) tiles_of_all[1] += items_of(n) * tiles(n);
   const int64_t all = sum_before(tiles_of_all, sums, thread);
   for (int n = begin; n < end; ++n) {
     tw::Node& node = p.nodes[n];
-    node.chunks = items_of(n) > 0 ? static_cast<int32_t>(chunks_of(tiles(n), all, p.sms)) : 0;
+    node.chunks = items_of(n) > 0 ? static_cast<int32_t>(chunks_of(tiles(n), all, p.front)) : 0;
     before[0] += items_of(n) * node.chunks;
     before[1] += queries_of(p, node) * node.chunks;
   }
@@ -148,12 +147,10 @@ TW_INLINE int64_t unit_tiles(const PlanParams& p, int n) {
   return tiles < 1 ? 1 : tiles;
 }
 
-// Units of a node, and whether they are wide.
-TW_INLINE int64_t units_of(const PlanParams& p, int n, bool& wide) {
-  wide = false;
+// Units of a node.
+TW_INLINE int64_t units_of(const PlanParams& p, int n) {
   if constexpr (table::LEVELS == 1) return p.head_blocks;
-  const tw::Node node = p.nodes[n];
-  return (node.splits() && node.chunks == 0) * row_blocks(queries_of(p, node), GROUP, wide) * p.head_blocks;
+  return n >= p.node_count - p.requests && queries_of(p, p.nodes[n]) > 0 ? p.head_blocks : 0;
 }
 
 }  // namespace cuts
@@ -181,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
     }
     if (!__syncthreads_or(wrong)) {
       cuts::choose(p, sums, thread);
-      if constexpr (cuts::BLOCK > 0) cuts::cut_apart(p, sums, thread);
+      cuts::cut_shared(p, sums, thread);
     }
   }
   const bool none = __syncthreads_or(wrong);
@@ -191,15 +188,14 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
   const int end = begin + share < p.node_count ? begin + share : p.node_count;
   int64_t own[2] = {};  // the cost of this thread's nodes, and their tiles
   int64_t unit = none || p.node_count == 0 ? 0 : cuts::unit_tiles(p, p.node_count - 1);
-  unit = cuts::cost_of(unit < p.most_tiles ? unit : p.most_tiles, false);  // of the last request; those of others may differ
+  unit = cuts::cost_of(unit < p.most_tiles ? unit : p.most_tiles);  // of the last request; those of others may differ
   bool differ = false;
   for (int n = begin; n < end; ++n) {
     int64_t tiles = cuts::unit_tiles(p, n);
     tiles = tiles < p.most_tiles ? tiles : p.most_tiles;
-    bool wide;
-    const int64_t units = none ? 0 : cuts::units_of(p, n, wide);
-    ends[n + 1] = units * cuts::cost_of(tiles, wide);
-    differ |= units > 0 && cuts::cost_of(tiles, wide) != unit;
+    const int64_t units = none ? 0 : cuts::units_of(p, n);
+    ends[n + 1] = units * cuts::cost_of(tiles);
+    differ |= units > 0 && cuts::cost_of(tiles) != unit;
     own[0] += ends[n + 1];
     own[1] += units * tiles;
   }
@@ -216,9 +212,7 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
     int64_t key = cuts::key(p.node_count, 0, 0);
     if (k < count && total > 0) {
       const int64_t at = total * k / count, node = cuts::bound_in<true>(ends, p.node_count + 1, at) - 1;
-      bool wide;
-      const int64_t units = cuts::units_of(p, static_cast<int>(node), wide);
-      key = cuts::key_of(ends, node, units, wide, at);
+      key = cuts::key_of(ends, node, cuts::units_of(p, static_cast<int>(node)), at);
     }
     keys[k] = key;
   }
