@@ -54,13 +54,14 @@ def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray,
     numbers = param_values(view(case.q), kv.pool, table, (view(o), view(lse)), attn.scale)
     numbers |= render.param_values(traced, {n: seen for n, (_, seen) in arrays.items()})
     together, blocks = ranges.head_block(attn.kv_heads), decode.blocks_of(plan.longest * attn.group)
-    ctas, (items, rows) = (len(plan.cuts) - 1) * together, plan.of_front
+    ctas, last = (len(plan.cuts) - 1) * together, plan.nodes[-1:]
+    items, rows = int(last["item"].sum()), int(last["row"].sum())
     floats = decode.partial_floats(attn.head_dim, blocks, ctas)
     states = decode.state_floats(attn.head_dim, rows * attn.qo_heads)
     partials = np.full(floats + states, np.nan, np.float32)
     counters = np.zeros(ctas + 1, np.int32)
     work: dict[str, Any] = {"qo_indptr": plan.qo_indptr.ctypes.data, "cuts": plan.cuts.ctypes.data}
-    work |= partial_params(partials.ctypes.data, floats, counters.ctypes.data, ctas, rows)
+    work |= partial_params(partials.ctypes.data, floats, counters.ctypes.data, ctas)
     work |= {"nodes": plan.nodes.ctypes.data} if table.form.shared else {}
     block = decode.params_struct(spec).pack(**numbers, **work)
     if items:

@@ -350,9 +350,8 @@ def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableFor
 
 @functools.lru_cache(512)
 def _shape_of(
-    attn: Attention, family: Family, qo_tile: int, values: tuple[tuple[str, Any], ...],
-    block: int = 1,
-) -> plan.Shape:  # fmt: skip
+    attn: Attention, family: Family, qo_tile: int, values: tuple[Any, ...], block: int = 1
+) -> plan.Shape:
     """What a planner must know, with the scalars that are fixed or among `values`."""
     known = {n: v for n, v in (*attn.variant.fixed, *values) if is_number(v)}
     return plan.Shape(
@@ -379,8 +378,6 @@ def _check_not_capturing(plan: Plan | Workspace, device: str) -> None:
     """A plan's work space is allocated by the call, which a recording would replay without."""
     if device == "cpu" or isinstance(plan, Workspace):
         return
-    from tilewright.runtime import cuda
-
     if cuda.is_capturing(ordinal_of(device)):
         text = "a CUDA graph is being captured: the memory of this call would not outlive it"
         hint = "room = attn.reserve(…); in the graph room.plan(table), attn.run(q, kv, room)"

@@ -26,6 +26,7 @@ from tilewright.attention.ranges import CUT
 from tilewright.attention.report import Batch, Report
 from tilewright.attention.table import NODE, of_requests
 from tilewright.errors import ArgumentError
+from tilewright.runtime import cuda
 from tilewright.runtime.layout import Struct
 
 ITEM = Struct("Item", [(name, "int32") for name in (
@@ -68,8 +69,8 @@ class Plan:
     are threads or SMs; `imbalance` is the longest worker's estimated work over the mean. `longest`:
     the most queries of a request; `nodes`: an array of `NODE` where requests share keys, `group`:
     query heads of a KV head, which packs their rows; `block`: queries
-    of an item of the launch in front that does shared keys; `tensors`: what `on_device`
-    has copied to GPUs; `batch`: what `report` needs.
+    of an item of the launch in front that does shared keys; `tensors`: what `on_device` has copied
+    to GPUs; `batch`: what `report` needs.
 
     Kernels trust a plan, so one that was not planned here is checked when it is constructed (see
     `check`): by `load`, `dataclasses.replace`, `pickle` and the constructor. It keeps arrays of its
@@ -115,12 +116,6 @@ class Plan:
         return int(self.qo_indptr[-1])
 
     @property
-    def of_front(self) -> tuple[int, int]:
-        """Items and states of q's rows of the launch in front."""
-        last = self.nodes[-1:]
-        return int(last["item"].sum()), int(last["row"].sum())
-
-    @property
     def tree(self) -> tuple[int, int, int]:
         """Levels of shared keys, rows of the table, and the query heads of a KV head."""
         levels = int(self.nodes["level"].max(initial=-1)) + 1  # with that of the requests, if any
@@ -136,11 +131,9 @@ class Plan:
     def on_device(self, ordinal: int) -> tuple[Any, ...]:
         """`qo_indptr`, the work (items or cuts) and the nodes as int32 arrays on a GPU."""
         if ordinal not in self.tensors:
-            from tilewright.runtime.cuda import DeviceArray
-
             work = (self.cuts if len(self.cuts) else self.items).view(np.int32)
             parts = (self.qo_indptr, work, self.nodes.view(np.int32))
-            both = DeviceArray.from_numpy(np.concatenate(parts), ordinal=ordinal)
+            both = cuda.DeviceArray.from_numpy(np.concatenate(parts), ordinal=ordinal)
             ends = np.cumsum([0, *map(len, parts)]).tolist()
             self.tensors[ordinal] = tuple(both.rows(*ends[i : i + 2]) for i in range(3))
         return self.tensors[ordinal]
@@ -225,8 +218,8 @@ def make(
         work = _items(*args)
     return Plan(
         **work, qo_indptr=indptr, nodes=nodes, kv_heads=shape.kv_heads, qo_tile=shape.qo_tile,
-        workers=workers, family=shape.family, group=shape.group, block=shape.block, batch=batch,
-        planned=True,
+        workers=workers, family=shape.family, group=shape.group, block=shape.block,
+        batch=batch, planned=True,
     )  # fmt: skip
 
 

@@ -25,7 +25,6 @@ SHORT = 48  # tiles of a range whose units are worth counting
 ROWS = 16  # packed rows (queries × group) of a request, at most
 
 _NODE, _UNIT = 43, 26  # the bits of a cut's key: NODE_SHIFT and UNIT_SHIFT of cuts.h
-MAX_NODES, MAX_UNITS = 1 << 20, 1 << 17
 
 
 def head_block(kv_heads: int) -> int:

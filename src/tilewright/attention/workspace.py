@@ -9,6 +9,7 @@ A replay plans again from the lengths that are then in memory. Nothing is alloca
 waited for, and no address moves.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,6 @@ class Workspace:
             return cuda.DeviceArray((count,), kind, self.ordinal)
 
         tokens = max_tokens or max_requests
-        self._state_rows = tokens * heads[0] * heads[1]
         self._slots = decode.partial_floats(heads[2], blocks, self.ctas)
         rows = shared * tokens + self.block * self.front // heads[0] + 1  # chunks fill the CTAs
         states = decode.state_floats(heads[2], rows * heads[0] * heads[1] * bool(shared))
@@ -100,14 +100,13 @@ class Workspace:
         """Load the kernels of a spec, so that no capture has to. Raises BuildError."""
         text = planner.cuda_source(spec.table.for_planner(), self.group, self.block)
         loaded(text, self.ordinal, "plan_cuts", "planner")
-        blocks, kind = decode.blocks_of(self.longest * self.group), decode.ALONE
-        if self.shared and self.block * self.group > decode.ROWS:
+        text = functools.partial(decode.source, spec, self._block, block=self.block)
+        kind = decode.BEHIND if self.shared else decode.ALONE
+        loaded(text(decode.blocks_of(self.longest * self.group), kind), self.ordinal)
+        if self.block * self.group > decode.ROWS:
             loaded(hopper.source(spec, hopper.box_keys(spec, page_size), True), self.ordinal)
-            kind = decode.BEHIND
         elif self.shared:
-            two, kind = decode.blocks_of(decode.ROWS), decode.BEHIND
-            loaded(decode.source(spec, self._block, two, decode.FRONT, self.block), self.ordinal)
-        loaded(decode.source(spec, self._block, blocks, kind, self.block), self.ordinal)
+            loaded(text(decode.blocks_of(decode.ROWS), decode.FRONT), self.ordinal)
 
     def check(self) -> None:
         """Refuse what a plan on the GPU has found wrong since the last look, also one that a graph
@@ -190,7 +189,7 @@ class Workspace:
         indptr = self._indptr.pointer if self.max_tokens else 0
         nodes = {"nodes": self._nodes.pointer} if self.shared else {}
         plan = {"qo_indptr": indptr, "cuts": self._cuts.pointer}
-        return plan | nodes | partial_params(*memory, self._state_rows)
+        return plan | nodes | partial_params(*memory)
 
     def __repr__(self) -> str:
         return (

@@ -18,6 +18,7 @@ from tilewright.attention.ranges import CUT, ROWS, TILE, head_block, of_front
 from tilewright.attention.spec import Spec
 from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
+from tilewright.runtime import cuda
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
@@ -104,35 +105,30 @@ def source(spec: Spec, together: int, blocks: int, kind: int = ALONE, block: int
 
 
 def _prepare(call: Call) -> Prepared:
-    from tilewright.runtime import cuda
-
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     check_alignment(values, 4)
     together, shared = head_block(values["kv_heads"]), spec.table.shared > 0
     blocks = blocks_of(plan.longest * spec.group)
     if isinstance(plan, Plan):
-        ctas, (items, rows) = (len(plan.cuts) - 1) * together, plan.of_front
+        ctas, last = (len(plan.cuts) - 1) * together, plan.nodes[-1:]  # none without requests
         indptr, cuts, nodes = plan.on_device(ordinal)
         floats = partial_floats(spec.head_dim, blocks, ctas)
-        states = state_floats(spec.head_dim, rows * values["qo_heads"])
+        states = state_floats(spec.head_dim, int(last["row"].sum()) * values["qo_heads"])
         memory = call.scratch.grown(call.like, floats + states, ctas + 1)
         one_each = bool((np.diff(plan.qo_indptr) == 1).all())
         work = {"qo_indptr": 0 if one_each else indptr.pointer, "cuts": cuts.pointer}
         partials, counters = (view(x).pointer for x in memory)
-        work |= specs.partial_params(partials, floats, counters, ctas, rows)
+        work |= specs.partial_params(partials, floats, counters, ctas)
         work |= {"nodes": nodes.pointer} if shared else {}
-        front = min(items, of_front(plan.block, plan.group, plan.workers))
+        front = min(int(last["item"].sum()), of_front(plan.block, plan.group, plan.workers))
         keep: tuple[Any, ...] = (indptr, cuts, nodes, memory)
     else:
         ctas, work, keep, front = plan.ctas, plan.params(), (plan,), plan.front
     block, cta = params_struct(spec).pack(**values, **work), (THREADS, 1, 1)
 
     def launch_of(ctas: int, blocks: int, kind: int) -> tuple[cuda.Launch, str]:
-        text, smem = (
-            source(spec, together, blocks, kind, plan.block),
-            smem_bytes(spec, blocks, kind),
-        )
-        function = specs.loaded(text, ordinal)
+        text = source(spec, together, blocks, kind, plan.block)
+        function, smem = specs.loaded(text, ordinal), smem_bytes(spec, blocks, kind)
         return function.prepare((ctas, 1, 1), cta, smem, block, overlaps=True), text
 
     behind = shared and front > 0 < plan.tokens

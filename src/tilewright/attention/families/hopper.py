@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
+from tilewright.attention.checks import ordinal_of
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
@@ -23,6 +24,7 @@ from tilewright.attention.variant import all_of, conditions
 from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Unary, Var, binary
 from tilewright.ir.rewrite import walk
+from tilewright.runtime import cuda
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
@@ -76,7 +78,7 @@ def refuses(spec: Spec, _rows: int, pool: Pool | None, arch: str = "") -> str:
         return f"{spec.group} query heads share a KV head, more than {MAX_GROUP}"
     if not spec.ascending:
         return "sm_scale is not positive"
-    arch = arch or (_arch(pool.device) if pool else "")
+    arch = arch or (cuda.device(ordinal_of(pool.device)).arch if pool else "")
     if not arch:
         return "the strides and the GPU are not known: plan with the cache, not with its table"
     if arch != ARCH or pool is None:
@@ -89,12 +91,6 @@ def refuses(spec: Spec, _rows: int, pool: Pool | None, arch: str = "") -> str:
     if min(strides) < 0:
         return "k or v has a negative stride"
     return "" if pool.pages else "the cache has no pages"
-
-
-def _arch(device: str) -> str:
-    from tilewright.runtime import cuda
-
-    return cuda.device(int(device.partition(":")[2] or 0)).arch
 
 
 def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
@@ -228,21 +224,19 @@ def source(spec: Spec, box: int, chunked: bool = False) -> str:
 
 def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]]:
     """The tensor maps of q, k, v and o as the parameters hold them."""
-    from tilewright.runtime.cuda import tensor_map
-
     words = {f"{name}_map": [0] * 16 for name in "qkvo"}
     if not tokens:  # nothing is launched, and there are no maps of empty arrays
         return words
     group, heads, kv_heads = spec.group, values["qo_heads"], values["kv_heads"]
     shape, strides = (spec.head_dim, heads, tokens), (values["q_head"], values["q_token"])
     box = (64, group, rows_of(spec) // group)
-    words["q_map"] = tensor_map(values["q"], spec.q, shape, strides, box)
+    words["q_map"] = cuda.tensor_map(values["q"], spec.q, shape, strides, box)
     if (
         spec.o == spec.q and 16 % group == 0 and not spec.table.shared
     ):  # the 16 rows of a warp are whole queries
         dim = spec.head_dim_vo
         strides, box = (dim, heads * dim), (64, group, 16 // group)
-        words["o_map"] = tensor_map(values["o"], spec.o, (dim, heads, tokens), strides, box)
+        words["o_map"] = cuda.tensor_map(values["o"], spec.o, (dim, heads, tokens), strides, box)
     for name, dim in (("k", spec.head_dim), ("v", spec.head_dim_vo)):
         page, slot, head = (values[f"{name}_{n}"] for n in ("page", "slot", "head"))
         rows, pages = values["page_size"], values["pages"]
@@ -250,13 +244,13 @@ def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]
             rows, pages, slot, page = pages, 1, page, 8
         box = (64, box_keys(spec, values["page_size"]), 1, 1)
         shape = (dim, rows, kv_heads, pages)
-        words[f"{name}_map"] = tensor_map(values[name], spec.kv, shape, (slot, head, page), box)
+        words[f"{name}_map"] = cuda.tensor_map(
+            values[name], spec.kv, shape, (slot, head, page), box
+        )
     return words
 
 
 def _prepare(call: Call) -> Prepared:
-    from tilewright.runtime import cuda
-
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     assert isinstance(plan, Plan)  # a workspace is of the decode family
     check_alignment(values, 16)

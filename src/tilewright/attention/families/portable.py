@@ -7,6 +7,7 @@ import functools
 from tilewright.attention.families.family import Call, Family, Prepared
 from tilewright.attention.plan import ITEM, ITEMS, Plan
 from tilewright.attention.spec import Spec, cuda_text, flash_constants, loaded, params_struct
+from tilewright.runtime import cuda
 
 THREADS = 128
 ROWS = 8  # ROWS of flash_portable.cuh
@@ -28,8 +29,6 @@ def smem_bytes(spec: Spec) -> int:
 
 
 def _prepare(call: Call) -> Prepared:
-    from tilewright.runtime import cuda
-
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     assert isinstance(plan, Plan)  # a workspace is of the decode family
     indptr, items, _ = plan.on_device(ordinal)
