@@ -99,7 +99,7 @@ def test_shared_keys(rng, monkeypatch, cost):
 def test_many_chunks(rng, monkeypatch):
     """The states of a row are read in several rounds."""
     monkeypatch.setattr(ranges, "APART_COST", 0)
-    plan = check(cascade(rng, SHAPES[1], [1] * 9, [[0, 9]], [4300, *[30] * 9]), 40)
+    plan = check(cascade(rng, SHAPES[1], [1] * 9, [[0, 9]], [4300, *[30] * 9]), 132)
     assert plan.nodes["chunks"].max() > 8
 
 

@@ -25,7 +25,7 @@ THREADS = 1024  # of the one CTA that plans on a GPU
 
 
 def _constants(**more: int) -> str:
-    names = ("TILE", "TILE_COST", "UNIT_COST", "SHORT", "APART_COST", "CHUNK_TILES")
+    names = ("TILE", "TILE_COST", "UNIT_COST", "SHORT", "APART_COST", "CHUNK_TILES", "HALF_TILES")
     return namespace("cuts", *constants({name: getattr(ranges, name) for name in names} | more))
 
 
@@ -118,10 +118,11 @@ def cut(
     if shared:
         queries = indptr[nodes["end"]] - indptr[nodes["begin"]]
         front = ranges.of_front(shape.block, shape.group, workers)
-        nodes, tiles = ranges.chosen(nodes, keys, queries, kv_heads, limit, shape.block, front)
+        chosen = nodes, keys, queries, kv_heads, limit, shape.block, front
+        nodes, tiles, limit = ranges.chosen(*chosen)
         keys, exist = tiles * ranges.TILE, (queries > 0) & (np.arange(count) >= shared)
     if library is None or not count:
-        cuts = ranges.cut(keys, kv_heads, ctas, exist)
+        cuts = ranges.cut(keys, kv_heads, limit * ranges.head_block(kv_heads), exist)
         work = ranges.work(cuts, keys, kv_heads, exist)
         return cuts, nodes, float(work.max() * len(work) / work.sum()) if work.any() else 1.0
     scratch, cuts = np.empty(5 * count + limit + 4, np.int64), np.empty(limit + 1, CUT.numpy)

@@ -15,7 +15,8 @@ from tilewright.runtime.layout import Struct
 TILE = 64  # keys of a tile
 HEAD_BLOCK = 8  # KV heads of a range, at most: its CTAs read the same pages at the same time
 TILE_COST, UNIT_COST = 4, 2  # of a tile, and of starting and finishing a unit
-APART_COST, CHUNK_TILES = 8, 2  # of a launch in front, for each range; tiles of a chunk, at least
+APART_COST, CHUNK_TILES = 3, 2  # of a launch in front, for each range; tiles of a chunk, at least
+HALF_TILES = 5  # of a range: with more of its own a decode kernel takes all SMs behind that launch
 
 CUT = Struct("Cut", [(name, "int32") for name in ("node", "unit", "tile", "first", "last")])
 """Where a range begins: a unit of a node and a tile of it. `first` and `last` are the ranges that
@@ -57,20 +58,22 @@ def linked(nodes: np.ndarray, apart: Any, tiles: Any = 0) -> tuple[np.ndarray, n
 def chosen(
     nodes: np.ndarray, keys: np.ndarray, queries: np.ndarray, kv_heads: int, limit: int,
     block: int, front: int,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """What `linked` returns of the choice by predicted time (see cuts.h). `block`: queries of an
-    item of the launch in front, which has `front` CTAs."""
+) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
+    """What `linked` returns of the choice by predicted time (see cuts.h), and the most ranges.
+    `block`: queries of an item of the launch in front, which has up to `front` CTAs."""
     tiles, blocks = -(-keys // TILE), -(-queries // block)
     shared = np.arange(len(nodes)) < len(nodes) - nodes["end"].max(initial=0)
     readers = np.minimum(nodes["end"] - nodes["begin"], queries)
     gain = (readers * tiles - blocks * (tiles + CHUNK_TILES)) * TILE_COST * shared
-    pays = gain.clip(0).sum() * (kv_heads // head_block(kv_heads)) > APART_COST * limit
-    nodes, walked = linked(nodes, apart := (gain > 0) & pays, tiles)
+    heads, gains = kv_heads // head_block(kv_heads), gain.clip(0).sum()
+    nodes, walked = linked(nodes, apart := (gain > 0) & (gains * heads > APART_COST * limit), tiles)
+    if apart.any() and (tiles * ~shared * (queries > 0)).sum() * heads <= HALF_TILES * (limit // 2):
+        limit, front = max(limit // 2, 1), max(front // 2, 1)
     items = blocks * kv_heads * apart
     wanted = tiles * front // max(int((items * tiles).sum()), 1)
     nodes["chunks"] = np.minimum(wanted, tiles // CHUNK_TILES).clip(1) * (items > 0)
     nodes["item"], nodes["row"] = numbers(nodes, queries, kv_heads, block)
-    return nodes, walked
+    return nodes, walked, limit
 
 
 def numbers(nodes: np.ndarray, queries: np.ndarray, kv_heads: int, block: int) -> np.ndarray:

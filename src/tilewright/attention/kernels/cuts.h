@@ -3,7 +3,7 @@
 //
 // A unit is (request, block of KV heads that CTAs work on together), in that order. In front of this file: the
 // constants of `cuts` (TILE keys, TILE_COST and UNIT_COST, SHORT; BLOCK queries of an item of a launch in front, which
-// costs APART_COST, and CHUNK_TILES of it at least) and the struct `Cut`; TW_INLINE comes from either prelude.
+// costs APART_COST, CHUNK_TILES of a chunk at least, HALF_TILES of a range) and the struct `Cut`; TW_INLINE comes from either prelude.
 
 namespace cuts {
 
@@ -19,8 +19,16 @@ TW_INLINE int64_t gain_of(int64_t keys, int64_t requests, int64_t queries) {
   const int64_t tiles = (keys + TILE - 1) / TILE, readers = requests < queries ? requests : queries;
   return (readers * tiles - (queries + BLOCK - 1) / BLOCK * (tiles + CHUNK_TILES)) * TILE_COST;
 }
-// Whether that is more than the launch costs: all ranges wait for it. `gains`: the sum of those above 0.
-TW_INLINE bool pays(int64_t gains, int64_t head_blocks, int64_t limit) { return gains * head_blocks > APART_COST * limit; }
+// Of a batch: the sum of the gains above 0, the tiles of all items of those nodes, the tiles of the requests' own keys.
+struct Loads { int64_t gains, shared, own; };
+// How it is shared: the ranges at most, and the CTAs of the launch in front, 0 where that costs more than the batch gains:
+// all ranges wait for it. Where requests have few keys of their own the two launches take a half of the SMs each, and run side by side.
+struct Sharing { int64_t limit, front; };
+TW_INLINE Sharing sharing_of(const Loads& loads, int64_t head_blocks, int64_t limit, int64_t front) {
+  if (loads.gains <= 0 || loads.gains * head_blocks <= APART_COST * limit) return Sharing{limit, 0};
+  if (loads.own > HALF_TILES * (limit / 2)) return Sharing{limit, front};
+  return Sharing{limit / 2 > 1 ? limit / 2 : 1, front / 2 > 1 ? front / 2 : 1};
+}
 // Into how many chunks the launch in front cuts the items of a node: until `sms` have work, of the tiles of all its items.
 TW_INLINE int64_t chunks_of(int64_t tiles, int64_t all, int64_t sms) {
   const int64_t most = tiles / CHUNK_TILES, wanted = tiles * sms / (all > 0 ? all : 1), chunks = wanted < most ? wanted : most;

@@ -55,16 +55,15 @@ TW_INLINE Work work_of(const Params& p, const Item& item, const tw::Pages& pages
               pages.base, pages.stride, item.chunk, item.chunks, item.slot, item.counter};
 }
 
-TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& shared, int lane) {
+TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& shared, int items, int lane) {
   int segments = 0;
-  const int items = SHARED ? tw::node_at(p, tw::own_node(p, 0)).item : p.item_count;
   for (int n = 0;; ++n) {
     shared.trace(SORT_TILES);
     const int number = draw(p, n, items, lane);
     const bool ends = number >= items;
-    Item item{};
-    if constexpr (!SHARED) item = p.items[ends ? 0 : number];
-    else if (!ends) item = item_of(tw::shared_item<TOKENS>(p, number, lane));
+    Item item;
+    if constexpr (SHARED) item = item_of(tw::shared_item<TOKENS>(p, ends ? 0 : number, lane));
+    else item = p.items[ends ? 0 : number];
     const tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
     Work work = work_of(p, item, pages);
     const auto seen = tw::tiles_seen<BN>(variant, rows_and(work, 0, work.length - 1), pages);

@@ -167,16 +167,19 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
     }
     tw::barrier_init_done();
   }
-  __syncthreads();
+  int items = 0;
   if constexpr (SHARED) {
     tw::wait_for_previous_launch();
     tw::start_next_launch();
+    items = tw::node_at(p, tw::own_node(p, 0)).item;
   }
+  __syncthreads();
+  if (SHARED && static_cast<int>(blockIdx.x) >= items) return;  // the launch behind takes this SM
   const Variant variant(p);
   if (group < LOADER_GROUPS) {
     tw::fewer_registers<LOADER_REGISTERS>();
     if (lane == 0) tw::prefetch_map(warp == 0 ? &p.o_map : warp > 2 * LOADERS ? &p.q_map : warp <= LOADERS ? &p.k_map : &p.v_map);
-    if (warp == 0) schedule(p, variant, shared, lane);
+    if (warp == 0) schedule(p, variant, shared, SHARED ? items : p.item_count, lane);
     else if (warp > 2 * LOADERS) load_queries(p, shared, lane);
     else if (BY_ROWS && warp <= LOADERS) load_rows<false>(p, variant, shared, warp - 1, lane);
     else if (BY_ROWS) load_rows<true>(p, variant, shared, warp - 1 - LOADERS, lane);
