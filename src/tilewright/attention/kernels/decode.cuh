@@ -356,7 +356,8 @@ TW_INLINE void body(const Params& p, unsigned cta, unsigned ctas, unsigned threa
     const int items = tw::node_at(p, tw::own_node(p, 0)).item;
 #pragma unroll 1
     for (int n = cta; n < items; n += ctas) {
-      const tw::SharedItem item = tw::shared_item<BLOCK>(p, n, thread % 32);
+      const int node = tw::shared_node(p, n, thread % 32);
+      const tw::SharedItem item = tw::shared_item<BLOCK>(p, node, tw::node_at(p, node), n);
 #pragma unroll 1
       for (int token = item.token; token < item.end; token += TOKENS) {
         Range range;

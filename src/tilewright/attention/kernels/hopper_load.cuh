@@ -62,9 +62,16 @@ TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& s
     const int number = draw(p, n, items, lane);
     const bool ends = number >= items;
     Item item;
-    if constexpr (SHARED) item = item_of(tw::shared_item<TOKENS>(p, ends ? 0 : number, lane));
-    else item = p.items[ends ? 0 : number];
-    const tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
+    tw::Pages pages;
+    if constexpr (SHARED) {
+      const int n = tw::shared_node(p, ends ? 0 : number, lane);
+      const tw::Node node = tw::node_at(p, n);
+      pages = tw::pages_of(p, n, MAX_KEYS);
+      item = item_of(tw::shared_item<TOKENS>(p, n, node, ends ? 0 : number));
+    } else {
+      item = p.items[ends ? 0 : number];
+      pages = tw::pages_of(p, item.request, MAX_KEYS);
+    }
     Work work = work_of(p, item, pages);
     const auto seen = tw::tiles_seen<BN>(variant, rows_and(work, 0, work.length - 1), pages);
     const int64_t count = seen.count();

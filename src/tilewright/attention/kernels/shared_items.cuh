@@ -14,9 +14,9 @@ struct SharedItem {
   int row;         // of the state of the first
 };
 
-// Item `number` of a plan; all lanes of a warp ask for the same one.
-template <int BLOCK, class P>
-TW_INLINE SharedItem shared_item(const P& p, int number, int lane) {
+// The node of item `number` of a plan; all lanes of a warp ask for the same one.
+template <class P>
+TW_INLINE int shared_node(const P& p, int number, int lane) {
   int n = 0;  // the last of `count` nodes from n on that has its first item at `number` or before: 32 at once
   for (int count = static_cast<int>(p.shared_nodes); count > 1;) {
     const int step = (count + 31) / 32;
@@ -25,7 +25,11 @@ TW_INLINE SharedItem shared_item(const P& p, int number, int lane) {
     n += skipped;
     count = step < count - skipped ? step : count - skipped;
   }
-  const Node node = node_at(p, n);
+  return n;
+}
+// The item, which node `n` has. The node is given, so that its words and those of its pages are on their way at once.
+template <int BLOCK, class P>
+TW_INLINE SharedItem shared_item(const P& p, int n, const Node& node, int number) {
   const int first = first_row(p, node.begin), end = first_row(p, node.end), blocks = (end - first + BLOCK - 1) / BLOCK;
   const int of_heads = (number - node.item) / blocks, block = (number - node.item) % blocks, chunk = of_heads / p.kv_heads;
   const int token = first + block * BLOCK, last = token + BLOCK < end ? token + BLOCK : end;
