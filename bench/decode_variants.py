@@ -97,11 +97,11 @@ def decode_variants(args: argparse.Namespace) -> Iterator[Row]:
             ours, theirs = Made(kind), Made(group[0])
             pair = replayed({k.kind.name: (k.graph, k.calls) for k in (ours, theirs)})
             times[kind.name] = pair[kind.name], pair[base]
-            facts[kind.name] = ours.error(), read_us(ours.caches)
+            facts[kind.name] = ours.error(), read_us(ours.caches), ours.family
             del ours, theirs
         for kind in group[1:]:
             us, plain = times[kind.name]
-            error, read = facts[kind.name]
+            error, read, family = facts[kind.name]
             ratio = plain / group[0].nbytes * kind.nbytes / us
             if kind.queries > 1:
                 ratio = plain / us
@@ -109,10 +109,10 @@ def decode_variants(args: argparse.Namespace) -> Iterator[Row]:
                 "input": kind.name, "width": kind.qo_heads, "dtype": "bfloat16",
                 "impl": "tilewright", "ms": us / 1e3, "metric": "us", "value": us, "ratio": ratio,
                 "bytes": kind.nbytes, "read_us": read, "error": error, "peer": base,
-                "peer_us": plain,
+                "peer_us": plain, "family": family,
             }  # fmt: skip
             note(f"{kind.name:22} read {read:7.1f} us, ours {us:7.1f}, {base} {plain:7.1f} us, "
-                 f"{ratio:.3f} of it, error {error:.1e}")  # fmt: skip
+                 f"{ratio:.3f} of it, {family}, error {error:.1e}")  # fmt: skip
             wrong = {"wrong": f"relative error {error:.2g}"} if not error <= _BOUND else {}
             yield row | base_row("decode_variants", "attention.decode", "cuda") | wrong
 
@@ -142,11 +142,14 @@ class Made:
         self.q = torch.randn(shape, device="cuda").bfloat16()
         self.values = {n: torch.rand(kind.qo_heads, device="cuda") for n in kind.values}
         kvs = [KV(table, Pool(c)) for c in self.caches]
-        if kind.queries == 1:
+        resolved = attn.resolve(kvs[0], qo_len=kind.queries, q_dtype=self.q.dtype)
+        self.family = resolved.chosen
+        if kind.queries == 1 and self.family == "decode":
             self.room: Any = attn.reserve(kind.requests)
             self.room.plan(table)
         else:
-            self.room = attn.plan(np.arange(kind.requests + 1) * kind.queries, kvs[0])
+            rows = np.arange(kind.requests + 1) * kind.queries
+            self.room = attn.plan(rows, kvs[0], q_dtype=self.q.dtype)
         self.bound = [
             attn.bind(self.q[i], kvs[i], plan=self.room, **self.values) for i in range(self.calls)
         ]
