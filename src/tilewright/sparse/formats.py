@@ -438,6 +438,18 @@ def dbsr(block: int) -> Format:
     return Format(f"dbsr({block})", (outer, *bsr(block).levels[1:]))
 
 
+def sr_bcrs(rows: int) -> Format:
+    """Columns of `rows` consecutive elements, those with an entry, under each stripe of `rows`
+    rows: `rows × 1` blocks, so that a matrix tile multiplies rows of the other operand gathered by
+    index. Explicit zeros as in `bsr`. Raises FormatError[F101].
+
+    Reference: SR-BCRS of Magicube (SC 2022), whose groups of columns are padded in memory; here a
+    schedule splits a stripe into groups, and scratch holds zeros for what the last one lacks."""
+    rows = integer(f"sr_bcrs({rows!r})", "rows", rows, 1)
+    stripe, inside = Dense(0, block=rows), Dense(0, block=rows, inner=True)
+    return Format(f"sr_bcrs({rows})", (stripe, Compressed(1), inside))
+
+
 def bucket(width: int, *, split: bool = False) -> Format:
     """A list of rows of at most `width` entries, padded to `width`; with `split` longer rows are
     cut into pieces. Raises FormatError[F101]."""
