@@ -439,12 +439,11 @@ def dbsr(block: int) -> Format:
 
 
 def sr_bcrs(rows: int) -> Format:
-    """Columns of `rows` consecutive elements, those with an entry, under each stripe of `rows`
-    rows: `rows × 1` blocks, so that a matrix tile multiplies rows of the other operand gathered by
-    index. Explicit zeros as in `bsr`. Raises FormatError[F101].
+    """Columns of `rows` elements, those with an entry, in each stripe of `rows` rows: a matrix tile
+    multiplies rows of the other operand gathered by index. Zeros as in `bsr`; F101 too.
 
-    Reference: SR-BCRS of Magicube (SC 2022), whose groups of columns are padded in memory; here a
-    schedule splits a stripe into groups, and scratch holds zeros for what the last one lacks."""
+    Reference: SR-BCRS of Magicube (SC 2022), where memory holds whole groups of columns. Here a
+    schedule splits a stripe into groups, and `cache` fills up the last one."""
     rows = integer(f"sr_bcrs({rows!r})", "rows", rows, 1)
     stripe, inside = Dense(0, block=rows), Dense(0, block=rows, inner=True)
     return Format(f"sr_bcrs({rows})", (stripe, Compressed(1), inside))
