@@ -27,15 +27,29 @@ def sddmm(A=tw.sparse("m n"), X=tw.dense("m d"), Y=tw.dense("n d")):
     return tw.out.typed("float32").like(A)[i, j](A[i, j] * tw.sum(X[i, k] * Y[j, k], over=k))
 
 
+def covering_dbsr(block):
+    """DBSR, and the rows without a block: one launch, which stores each row of Y once."""
+    parts = (tw.Where(1), tw.dbsr(block)), (tw.Where(0, 0), tw.bucket(0))
+    return tw.Composed(f"dbsr({block}) and empty rows", parts, disjoint_rows=True, covers_rows=True)
+
+
 def spmm_on_tiles(s, d, warps=4, group=32, stages=3):
     """A CTA has a row of blocks, and 32 features for each of its warps. It copies a block, or
     `group` columns, and the rows of X that they meet, `stages` - 1 steps ahead."""
-    s, first = s.specialize("d", d), s.nests[0].name == "out.init"
-    if first:  # rows of Y that A may not list
-        s = s.on(0).split("k", 4 if d % 4 == 0 else 1, into=("k_q", "k_v")).vectorize("k_v")
-        s = s.split("k_q", 32, into=("k_o", "k_x")).bind("k_x", "thread.x")
-        s = s.bind("i", "cta.x").bind("k_o", "cta.y").on(1)
-    rows, columns, block = s.rows, s.stored("j"), s.format_of(int(first)).blocks
+    s = s.specialize("d", d)
+    for n, nest in enumerate(s.nests):
+        block, s = s.format_of(n).blocks, s.on(n)
+        if nest.name == "out.init" or block == (1, 1):  # zeros where rows have no block
+            s = s.split("k", 4 if d % 4 == 0 else 1, into=("k_q", "k_v")).vectorize("k_v")
+            s = s.split("k_q", 32, into=("k_o", "k_x")).bind("k_x", "thread.x")
+            s = s.bind(s.rows, "cta.x").bind("k_o", "cta.y")
+        else:
+            s = row_of_blocks(s, d, block, warps, group, stages)
+    return s.everywhere()
+
+
+def row_of_blocks(s, d, block, warps, group, stages):
+    rows, columns = s.rows, s.stored("j")
     if block[1] == 1:
         s, columns = s.split(columns, group, into=("j_o", "j_i")), "j_o"
     s = s.split("j_i", 16, into=("j_u", "j_v"))
@@ -83,7 +97,7 @@ if __name__ == "__main__":
     dense = np.where(stored, rng.standard_normal((m, n)), 0).astype(np.float16)
     X, Y, Z = (rng.standard_normal((x, d)).astype(np.float16) for x in (n, m, n))
     product, sampled = dense.astype(float) @ X, dense.astype(float) * (Y.astype(float) @ Z.T)
-    for fmt in tw.bsr(32), tw.dbsr(32), tw.sr_bcrs(16), tw.sr_bcrs(8):
+    for fmt in tw.bsr(32), tw.dbsr(32), covering_dbsr(32), tw.sr_bcrs(16), tw.sr_bcrs(8):
         A = fmt.pack(dense)
         halves = {"A": "float16", "X": "float16"}
         kernel = spmm.typed(**halves).decompose(A=fmt).schedule(lambda s: spmm_on_tiles(s, d))

@@ -234,7 +234,7 @@ class Composed:
     @property
     def unique_rows(self) -> bool:
         """Whether the loops of only one part visit each row: parts share no rows, and each lists
-        its own. Loops over a dense or blocked level of rows visit those of other parts too."""
+        its own. Loops over a dense level of rows visit those of other parts too."""
         return self.disjoint_rows and all(lists_rows(f.levels[0]) for _, f in self.parts)
 
     @property
