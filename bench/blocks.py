@@ -11,8 +11,10 @@ Results are compared with float64 before they count.
 from __future__ import annotations
 
 import argparse
+import importlib
 import runpy
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,34 +57,50 @@ def blocks(args: argparse.Namespace) -> Iterator[Row]:
     torch.manual_seed(0)
     x, y = (torch.randn(args.size, args.size, device="cuda").to(getattr(torch, args.dtype))
             for _ in range(2))  # fmt: skip
-    formats = [f(b) for b in args.block for f in (tw.bsr, tw.dbsr)]
-    for fmt in (*formats, *map(tw.sr_bcrs, args.column)):
-        for sparsity in args.sparsity:
-            matrix = random_blocks(args.size, fmt.blocks, sparsity)
+    lesson = runpy.run_path(str(LESSON), run_name="lesson")
+    kinds = [("bsr", b, tw.bsr, tw.bsr) for b in args.block]
+    kinds += [("dbsr", b, lesson["covering_dbsr"], tw.dbsr) for b in args.block]
+    kinds += [("sr_bcrs", b, tw.sr_bcrs, tw.sr_bcrs) for b in args.column]
+    for (kind, b, of_spmm, of_sddmm), sparsity in product(kinds, args.sparsity):
+        block = (b, 1 if kind == "sr_bcrs" else b)
+        matrix = random_blocks(args.size, block, sparsity, 0.5 if kind == "dbsr" else 1.0)
+        dense = torch.from_numpy(matrix).cuda().to(x.dtype)
+        work = 2.0 * np.count_nonzero(matrix) * args.size
+        for op in args.op:
+            base = base_row("blocks", f"{op}.{kind}", "cuda") | {
+                "input": f"{args.size} {kind}({b}) {sparsity:g}", "width": args.size,
+                "dtype": args.dtype, "sparsity": float((matrix == 0).mean()),
+            }  # fmt: skip
+            fmt = of_spmm(b) if op == "spmm" else of_sddmm(b)
             packed = fmt.pack(matrix, dtype=args.dtype).to("cuda")
-            dense = torch.from_numpy(matrix).cuda().to(x.dtype)
-            work = 2.0 * np.count_nonzero(matrix) * args.size
-            for op in args.op:
-                base = base_row("blocks", f"{op}.{str(fmt).partition('(')[0]}", "cuda") | {
-                    "input": f"{args.size} {fmt} {sparsity:g}", "width": args.size,
-                    "dtype": args.dtype, "sparsity": float((matrix == 0).mean()),
-                }  # fmt: skip
-                if op == "spmm":
-                    them = [_dense(dense, x), *_spmm_peers(packed, x), _ours(packed, x)]
-                    yield from compare(base, them, check(dense, x), work)
-                else:
-                    sampled = Sampled(packed, dense, x, y)
-                    yield from compare(base, sampled.contenders(), sampled.check(), work)
+            if op == "spmm":
+                them = [_dense(dense, x), *_spmm_peers(packed, x), _ours(packed, x)]
+                yield from compare(base, them, check(dense, x), work)
+            else:
+                sampled = Sampled(packed, dense, x, y)
+                them = sampled.contenders(ctas_of(matrix))
+                yield from compare(base, them, sampled.check(), work)
 
 
-def random_blocks(size: int, block: tuple[int, int], sparsity: float) -> np.ndarray:
-    """A float32 matrix with the nearest number of random blocks that are not 0."""
+def random_blocks(
+    size: int, block: tuple[int, int], sparsity: float, rows: float = 1.0
+) -> np.ndarray:
+    """A float32 matrix with the nearest number of random blocks that are not 0, in a share `rows`
+    of its rows of blocks, at random: the others are empty."""
     rng = np.random.default_rng(11)
     high, wide = (size // b for b in block)
-    kept = np.zeros(high * wide, bool)
-    kept[rng.permutation(len(kept))[: round(len(kept) * (1 - sparsity))]] = True
-    mask = np.repeat(np.repeat(kept.reshape(high, wide), block[0], 0), block[1], 1)
+    count = round(high * wide * (1 - sparsity))
+    mine = np.sort(rng.permutation(high)[: max(round(high * rows), -(-count // wide))])
+    kept = np.zeros((high, wide), bool)
+    at = rng.permutation(len(mine) * wide)[:count]
+    kept[mine[at // wide], at % wide] = True
+    mask = np.repeat(np.repeat(kept, block[0], 0), block[1], 1)
     return np.where(mask, rng.standard_normal((size, size), np.float32), np.float32(0))
+
+
+def ctas_of(matrix: np.ndarray) -> int:
+    """How many CTAs share a row of blocks in SDDMM: about one for 128 columns."""
+    return max(1, round(np.count_nonzero(matrix) / np.count_nonzero(matrix.any(1)) / 128))
 
 
 def kernel_of(op: str, fmt: Any, dtype: str, width: int, **options: int) -> tw.Kernel:
@@ -116,21 +134,26 @@ def _spmm_peers(packed: Any, x: Any) -> Iterator[Contender]:
     if not str(packed.format).startswith("bsr"):
         return
     torch = require_torch()
-    bsr = torch_bsr(packed)
+    bsr = torch_bsr(packed, x.dtype)
     out = torch.empty_like(x)
     yield from _where_it_runs(
-        "torch BSR, Triton", lambda: torch.sparse._triton_ops.bsr_dense_mm(bsr, x, out=out)
+        "torch BSR, Triton", lambda: triton_kernels().bsr_dense_mm(bsr, x, out=out)
     )
     yield from _where_it_runs("cuSPARSE BSR", lambda: cusparse.bsr_spmm(bsr, x))
 
 
-def torch_bsr(packed: Any) -> Any:
+def triton_kernels() -> Any:
+    """torch's own kernels for BSR. Raises ImportError or AttributeError where Triton is missing."""
+    return importlib.import_module("torch.sparse._triton_ops")
+
+
+def torch_bsr(packed: Any, dtype: Any) -> Any:
     """A packed BSR matrix as torch's tensor: the same arrays."""
     torch = require_torch()
     (part,), (values,) = packed.structure.parts, packed.values
     block, arrays = packed.format.blocks, part.arrays[1]
     arrays = [torch.as_tensor(arrays[name], device="cuda") for name in ("indptr", "indices")]
-    values = torch.as_tensor(values, device="cuda").reshape(-1, *block)
+    values = torch.as_tensor(values, device="cuda").view(dtype).reshape(-1, *block)
     return torch.sparse_bsr_tensor(*arrays, values, packed.shape)
 
 
@@ -156,24 +179,26 @@ class Sampled:
         order = np.argsort(at)
         self.at = tuple(torch.from_numpy(c[order]).cuda() for c in coords)
 
-    def contenders(self) -> Iterator[Contender]:
+    def contenders(self, ctas: int) -> Iterator[Contender]:
         torch = require_torch()
         out = torch.empty_like(self.x)
         run = lambda: torch.mm(self.x, self.y.T, out=out)  # noqa: E731
         yield Contender("torch mm, dense", run, lambda z: self.scaled(z[self.at]))
         name = str(self.packed.format).partition("(")[0]
         if name == "bsr":
-            bsr = torch_bsr(self.packed)
-            ops = torch.sparse._triton_ops
-            call = lambda: ops.sampled_addmm(bsr, self.x, self.y.T, beta=0.0, out=held)  # noqa: E731
-            held = torch_bsr(self.packed)
+            bsr = torch_bsr(self.packed, self.x.dtype)
+            held = bsr.clone()
+            call = lambda: triton_kernels().sampled_addmm(  # noqa: E731
+                bsr, self.x, self.y.T, beta=0.0, out=held
+            )
             for peer in (
                 *_where_it_runs("torch BSR, Triton", call),
                 *_where_it_runs("cuSPARSE BSR", lambda: cusparse.bsr_sddmm(bsr, self.x, self.y)),
             ):
                 run = peer.run
                 yield Contender(peer.impl, run, self.scaled_blocks)
-        kernel = kernel_of("sddmm", self.packed.format, str(self.x.dtype)[6:], self.x.shape[1])
+        dtype, width = str(self.x.dtype)[6:], self.x.shape[1]
+        kernel = kernel_of("sddmm", self.packed.format, dtype, width, ctas=ctas)
         kept = kernel(self.packed, self.x, self.y)
         run = lambda: kernel(self.packed, self.x, self.y, out=kept)  # noqa: E731
         yield Contender(

@@ -12,8 +12,6 @@ import numpy as np
 
 import tilewright as tw
 
-WARP = 32  # features, or columns of a block, that a warp keeps in registers
-
 
 @tw.program
 def spmm(A=tw.sparse("m n"), X=tw.dense("n d")):
@@ -33,27 +31,29 @@ def covering_dbsr(block):
     return tw.Composed(f"dbsr({block}) and empty rows", parts, disjoint_rows=True, covers_rows=True)
 
 
-def spmm_on_tiles(s, d, warps=4, group=32, stages=3):
-    """A CTA has a row of blocks, and 32 features for each of its warps. It copies a block, or
+def spmm_on_tiles(s, d, features=64, warps=4, group=32, stages=3):
+    """A CTA has a row of blocks, and `features` for each of its warps. It copies a block, or
     `group` columns, and the rows of X that they meet, `stages` - 1 steps ahead."""
     s = s.specialize("d", d)
     for n, nest in enumerate(s.nests):
         block, s = s.format_of(n).blocks, s.on(n)
         if nest.name == "out.init" or block == (1, 1):  # zeros where rows have no block
             s = s.split("k", 4 if d % 4 == 0 else 1, into=("k_q", "k_v")).vectorize("k_v")
-            s = s.split("k_q", 32, into=("k_o", "k_x")).bind("k_x", "thread.x")
-            s = s.bind(s.rows, "cta.x").bind("k_o", "cta.y")
+            s = s.split("k_q", 128, into=("k_o", "k_x")).bind("k_x", "thread.x")
+            s = s.bind(s.rows, "cta.x")
         else:
-            s = row_of_blocks(s, d, block, warps, group, stages)
+            s = row_of_blocks(s, d, block, (features, warps, group, stages))
     return s.everywhere()
 
 
-def row_of_blocks(s, d, block, warps, group, stages):
+def row_of_blocks(s, d, block, sizes):
+    features, warps, group, stages = sizes
     rows, columns = s.rows, s.stored("j")
     if block[1] == 1:
         s, columns = s.split(columns, group, into=("j_o", "j_i")), "j_o"
     s = s.split("j_i", 16, into=("j_u", "j_v"))
-    s = s.split("k", WARP * warps, into=("k_o", "k_r")).split("k_r", WARP, into=("k_y", "k_w"))
+    s = s.split("k", features * warps, into=("k_o", "k_r"))
+    s = s.split("k_r", features, into=("k_y", "k_w"))
     high, wide = min(block[0], 16), 16 if block[0] == 8 else 8  # of a tile of Y
     s = s.split("i_i", high, into=("i_u", "i_v")).split("k_w", wide, into=("k_u", "k_v"))
     s = s.reorder(rows, "k_o", columns, "k_y", "j_u", "i_u", "k_u", "i_v", "k_v", "j_v")
@@ -67,14 +67,14 @@ def row_of_blocks(s, d, block, warps, group, stages):
     return s.pipeline(columns, stages) if d % 8 == 0 else s
 
 
-def sddmm_on_tiles(s, d, warps=4, depth=64, stages=3, ctas=4):
-    """A warp has a block, or 32 columns of a stripe. Warps of a CTA share the rows of X, and `ctas`
-    CTAs a row of blocks; they copy `depth` features at a time."""
+def sddmm_on_tiles(s, d, group=32, warps=4, depth=64, stages=2, ctas=4):
+    """A warp has a block, or `group` columns of a stripe. `ctas` CTAs take the blocks of a row in
+    turn; warps of a CTA share the rows of X, and copy `depth` features at a time."""
     s = s.specialize("d", d)
     rows, columns, block = s.rows, s.stored("j"), s.format_of(0).blocks
     if block[1] == 1:
-        s, columns = s.split(columns, WARP, into=("j_o", "j_i")), "j_o"
-    s = s.split(columns, warps * ctas, into=("j_s", "j_c")).split("j_c", warps, into=("j_b", "j_y"))
+        s, columns = s.split(columns, group, into=("j_o", "j_i")), "j_o"
+    s = s.split(columns, warps * ctas, into=("j_s", "j_c")).split("j_c", ctas, into=("j_y", "j_b"))
     high, wide = min(block[0], 16), 16 if block[0] == 8 else 8  # of a tile of the result
     s = s.split("i_i", high, into=("i_u", "i_v")).split("j_i", wide, into=("j_u", "j_v"))
     s = s.split("k", depth, into=("k_o", "k_r")).split("k_r", 16, into=("k_u", "k_v"))
