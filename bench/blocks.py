@@ -65,19 +65,20 @@ def blocks(args: argparse.Namespace) -> Iterator[Row]:
         block = (b, 1 if kind == "sr_bcrs" else b)
         matrix = random_blocks(args.size, block, sparsity, 0.5 if kind == "dbsr" else 1.0)
         dense = torch.from_numpy(matrix).cuda().to(x.dtype)
-        work = 2.0 * np.count_nonzero(matrix) * args.size
+        work, packed = 2.0 * np.count_nonzero(matrix) * args.size, None
         for op in args.op:
             base = base_row("blocks", f"{op}.{kind}", "cuda") | {
                 "input": f"{args.size} {kind}({b}) {sparsity:g}", "width": args.size,
                 "dtype": args.dtype, "sparsity": float((matrix == 0).mean()),
             }  # fmt: skip
             fmt = of_spmm(b) if op == "spmm" else of_sddmm(b)
-            packed = fmt.pack(matrix, dtype=args.dtype).to("cuda")
+            if packed is None or packed.format != fmt:
+                packed = fmt.pack(matrix, dtype=args.dtype).to("cuda")
             if op == "spmm":
                 them = [_dense(dense, x), *_spmm_peers(packed, x), _ours(packed, x)]
                 yield from compare(base, them, check(dense, x), work)
             else:
-                sampled = Sampled(packed, dense, x, y)
+                sampled = Sampled(matrix, packed, dense, x, y)
                 them = sampled.contenders(ctas_of(matrix))
                 yield from compare(base, them, sampled.check(), work)
 
@@ -172,18 +173,18 @@ def _where_it_runs(name: str, make: Callable[[], Any]) -> Iterator[Contender]:
 class Sampled:
     """SDDMM of one matrix: contenders give the values at all stored positions, in their order."""
 
-    def __init__(self, packed: Any, dense: Any, x: Any, y: Any) -> None:
+    def __init__(self, matrix: np.ndarray, packed: Any, dense: Any, x: Any, y: Any) -> None:
         torch = require_torch()
-        self.packed, self.dense, self.x, self.y = packed, dense, x, y
-        coords, at = packed.structure.stored()
-        order = np.argsort(at)
-        self.at = tuple(torch.from_numpy(c[order]).cuda() for c in coords)
+        self.packed, self.dense, self.x, self.y = packed, dense.reshape(-1), x, y
+        numbers = np.flatnonzero(matrix).astype(np.int32)  # where the value at each position is
+        at = packed.with_values(numbers).values[0]
+        self.at = torch.as_tensor(at, device="cuda").long()
 
     def contenders(self, ctas: int) -> Iterator[Contender]:
         torch = require_torch()
         out = torch.empty_like(self.x)
         run = lambda: torch.mm(self.x, self.y.T, out=out)  # noqa: E731
-        yield Contender("torch mm, dense", run, lambda z: self.scaled(z[self.at]))
+        yield Contender("torch mm, dense", run, lambda z: self.scaled(z.reshape(-1)[self.at]))
         name = str(self.packed.format).partition("(")[0]
         if name == "bsr":
             bsr = torch_bsr(self.packed, self.x.dtype)
@@ -216,8 +217,8 @@ class Sampled:
 
     def check(self) -> Callable[[Any], str]:
         x, y, a = self.x.double(), self.y.double(), self.dense[self.at].double()
-        expected = (x @ y.T)[self.at] * a
-        magnitudes = (x.abs() @ y.abs().T)[self.at] * a.abs()
+        expected = (x @ y.T).reshape(-1)[self.at] * a
+        magnitudes = (x.abs() @ y.abs().T).reshape(-1)[self.at] * a.abs()
         rounded = require_torch().finfo(self.x.dtype).eps  # the peers' products are 16-bit
 
         return lambda got: elements_beyond(
