@@ -19,7 +19,7 @@ from tilewright.toolchain import nvrtc
 module = lesson("10_blocks.py")
 FORMATS = (tw.bsr(16), tw.bsr(32), tw.dbsr(16), tw.dbsr(32), tw.sr_bcrs(8), tw.sr_bcrs(16))
 COVERING = module.covering_dbsr(16), module.covering_dbsr(32)
-CASES = [*(("spmm", f) for f in FORMATS + COVERING), *(("sddmm", f) for f in FORMATS)]
+CASES = [(op, fmt) for op in ("spmm", "sddmm") for fmt in FORMATS + COVERING]
 HALVES = ("float16", "bfloat16")
 SIZES = [(96, 64, 32), (1, 1, 29), (37, 45, 29), (7, 130, 32)]  # m, n, d
 
