@@ -14,7 +14,6 @@ import argparse
 import importlib
 import runpy
 from collections.abc import Callable, Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +57,12 @@ def blocks(args: argparse.Namespace) -> Iterator[Row]:
     x, y = (torch.randn(args.size, args.size, device="cuda").to(getattr(torch, args.dtype))
             for _ in range(2))  # fmt: skip
     lesson = runpy.run_path(str(LESSON), run_name="lesson")
+    kinds: list[tuple[str, int, Any, Any]]
     kinds = [("bsr", b, tw.bsr, tw.bsr) for b in args.block]
     kinds += [("dbsr", b, lesson["covering_dbsr"], tw.dbsr) for b in args.block]
     kinds += [("sr_bcrs", b, tw.sr_bcrs, tw.sr_bcrs) for b in args.column]
-    for (kind, b, of_spmm, of_sddmm), sparsity in product(kinds, args.sparsity):
+    cases = [(kind, float(s)) for kind in kinds for s in args.sparsity]
+    for (kind, b, of_spmm, of_sddmm), sparsity in cases:
         block = (b, 1 if kind == "sr_bcrs" else b)
         matrix = random_blocks(args.size, block, sparsity, 0.5 if kind == "dbsr" else 1.0)
         dense = torch.from_numpy(matrix).cuda().to(x.dtype)

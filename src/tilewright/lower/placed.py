@@ -95,13 +95,15 @@ class Row:
         most = {name: most for name, *_, most in tables.program.placed}.get(tensor.name, 0)
         if not most or all(isinstance(e, ir.Const) for e in self.extents):
             return ir.Alloc(self.buffer, self.extents, self.extents)
-        if not all(isinstance(e, ir.Const) for e in self.extents[1:]):
+        inner = [
+            int(e.value) for e in self.extents[1 : len(self.levels)] if isinstance(e, ir.Const)
+        ]
+        if len(inner) + 1 < len(self.levels):
             raise refuse(tensor.name, "its rows have rows of their own", 'scope="global"')
         first = len(out.stored_coords) if tensor.is_sparse else 0
         own = indices_of(*out.coords)[first:]
         at = [scope.coordinates.get(x.name, ir.Const(0, tables.index)) for x in own]
-        array, along = tables.buffer(tensor), self.dims
-        steps: list[ir.Expr] = []
+        array, along, steps = tables.buffer(tensor), self.dims, [ir.as_expr(1) for _ in self.dims]
         if tensor.is_sparse:
             start, last = scope.copy(), len(tables.levels(tensor.structure)) - 1
             walk = start.walks[tensor.structure]
@@ -112,17 +114,13 @@ class Row:
             )
             if form is None:
                 raise refuse(tensor.name, "its rows are not side by side", 'scope="global"')
-            steps = [form.steps[str(x)] for x in names.values()]
+            steps = [*(form.steps[x.name] for x in names.values()), *steps]
             walk.variables |= {d: begin for d, begin, _ in self.levels}
             at.insert(0, start.position(tensor.structure, last))
-            array, along = (
-                tables.values(tensor),
-                (0,) * len(steps) + tuple(n - first + 1 for n in self.dims),
-            )
-        inside = prod(int(e.value) for e in self.extents[1 : len(self.levels)])
-        kept = (ir.as_expr(max(most // inside, 1)), *self.extents[1:])
+            array = tables.values(tensor)
+            along = (*(0 for _ in names), *(n - first + 1 for n in self.dims))
+        kept = (ir.as_expr(max(most // prod(inner), 1)), *self.extents[1:])
         rest = (ir.Load(array, tuple(at), tensor.dtype),)
-        steps += [ir.as_expr(1)] * len(self.dims)
         return ir.Alloc(self.buffer, self.extents, kept, rest, along, tuple(steps))
 
     def element(self, scope: Scope, e: ir.Access, coords: Sequence[ir.Expr]) -> ir.Load:
