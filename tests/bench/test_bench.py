@@ -360,8 +360,9 @@ def test_the_oracle_of_products(rng, monkeypatch):
     right[3, 2] = torch.nan
     assert wrong(right).startswith("1 of 216")
     x = torch.from_numpy(rng.standard_normal((128, 16))).half()
-    matrix = blocks.random_blocks(128, 32, 0.75)
+    matrix = blocks.random_blocks(128, (32, 32), 0.75)
     assert 0.25 - (matrix != 0).mean() < 1e-3
+    assert np.count_nonzero(blocks.random_blocks(128, (8, 1), 0.5, 0.5).any(1)) == 64
     assert (matrix.reshape(4, 32, 4, 32).any((1, 3))).sum() == 4
     if compilers.has_compiler():
         arrays = (y.numpy() for y in (a, b, bias))

@@ -202,6 +202,11 @@ class _Staging:
             group = [f for name, f in self.inner.items() if name in needed and name not in loops]
             self.groups.append(group)
             loops |= {f.name: f for f in group}
+        if len(self.access.index) == 1:  # neighbours in memory are neighbours in scratch
+            form = affine(self._resolved(self.access.index[0]), frozenset(loops))
+            steps = form.steps.items() if form else ()
+            near = [name for name, by in steps if ir.is_const(by, 1)]
+            loops |= {name: loops.pop(name) for name in near}
         if self.scope == "register" or len(self.groups) == 1:  # no rows: a dimension for each loop
             self.groups = [[f] for f in loops.values()]
         self.groups = [g for g in self.groups if g]
