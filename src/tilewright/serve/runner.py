@@ -83,7 +83,7 @@ class Runner:
     """
 
     def __init__(self, model: Llama, limits: Limits, context: int) -> None:
-        self.model, self.invariant = model, limits.invariant
+        self.model, self.limits = model, limits
         new, put, config = model.memory.empty, model.memory.put, model.config
         self.joins = bool(model.products) and not limits.invariant  # answers and prompts
         most = limits.running + (BUCKET if self.joins else 8)  # rows may fill a step up
@@ -96,7 +96,7 @@ class Runner:
         self.width = context // PAGE_SIZE + 1
         # The most answers that our kernel of one row reads; more, and prompts, a library if any.
         self.few = OWN_ROWS if model.products else 2**31
-        if not self.invariant:
+        if not limits.invariant:
             self.few = 1 if model.products else FEW - 1
         self.activations = model.activations(OWN_ROWS if model.products else tokens)
         self.wide = model.activations(tokens, wide=True) if model.products else {}
@@ -114,6 +114,7 @@ class Runner:
         self.longest = put(np.full(most, longest, np.int32))
         self.short = put(np.full(most, min(short, longest), np.int32))
         self.table = np.zeros((most, self.width), np.int32)
+        self._held: list[Any] = [(None,)] * most  # the list of pages of each row, and its state
         self.cascade = Cascade(model, self.pools, self.table.shape, not limits.invariant)
         self.block_table = self.cascade.block_table
         self._lengths = np.zeros(most, np.int32)  # what memory of the target holds as `kv_len`
@@ -124,6 +125,7 @@ class Runner:
         self._steps: dict[int, Step] = {}  # by rows, where none is sampled
         self._sampling: dict[int, Step] = {}
         self._parts: dict[tuple[int, int], list[Any]] = {}
+        self._drawings: dict[int, Step] = {}
         self.rooms: list[Any] = []  # workspaces in which recorded steps plan
         self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
@@ -133,8 +135,7 @@ class Runner:
         computes, PENDING on the host, if it has the same requests."""
         answers = [c for c in chunks if not c.is_prompt]
         prompts, rows = chunks[len(answers) :], len(answers)
-        if rows > 8 and self.model.memory.on_cuda:
-            rows += -rows % 8  # filled up with rows of a length below 1
+        rows = self._filled(rows)  # with rows of a length below 1
         groups = self.cascade.of(answers, rows)
         answers = [answers[i] for i in groups.order]
         joined = bool(prompts and answers and self.joins)  # one pass, in which each reads alone
@@ -150,21 +151,58 @@ class Runner:
         tokens = [c.request.tokens[c.start] for c in answers]
         if answers and not joined and PENDING not in tokens:
             self._write_ints(self.last["token"], tokens)
+        ends = [c for c in prompts if c.wants_token]
+        seated = [*answers, *[None] * (rows - len(answers))]
+        seated += ends if joined or not answers else []  # else these are the host's
+        drawn = self.seats.take(seated) if self.seats else set()
         # Prompts first: what is copied for them would wait for the step of the answers.
-        read = self._read_prompts(by_row if joined else prompts, stops, rows) if prompts else []
-        drawn = self.seats.take(answers, rows) if self.seats and not joined else set()
+        if prompts:
+            self._read_prompts(by_row if joined else prompts, stops, rows)
         if answers and not joined:
-            of = self.cascade.steps if groups.nodes else (self._steps, self._sampling)
-            steps = of[bool(drawn)]
-            if rows not in steps:
-                [steps[rows]] = self._record(rows, rows, drawn, groups.nodes)
-            steps[rows]()
+            self._step(rows, bool(drawn), bool(groups.nodes))()
             self._lengths[: len(answers)] += 1
             self.cascade.totals += groups[2:]
+        elif drawn:
+            self._drawing(len(seated))()
         own = zip(np.argsort(groups.order).tolist(), chunks, strict=False)  # the row of each answer
-        return Logits(self, chunks, [row for row, c in own if c.wants_token] + read, drawn)
+        of_ends = range(rows, rows + len(ends))
+        return Logits(self, chunks, [row for row, c in own if c.wants_token] + [*of_ends], drawn)
+
+    def warm(self) -> None:
+        """Records all steps that there can be, so that none is recorded while answers wait."""
+        running, tokens = self.limits.running, self.ints[0].shape[0]
+        for rows in sorted({self._filled(n) for n in range(1, running + 1)}):
+            for samples in {False, bool(self.seats)}:
+                for shares in {False, self.cascade.is_on}:
+                    self._step(rows, samples, shares)
+        if self.model.products:
+            for front in range(0, running + BUCKET if self.joins else 1, BUCKET):
+                for count in range(front + BUCKET, tokens + 1, BUCKET):
+                    self._parts_of(front, count)
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _filled(self, answers: int) -> int:
+        """The rows of a step of so many answers."""
+        return answers + (-answers % 8 if answers > 8 and self.model.memory.on_cuda else 0)
+
+    def _step(self, rows: int, samples: bool, shares: bool) -> Step:
+        """The step of so many rows of answers, recorded at its first use."""
+        steps = (self.cascade.steps if shares else (self._steps, self._sampling))[samples]
+        if rows not in steps:
+            [steps[rows]] = self._record(rows, rows, samples, shares)
+        return steps[rows]
+
+    def _parts_of(self, front: int, count: int) -> list[Any]:
+        if (front, count) not in self._parts:
+            self._parts[front, count] = self._record(front, count)
+        return self._parts[front, count]
+
+    def _drawing(self, rows: int) -> Step:
+        """Samples the first rows of the logits of prompts, and of answers beside them."""
+        if rows not in self._drawings:
+            self._drawings[rows] = Step([self.seats.bind(rows)])
+        return self._drawings[rows]
 
     def _needs_row(self, chunk: Chunk) -> bool:
         """Whether the last work item of a chunk of a prompt would have one query. The row behind it
@@ -175,12 +213,14 @@ class Runner:
         """The rows of the page table that have changed, to memory of the target."""
         memory = self.model.memory
         for i, chunk in zip(rows, chunks, strict=True):
-            held = self.table[i, : len(chunk.request.pages)]
-            if held.tolist() != chunk.request.pages:
-                held[:] = chunk.request.pages
+            pages = chunk.request.pages
+            held, now = self._held[i], (pages, len(pages), chunk.request.replaced)
+            if pages is not held[0] or now[1:] != held[1:]:
+                self.table[i, : len(pages)] = pages
                 row = memory.rows(self.block_table, i, i + 1)
                 # Until it is copied pages are added at most: other requests wait for the tokens.
                 memory.write(row, self.table[i : i + 1], waits=False)
+                self._held[i] = now
 
     def _write_ints(self, array: Any, values: Any) -> None:
         """The first values of an int32 array in memory of the target."""
@@ -229,9 +269,9 @@ class Runner:
         indptr = np.arange(requests + 1)
         return {x: x.plan(indptr, to_plan, workers=workers) for x in self.attentions}
 
-    def _read_prompts(self, chunks: Sequence[Chunk], stops: list[int], first: int) -> list[int]:
+    def _read_prompts(self, chunks: Sequence[Chunk], stops: list[int], first: int) -> None:
         """Reads prompts up to `stops`, whose rows of the page table begin at `first`, behind the
-        answers in front of them, if any. The rows of the logits of prompts that want a token."""
+        answers in front of them, if any; so do rows of the logits of those that want a token."""
         model, rows, answers = self.model, self.model.memory.rows, len(chunks) - len(stops)
         front = first if answers else 0  # rows of answers, and those that fill them up
         sizes = [stop - c.start for c, stop in zip(chunks[answers:], stops, strict=True)]
@@ -259,9 +299,7 @@ class Runner:
         self._write(placed, count)
         b = self._rows(count, few=False)
         if model.products:
-            if (front, count) not in self._parts:
-                self._parts[front, count] = self._record(front, count)
-            for part in self._parts[front, count]:
+            for part in self._parts_of(front, count):
                 attend(*part) if isinstance(part, tuple) else part()
         else:
             model.forward(b, (self.keys, self.values), attend, do=call)
@@ -275,7 +313,6 @@ class Runner:
             picks = rows(self.ends, 0, count)
             embedding_kernel("f32", model.name)(picks, b.a["x"], out=last["x"])
             model.finish(last, few, do=call)
-        return list(range(first, first + len(ends)))
 
     def _record(self, answers: int, count: int, samples: Any = 0, cascaded: Any = 0) -> list[Any]:
         """The step of one row of each of some answers, of which some are sampled (`samples`) or
