@@ -40,6 +40,7 @@ from tilewright.serve.groups import Groups
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.products import OWN_ROWS
+from tilewright.serve.request import Request
 from tilewright.serve.sampler import Seats
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
@@ -169,8 +170,15 @@ class Runner:
         return Logits(self, chunks, [row for row, c in own if c.wants_token] + [*of_ends], drawn)
 
     def warm(self) -> None:
-        """Records all steps that there can be, so that none is recorded while answers wait."""
+        """Records all steps that there can be, and reads prompts that take all kernels, so that
+        nothing is recorded or compiled while answers wait. Overwrites the first page."""
         running, tokens = self.limits.running, self.ints[0].shape[0]
+        longest = (self.width - 1) * PAGE_SIZE
+        for size in (1, 2, 5, 16, 64, min(self.limits.step_tokens, longest)):
+            for start in {0, longest - size}:
+                request = Request(0, [0] * (start + size))
+                request.pages = [0] * self.width
+                self.run([Chunk(request, start, start + size)]).wait()
         for rows in sorted({self._filled(n) for n in range(1, running + 1)}):
             for samples in {False, bool(self.seats)}:
                 for shares in {False, self.cascade.is_on}:
@@ -280,9 +288,13 @@ class Runner:
         of = [*range(answers), *range(first, first + len(stops))]
         placed = [*zip(chunks, at, [1] * answers + sizes, of, strict=True)]
         views, total = self._kv(first, first + len(stops)), front + int(indptr[-1])
-        lengths = self.kv_len if self.joins else self.short
-        to_plan = KV(self._table(lengths, first, first + len(stops)), self.pools[0])
+        to_plan = views[0]
+        if not self.joins:
+            to_plan = KV(self._table(self.short, first, first + len(stops)), self.pools[0])
         plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
+        ends = [n + c.stop - c.start - 1 for c, n, *_ in placed[answers:] if c.wants_token]
+        if picked := [*range(front), *ends]:
+            self._write_ints(self.ends, picked)
 
         bound: dict[Attention, Any] = {}  # whose other layers differ in their pages alone
 
@@ -303,9 +315,7 @@ class Runner:
                 attend(*part) if isinstance(part, tuple) else part()
         else:
             model.forward(b, (self.keys, self.values), attend, do=call)
-        ends = [n + c.stop - c.start - 1 for c, n, *_ in placed[answers:] if c.wants_token]
-        if picked := [*range(front), *ends]:
-            self._write_ints(self.ends, picked)
+        if picked:
             count, begin, few = len(picked), first - front, len(picked) <= self.few
             last = {name: rows(a, begin, begin + count) for name, a in self.last.items()}
             if model.is_wide(few):
