@@ -16,8 +16,9 @@ from tilewright.serve.models import llama
 from tilewright.serve.products import Products
 from tilewright.serve.request import Request, Sampling
 from tilewright.serve.scheduler import Limits
-from tilewright.serve.weights import ModelFile, Weight
+from tilewright.serve.weights import ModelFile, Weight, dequantize
 
+gguf = pytest.importorskip("gguf", reason="weights are quantised by it")
 torch = pytest.importorskip("torch", reason="the products are torch's")
 
 MODELS = {
@@ -25,11 +26,25 @@ MODELS = {
     "norms of heads": replace(CONFIG, qk_norm=True),
     "biases": replace(CONFIG, qkv_bias=True),
     "halves, a head of its own": replace(CONFIG, rope_interleaved=False, kv_heads=2),
-}
+    "as Gemma": replace(
+        CONFIG, post_norms=True, gelu=True, scaled_embedding=True, qk_norm=True, score_cap=20.0,
+        windowed=(True, False), window=12,
+    ),
+}  # fmt: skip
+QUANTISED = ("plain", "biases")
 
 
 def file_of(name: str) -> ModelFile:
-    return model_file(MODELS[name])
+    """The file of a model; "q8_0 NAME": its matrices in blocks."""
+    file = model_file(MODELS[name.removeprefix("q8_0 ")])
+    if name in MODELS:
+        return file
+    kind = gguf.GGMLQuantizationType.Q8_0
+    tensors = {
+        n: Weight(n, "q8_0", w.shape, gguf.quants.quantize(w.data, kind)) if w.data.ndim == 2 else w
+        for n, w in file.tensors.items()
+    }
+    return replace(file, tensors=tensors | {"lm_head": tensors["embed"]})
 
 
 def logits_of(of: runner.Runner, prompts: list[list[int]], steps: int) -> list[Answer]:
@@ -47,7 +62,7 @@ def runner_of(file: ModelFile, invariant: bool = True, seats: int = 20) -> runne
     return runner.Runner(llama.Llama(file, "cpp", 1201), limits, 1200)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *(f"q8_0 {name}" for name in QUANTISED)])
 @pytest.mark.parametrize("invariant", [True, False])
 def test_logits_are_those_of_our_layers(
     monkeypatch: pytest.MonkeyPatch, name: str, invariant: bool
@@ -72,7 +87,9 @@ def rounded(file: ModelFile) -> ModelFile:
     tensors = dict(file.tensors)
     for name, w in file.tensors.items():
         if len(w.shape) == 2:
-            bits = torch.from_numpy(w.data).bfloat16().view(torch.int16).numpy().view(np.uint16)
+            bits = (
+                torch.from_numpy(dequantize(w)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+            )
             tensors[name] = Weight(name, "bf16", w.shape, bits)
     tensors["lm_head"] = tensors["embed"]
     return replace(file, tensors=tensors)
@@ -157,12 +174,13 @@ def test_answers_beside_prompts_are_sampled_there(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["f32", "bf16"])
+@pytest.mark.parametrize("name", ["norms of heads", "q8_0 biases", "as Gemma"])
+@pytest.mark.parametrize("kind", ["stored", "bf16"])
 @pytest.mark.parametrize("invariant", [True, False])
-def test_on_a_gpu(kind: str, invariant: bool):
+def test_on_a_gpu(name: str, kind: str, invariant: bool):
     """Prompts alone and beside answers, up to 18 answers, by cuBLAS in recorded steps: logits near
     those of a CPU, as long as the tokens are the same."""
-    file, rng = file_of("norms of heads"), np.random.default_rng(5)
+    file, rng = file_of(name), np.random.default_rng(5)
     file = rounded(file) if kind == "bf16" else file
     prompts = [rng.integers(0, CONFIG.vocab, n).tolist() for n in (40, 1, 17, *[9] * 15)]
     wanted = logits_of(runner_of(file), prompts, 12)
