@@ -107,7 +107,7 @@ class Runner:
         self.last["token"] = model.memory.rows(chosen, 0, 1).reshape(most)
         on_gpu = model.memory.on_cuda and not config.logit_cap  # tanh has other bits there
         self.seats: Any = Seats(model.memory, self.last["logits"], chosen) if on_gpu else None
-        self.ints = [new(tokens, dtype="int32") for _ in range(4)]  # of `Rows`
+        self.ints = new(4 * tokens, dtype="int32")  # of `Rows`, one behind the other
         self.ends = new(most, dtype="int32")  # the rows of prompts that want a token
         self.kv_len = put(np.zeros(most, np.int32))
         # Keys are divided as if every answer were as long as the context, and every prompt short.
@@ -115,7 +115,7 @@ class Runner:
         self.longest = put(np.full(most, longest, np.int32))
         self.short = put(np.full(most, min(short, longest), np.int32))
         self.table = np.zeros((most, self.width), np.int32)
-        self._held: list[Any] = [(None,)] * most  # the list of pages of each row, and its state
+        self._held: list[Any] = [(None,)] * most  # of each row: pages, how far known, how many
         self.cascade = Cascade(model, self.pools, self.table.shape, not limits.invariant)
         self.block_table = self.cascade.block_table
         self._lengths = np.zeros(most, np.int32)  # what memory of the target holds as `kv_len`
@@ -126,7 +126,7 @@ class Runner:
         self._steps: dict[int, Step] = {}  # by rows, where none is sampled
         self._sampling: dict[int, Step] = {}
         self._parts: dict[tuple[int, int], list[Any]] = {}
-        self._drawings: dict[int, Step] = {}
+        self._drawing: Any = None  # a step that samples behind prompts
         self.rooms: list[Any] = []  # workspaces in which recorded steps plan
         self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
@@ -160,11 +160,13 @@ class Runner:
         if prompts:
             self._read_prompts(by_row if joined else prompts, stops, rows)
         if answers and not joined:
-            self._step(rows, bool(drawn), bool(groups.nodes))()
+            of = self.cascade.steps if groups.nodes else (self._steps, self._sampling)
+            self._kept(of[bool(drawn)], rows, rows, rows, drawn, groups.nodes)()
             self._lengths[: len(answers)] += 1
             self.cascade.totals += groups[2:]
         elif drawn:
-            self._drawing(len(seated))()
+            self._drawing = self._drawing or Step([self.seats.bind(len(self.table))])
+            self._drawing()
         own = zip(np.argsort(groups.order).tolist(), chunks, strict=False)  # the row of each answer
         of_ends = range(rows, rows + len(ends))
         return Logits(self, chunks, [row for row, c in own if c.wants_token] + [*of_ends], drawn)
@@ -172,7 +174,7 @@ class Runner:
     def warm(self) -> None:
         """Records all steps that there can be, and reads prompts that take all kernels, so that
         nothing is recorded or compiled while answers wait. Overwrites the first page."""
-        running, tokens = self.limits.running, self.ints[0].shape[0]
+        running, tokens = self.limits.running, self.ints.shape[0] // 4
         longest = (self.width - 1) * PAGE_SIZE
         for size in (1, 2, 5, 16, 64, min(self.limits.step_tokens, longest)):
             for start in {0, longest - size}:
@@ -181,12 +183,13 @@ class Runner:
                 self.run([Chunk(request, start, start + size)]).wait()
         for rows in sorted({self._filled(n) for n in range(1, running + 1)}):
             for samples in {False, bool(self.seats)}:
-                for shares in {False, self.cascade.is_on}:
-                    self._step(rows, samples, shares)
+                self._kept((self._steps, self._sampling)[samples], rows, rows, rows, samples)
+                if self.cascade.is_on:
+                    self._kept(self.cascade.steps[samples], rows, rows, rows, samples, True)
         if self.model.products:
             for front in range(0, running + BUCKET if self.joins else 1, BUCKET):
                 for count in range(front + BUCKET, tokens + 1, BUCKET):
-                    self._parts_of(front, count)
+                    self._kept(self._parts, (front, count), front, count)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -194,23 +197,11 @@ class Runner:
         """The rows of a step of so many answers."""
         return answers + (-answers % 8 if answers > 8 and self.model.memory.on_cuda else 0)
 
-    def _step(self, rows: int, samples: bool, shares: bool) -> Step:
-        """The step of so many rows of answers, recorded at its first use."""
-        steps = (self.cascade.steps if shares else (self._steps, self._sampling))[samples]
-        if rows not in steps:
-            [steps[rows]] = self._record(rows, rows, samples, shares)
-        return steps[rows]
-
-    def _parts_of(self, front: int, count: int) -> list[Any]:
-        if (front, count) not in self._parts:
-            self._parts[front, count] = self._record(front, count)
-        return self._parts[front, count]
-
-    def _drawing(self, rows: int) -> Step:
-        """Samples the first rows of the logits of prompts, and of answers beside them."""
-        if rows not in self._drawings:
-            self._drawings[rows] = Step([self.seats.bind(rows)])
-        return self._drawings[rows]
+    def _kept(self, of: dict[Any, Any], key: Any, *how: Any) -> Any:
+        """What `_record` makes, kept in `of`."""
+        if key not in of:
+            of[key] = self._record(*how)
+        return of[key]
 
     def _needs_row(self, chunk: Chunk) -> bool:
         """Whether the last work item of a chunk of a prompt would have one query. The row behind it
@@ -221,9 +212,10 @@ class Runner:
         """The rows of the page table that have changed, to memory of the target."""
         memory = self.model.memory
         for i, chunk in zip(rows, chunks, strict=True):
-            pages = chunk.request.pages
-            held, now = self._held[i], (pages, len(pages), chunk.request.replaced)
-            if pages is not held[0] or now[1:] != held[1:]:
+            pages, node = chunk.request.pages, chunk.request.node
+            held, now = self._held[i], (pages, node, len(pages))
+            # A list grows in place, and has other pages once the prefix tree knows the full ones.
+            if not (pages is held[0] and node is held[1] and len(pages) == held[2]):
                 self.table[i, : len(pages)] = pages
                 row = memory.rows(self.block_table, i, i + 1)
                 # Until it is copied pages are added at most: other requests wait for the tokens.
@@ -238,7 +230,7 @@ class Runner:
     def _write(self, placed: Sequence[tuple[Chunk, int, int, int]], rows: int) -> None:
         """Tokens, their positions, pages and slots, to memory of the target. `placed`: chunks, the
         first row of each, its rows, and its row of the page table; other rows have no page."""
-        columns = np.zeros((4, rows), np.int32)
+        columns = np.zeros((4, rows + -rows % BUCKET), np.int32)
         columns[2] = -1
         for chunk, at, size, row in placed:
             ids, position, page, _ = columns[:, at : at + size]
@@ -246,15 +238,15 @@ class Runner:
             position[:] = np.arange(chunk.start, chunk.start + size)
             page[:] = self.table[row, position // PAGE_SIZE]
         columns[3] = columns[1] % PAGE_SIZE
-        for array, column in zip(self.ints, columns, strict=True):
-            self._write_ints(array, column)
+        self._write_ints(self.ints, columns.reshape(-1))
 
     def _rows(self, tokens: int, few: bool) -> Rows:
         of = self.wide if self.model.is_wide(few) else self.activations
         rows = self.model.memory.rows
-        ids, position, page, slot = (rows(array, 0, tokens) for array in self.ints)
+        begins = (i * (tokens + -tokens % BUCKET) for i in range(4))
+        ints = (rows(self.ints, begin, begin + tokens) for begin in begins)
         activations = {k: rows(a, 0, tokens) for k, a in of.items()}
-        return Rows(tokens, few, ids, position, page, slot, activations)
+        return Rows(tokens, few, *ints, activations)
 
     def _kv(self, begin: int, end: int) -> list[KV]:
         """The KV of each layer for requests begin … end-1."""
@@ -311,7 +303,7 @@ class Runner:
         self._write(placed, count)
         b = self._rows(count, few=False)
         if model.products:
-            for part in self._parts_of(front, count):
+            for part in self._kept(self._parts, (front, count), front, count):
                 attend(*part) if isinstance(part, tuple) else part()
         else:
             model.forward(b, (self.keys, self.values), attend, do=call)
@@ -324,7 +316,7 @@ class Runner:
             embedding_kernel("f32", model.name)(picks, b.a["x"], out=last["x"])
             model.finish(last, few, do=call)
 
-    def _record(self, answers: int, count: int, samples: Any = 0, cascaded: Any = 0) -> list[Any]:
+    def _record(self, answers: int, count: int, samples: Any = 0, cascaded: Any = 0) -> Any:
         """The step of one row of each of some answers, of which some are sampled (`samples`) or
         share reads (`cascaded`); or of a `count` of rows, of which those of answers are the first:
         parts, and between them the arguments of the prompts' attention."""
@@ -368,4 +360,4 @@ class Runner:
         model.finish({**b.a, **last}, b.few, do, normed)
         if samples:
             bounds.append(self.seats.bind(count))
-        return [Step(bounds)]
+        return Step(bounds)

@@ -105,7 +105,7 @@ class Seats:
     def take(self, chunks: Sequence[Any]) -> set[Request]:
         """Writes the rows of a step, a chunk or None each, if the one in front has not left them
         so. The requests that it samples: of those that need nothing of the host."""
-        seats: list[Any] = [None] * len(chunks)
+        seats: list[Any] = [None] * len(self._held)
         for i, c in enumerate(chunks):
             how = c and c.request.sampling
             is_left = not c or how.is_plain_greedy or how.schema or how.logprobs is not None
@@ -114,7 +114,7 @@ class Seats:
         if any(seats):  # a step without samples changes no row there
             for i in (i for i, seat in enumerate(seats) if seat != self._held[i]):
                 self._write(i, seats[i])
-            self._held[: len(seats)] = [seat and (seat[0], seat[1] + 1) for seat in seats]
+            self._held = [seat and (seat[0], seat[1] + 1) for seat in seats]
         return {seat[0] for seat in seats if seat}
 
     def _write(self, i: int, seat: Any) -> None:

@@ -261,4 +261,3 @@ class Scheduler:
                 self.pages.hold(request.node.page)
                 self.pages.release(pages[n])
                 pages[n] = request.node.page
-                request.replaced += 1
