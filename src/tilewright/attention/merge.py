@@ -181,25 +181,20 @@ def _merged(states: Sequence[tuple[Any, Any]], mask: Any, lib: Any) -> tuple[Any
 @functools.cache
 def _params_struct(o: DType) -> Struct:
     c_type = C_TYPES[o.name]
-    states = [
-        (f"{name}{i}", "ptr", f"const {kind}*")
-        for name, kind in (("o", c_type), ("lse", "float"))
-        for i in range(MAX_STATES)
-    ]
-    rest: list[tuple[str, ...]] = [
+    return Struct("MergeParams", [
+        *((f"o{i}", "ptr", f"const {c_type}*") for i in range(MAX_STATES)),
+        *((f"lse{i}", "ptr", "const float*") for i in range(MAX_STATES)),
         ("out_o", "ptr", f"{c_type}*"), ("out_lse", "ptr", "float*"),
         ("mask", "ptr", "const uint8_t*"), ("rows", "int64"), ("heads", "int32"),
         ("states", "int32"),
-    ]  # fmt: skip
-    return Struct("MergeParams", [*states, *rest])
+    ])  # fmt: skip
 
 
 @functools.lru_cache(64)
 def cuda_source(o: DType, dim: int) -> str:
     """The CUDA C++ of the merge of states of a dtype and head_dim."""
     kind = o.name
-    load = "x" if kind == "float32" else f"tw::from_{kind}(x)"
-    store = "x" if kind == "float32" else f"tw::to_{kind}(x)"
+    load, store = ("x", "x") if kind == "float32" else (f"tw::from_{kind}(x)", f"tw::to_{kind}(x)")
     text = namespace(
         "merge", f"using Element = {C_TYPES[kind]};",
         *constants({"DIM": dim, "MAX_STATES": MAX_STATES, "WARPS": _WARPS}),

@@ -205,16 +205,19 @@ def make(
     batch and the workers.
     """
     indptr = _frozen(np.array(qo_indptr, np.int32))
-    nodes = of_requests(len(indptr) - 1) if nodes is None else nodes
+    nodes = _frozen(of_requests(len(indptr) - 1) if nodes is None else nodes)
     args = indptr, nodes, kv_lengths, shape, workers
     if shape.ctas_per_worker:
         cuts, nodes, balance = planner.cut(*args)
-        work = {"cuts": _frozen(cuts), "imbalance": balance, "slots": 0, "counters": 0}
+        nodes, work = (
+            _frozen(nodes),
+            {"cuts": _frozen(cuts), "imbalance": balance, "slots": 0, "counters": 0},
+        )
     else:
         work = _items(*args)
     return Plan(
-        **work, qo_indptr=indptr, nodes=_frozen(nodes), workers=workers, batch=batch, planned=True,
-        kv_heads=shape.kv_heads, qo_tile=shape.qo_tile, family=shape.family, group=shape.group,
+        **work, qo_indptr=indptr, nodes=nodes, kv_heads=shape.kv_heads, qo_tile=shape.qo_tile,
+        workers=workers, family=shape.family, group=shape.group, batch=batch, planned=True,
     )  # fmt: skip
 
 

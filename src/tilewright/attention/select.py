@@ -23,8 +23,8 @@ from tilewright.attention.table import Table, TableForm
 from tilewright.attention.variant import Causal, Full, traced_of
 from tilewright.build import Definition, program
 from tilewright.errors import ArgumentError, ProgramError
-from tilewright.ir.nodes import Binary, Cast, Index, Reduce
-from tilewright.ir.rewrite import free_vars
+from tilewright.ir.nodes import Access, Binary, Cast, Index, Reduce
+from tilewright.ir.rewrite import free_vars, walk
 from tilewright.ops import recipes
 from tilewright.ops.paging import pages_before_kernel
 from tilewright.runtime.kernel import Kernel
@@ -69,24 +69,25 @@ def by_page(s: Schedule) -> Schedule:
 
 
 def _sums(s: Schedule, page: str, lane: str, tensor: Any) -> Schedule:
-    sizes = dict(s.program.sizes)
-    match [x.value for x in s.program.body[-2:]]:
+    sizes, values = dict(s.program.sizes), [x.value for x in s.program.body[-2:]]
+    match values:
         case [Reduce("sum", deep, Binary("*", Cast(a), Cast(b))), Reduce("max", (column,))]:
             most = BLOCK_BYTES // (a.dtype.itemsize * prod(sizes[x.name] for x in deep))
             if a.dtype == b.dtype and a.dtype.itemsize == 2 and sizes[lane] % 16 == 0 and most > 15:
-                names = [t.name for t in sorted((a.tensor, b.tensor), key=lambda t: t.is_sparse)]
-                return _tiles(s, (page, column.name, lane), min(64, most // 16 * 16), names)
+                operands = [x.tensor for x in walk(values[0], Access)]
+                return _tiles(s, (page, column.name, lane), min(64, most // 16 * 16), operands)
     return recipes.dot_products(s, page, lane, sizes[lane], tensor.dtype.itemsize, LOADS)
 
 
-def _tiles(s: Schedule, loops: tuple[str, str, str], block: int, operands: list[str]) -> Schedule:
+def _tiles(s: Schedule, loops: tuple[str, str, str], block: int, operands: list[Any]) -> Schedule:
     """A CTA copies blocks of pages ahead to shared memory, 16 pages for each of its warps."""
+    other, pages = sorted(operands, key=lambda t: t.is_sparse)
     s = s.split(loops[1], 8, into=("c_u", "c_v")).split(loops[2], 16, into=("k_u", "k_v"))
     s = s.split(loops[0], block, into=("p_b", "p_i")).split("p_b", WALK, into=("p_cta", "p_o"))
     s = s.split("p_i", 16, into=("p_y", "p_v")).reorder("p_cta", "p_o", "p_y", "p_v", "c_u", "c_v")
     s = s.unroll("c_u").unroll("k_u").mma("p_v", "c_v", "k_v").bind("p_cta", "cta.x")
-    s = s.bind("p_y", "thread.y").cache(operands[0], "p_cta", "shared")
-    return s.cache(operands[1], "p_o", "shared").pipeline("p_o", STAGES)
+    s = s.bind("p_y", "thread.y").cache(other.name, "p_cta", "shared")
+    return s.cache(pages.name, "p_o", "shared").pipeline("p_o", STAGES)
 
 
 def select(

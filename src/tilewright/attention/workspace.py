@@ -53,7 +53,7 @@ class Workspace:
         self._block = ranges.head_block(self.kv_heads)
         gpu = cuda.device(self.ordinal)
         sms = gpu.sms if workers is None else workers
-        self._blocks = decode.blocks_of(self.longest * self.group, shared)
+        blocks = decode.blocks_of(self.longest * self.group, shared)
         self.limit = max(decode.CTAS_PER_SM * sms // self._block, 1)
         most = gpu.attribute(_SMEM_OF_A_CTA) - _STATIC_SMEM
         if planner.smem_bytes(self.max_nodes, self.limit) > most:
@@ -69,7 +69,7 @@ class Workspace:
 
         tokens = max_tokens or max_requests
         self._state_rows = tokens * heads[0] * heads[1]
-        self._slots = decode.partial_floats(heads[2], self._blocks, self.ctas, shared)
+        self._slots = decode.partial_floats(heads[2], blocks, self.ctas, shared)
         states = decode.state_floats(heads[2], self._state_rows, shared)
         self._cuts = words("int32", (self.limit + 1) * (CUT.size // 4))
         self._partials = words("float32", self._slots + states)
@@ -95,7 +95,8 @@ class Workspace:
         """Load the kernels of a spec, so that no capture has to. Raises BuildError."""
         text = planner.cuda_source(spec.table.for_planner(), self.group)
         loaded(text, self.ordinal, "plan_cuts", "planner")
-        loaded(decode.source(spec, self._block, self._blocks), self.ordinal)
+        blocks = decode.blocks_of(self.longest * self.group, self.shared)
+        loaded(decode.source(spec, self._block, blocks), self.ordinal)
 
     def check(self) -> None:
         """Refuse what a plan on the GPU has found wrong since the last look, also one that a graph

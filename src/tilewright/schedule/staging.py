@@ -161,8 +161,7 @@ class _Staging:
         return names
 
     def result(self) -> ir.For:
-        loops = self._dimensions()
-        scratch = self._scratch()
+        loops, scratch = self._dimensions(), self._scratch()
         source, inside = self.access, ir.Load(scratch, self._index(), self.access.dtype)
 
         def visit(x: Any) -> Any:

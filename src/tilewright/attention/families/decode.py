@@ -61,8 +61,9 @@ def _columns(head_dim: int) -> int:
 
 def smem_bytes(spec: Spec, blocks: int) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
-    row = 2 * (_columns(spec.head_dim) + 8)
-    ring = WARPS * (STAGES * 2 * KEYS * row + blocks * 8 * 8) + 16
+    ring = (
+        WARPS * STAGES * 2 * KEYS * (_columns(spec.head_dim) + 8) * 2 + WARPS * blocks * 8 * 8 + 16
+    )
     return ring + bool(spec.table.shared) * (WARPS * 16 + 20 + 16 * spec.table.shared) * WIDE_ROWS
 
 
