@@ -9,7 +9,7 @@ from tilewright.ir.names import COUNT, SIZE, is_generated
 from tilewright.lower.reductions import framed
 from tilewright.target import CTA_THREADS, WARP
 
-UNROLLED = 8  # rounds of a copy to shared memory that are written out
+UNROLLED = 16  # rounds of a copy to shared memory that are written out
 THREAD_X, THREAD_Y = ir.Var("thread_x"), ir.Var("thread_y")
 
 
