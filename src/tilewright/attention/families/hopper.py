@@ -133,7 +133,7 @@ def smem_bytes(spec: Spec) -> int:
     rows = tiles.q * rows_of(spec) * k + tiles.keys * (tiles.k * k + tiles.v * v)
     rows += rows_of(spec) * 128 * (tiles.q == 1)  # outputs on their way
     barriers = 2 * tiles.k + 3 * tiles.v + 2 * tiles.q + 4
-    return rows + 2 * (18 + MAX_TILES) * 4 + barriers * 8 + 1024
+    return rows + 2 * (22 + MAX_TILES) * 4 + barriers * 8 + 1024 + 8 * MAX_TILES * bool(key_array(spec))
 
 
 def params_struct(spec: Spec) -> Struct:
@@ -200,6 +200,15 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
     }  # fmt: skip
 
 
+def key_array(spec: Spec) -> str:
+    """The first integer tensor by key that the mask reads, or "": its extremes are learnt."""
+    for x in walk(spec.traced.mask, Load):
+        match x.index:
+            case (Var("at.request"), _) if x.dtype == dtypes.int32:
+                return x.buffer.name
+    return ""
+
+
 def _names(e: Expr) -> set[str]:
     return {x.name for x in walk(e, Var)}
 
@@ -215,7 +224,9 @@ def source(spec: Spec, box: int, chunked: bool = False) -> str:
         "K_STAGES": tiles.k, "V_STAGES": tiles.v, "MAX_TILES": MAX_TILES, "MAX_KEYS": MAX_KEYS,
         "CHUNKED": int(chunked),
     }  # fmt: skip
-    kinds = f"using Kind = tw::{spec.kv.name}_bits;"
+    array = key_array(spec)
+    numbers["EXTREMES"] = int(array != "")
+    kinds = f"using Kind = tw::{spec.kv.name}_bits;" + f"\n#define KEY_ARRAY v_{array}" * bool(array)
     out = f"using Out = {'uint16_t' if spec.o.itemsize == 2 else 'float'};"
     text = namespace("attention", *constants(numbers), kinds, out)
     files = ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh")

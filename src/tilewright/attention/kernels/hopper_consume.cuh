@@ -188,6 +188,7 @@ struct Consumer {
     const Rows old = rows;
     shared.trace(WAIT_TILE);
     if (!arrived) arrive(done);
+    if (BY_ROWS) tw::fence_async();
     shared.trace(ISSUE);
     tw::tie(weights);
     tw::tie(o);
@@ -224,6 +225,7 @@ struct Consumer {
   TW_INLINE void join(int done, int buffer, bool arrived, const Rows& rows, Ends& ends, float (&s)[BN / 2], float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
     shared.trace(WAIT_TILE);
     if (!arrived) arrive(done);
+    if (BY_ROWS) tw::fence_async();
     shared.trace(ISSUE);
     tw::tie(weights);
     tw::tie(o);
@@ -244,6 +246,7 @@ struct Consumer {
   // The outputs of the last tile.
   TW_INLINE void drain(int done, float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
     tw::barrier_wait(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
+    if (BY_ROWS) tw::fence_async();
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();

@@ -4,11 +4,25 @@
 
 namespace tw {
 
+#ifdef TW_SCAN
+// Between which values the elements of one row of a tensor lie, for each of its tiles of `size` elements.
+struct Extremes {
+  int32_t row = -1, size = 1, tiles = 0;
+  const int2* of = nullptr;
+  TW_METHOD bool holds(Bound wanted, Bound column) const {
+    return row == wanted.lo && column.lo >= 0 && column.lo / size == column.hi / size && column.hi / size < tiles && column.hi - column.lo >= 32;
+  }
+};
+#endif
+
 // A tensor of a variant, one row for each request or row of q. Elements outside it are 0.
 template <class T>
 struct Array {
   const T* data;
   int32_t rows, columns;
+#ifdef TW_SCAN
+  Extremes known{};
+#endif
   TW_METHOD T at(int32_t row, int32_t column) const {
     const bool inside = row >= 0 && row < rows && column >= 0 && column < columns;
 #ifdef TW_SCAN  // of 32 bits, without a branch
@@ -18,11 +32,15 @@ struct Array {
   }
 };
 
-// Between which values the elements of one row lie, if they are at most TW_SCAN; a family that does not define it
-// reads none.
+// Between which values the elements of one row lie, if that is known or they are at most TW_SCAN; a family that does
+// not define it reads none.
 template <class T>
 TW_INLINE Bound bound_elements(const Array<T>& array, Bound row, Bound column) {
 #ifdef TW_SCAN
+  if (row.lo == row.hi && array.known.holds(row, column)) {
+    const int2 x = array.known.of[column.lo / array.known.size];
+    return Bound{x.x, x.y};
+  }
   if (row.lo == row.hi && column.hi - column.lo < TW_SCAN) {
     const bool exists = row.lo >= 0 && row.lo < array.rows, outside = !exists || column.lo < 0 || column.hi >= array.columns;
     const int32_t* at = array.data + (exists ? row.lo * array.columns + most(column.lo, 0) : 0);

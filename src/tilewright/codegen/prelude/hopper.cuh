@@ -76,6 +76,14 @@ TW_INLINE bool barrier_test(uint32_t barrier, uint32_t parity) {
   return done != 0;
 }
 
+// 16 bytes by cp.async, or zeros if `bytes` is 0. wgmma sees them behind the barrier at which `copy_async_arrive`
+// arrives and a fence_async() of the thread that waited for it.
+TW_INLINE void copy_row_async(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+// An arrival of this thread, counted at the start, once all its cp.async so far have come.
+TW_INLINE void copy_async_arrive(uint32_t barrier) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory"); }
+
 // -- TMA -----------------------------------------------------------------------------------------
 
 // A CUtensorMap, in constant memory (a kernel's parameter) at a multiple of 64 bytes.
