@@ -72,33 +72,44 @@ struct Consumer {
         }
       }
   }
-  TW_INLINE bool rest(const At& at) const { return LIMITED ? variant.rest(at) : variant.mask(at); }
+  // The first of this thread's columns of a row, those below `column` of a tile: a bit each. It has 8 j and 8 j + 1
+  // behind its first.
+  TW_INLINE static uint32_t columns_below(int column) {
+    const int n = max(column, 0) / 8 * 2 + min(max(column, 0) % 8, 2);
+    return static_cast<uint32_t>((uint64_t{1} << min(n, 32)) - 1);
+  }
   // −inf where the mask refuses. Logits that are not DIRECT are computed here too, times log2 e. Returns how many
   // blocks of 32 keys this warp sees any of; where it `skips`, those behind are left as they are.
   TW_INLINE int apply(const Slot& item, int entry, float (&s)[BN / 2], bool skips) const {
     const int column = lane % 4 * 2, tile = entry & ~WHOLE;
     At at[2];
-    int last[2];  // column that a row sees, by what is one comparison
+    uint32_t bits[2];  // of columns that are seen by comparisons, and of all that reads memory
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       at[half] = at_of(item, group * 64 + warp * 16 + half * 8 + lane / 4, 0);
-      last[half] = max(min(item.length - 1, LIMITED ? variant.limit(at[half]) : item.length), -1) - tile * BN;
+      const int last = max(min(item.length - 1, LIMITED ? variant.limit(at[half]) : item.length), -1);
+      bits[half] = columns_below(last - tile * BN + 1 - column);
+      if constexpr (TRAILS) {
+        const int64_t first = int64_t{variant.newest(at[half])} - variant.width(at[half]) + 1 - tile * BN - column;
+        bits[half] &= ~columns_below(static_cast<int>(min(max(first, int64_t{0}), int64_t{BN})));
+      }
     }
-    const int blocks = skips ? min(static_cast<int>(__reduce_max_sync(0xffffffffu, max(max(last[0], last[1]) + 32, 0))) / 32, BN / 32) : BN / 32;
-    uint32_t bits[2] = {};  // of a mask that reads memory, a few keys at a time: all at once would not fit into registers
-    if (READS && entry & WHOLE) bits[0] = bits[1] = ~0u;
-    else if (READS)
+    const uint32_t some = __reduce_or_sync(0xffffffffu, bits[0] | bits[1]);
+    const int blocks = skips ? (39 - __clz(some)) / 8 : BN / 32;
+    if (READS && !(entry & WHOLE))  // a few keys at a time: all at once would not fit into registers
 #pragma unroll 8
       for (int i = 0; i < blocks * 8; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           at[half].key = tile * BN + column + i / 2 * 8 + i % 2;
           at[half].kv = item.position(at[half].key);
-          bits[half] |= static_cast<uint32_t>(rest(at[half])) << i;
+          if (!variant.rest(at[half])) bits[half] &= ~(1u << i);
         }
+    // Most blocks are seen by all rows of this warp, where comparisons decide.
+    const uint32_t all = DIRECT && entry & WHOLE ? __reduce_and_sync(0xffffffffu, bits[0] & bits[1]) : 0;
 #pragma unroll
     for (int block = 0; block < BN / 32; ++block)
-      if (block < blocks)
+      if (block < blocks && (all >> block * 8 & 255) != 255)
 #pragma unroll
         for (int n = 0; n < 16; ++n) {
           const int half = n / 2 & 1, c = block * 32 + n / 4 * 8 + (n & 1);
@@ -106,8 +117,8 @@ struct Consumer {
           at[half].key = tile * BN + column + c;
           at[half].kv = item.position(at[half].key);
           if (!DIRECT) x = variant.logits(x * p.sm_scale, at[half]) * LOG2E;
-          const bool seen = READS ? bits[half] >> (block * 8 + n / 4 * 2 + (n & 1)) & 1 : rest(at[half]);
-          x = (c <= last[half] - column) & seen ? x : lowest();
+          const bool seen = READS || variant.rest(at[half]);
+          x = bits[half] & 1u << (block * 8 + n / 4 * 2 + (n & 1)) && seen ? x : lowest();
         }
     return blocks;
   }
@@ -436,13 +447,15 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     consumer.bend(s, rows, tile_at(item, 0));
     int blocks = BN / 32;  // that this warp sees: of a first tile it is often a part
     if (applied) blocks = consumer.apply(item, item.partial ? item.tiles[0] : tile_at(item, 0), s, DIRECT && LIMITED);
-    if (STAGED && item.begins) consumer.free_queries(previous);
+    // With two tiles of Q the next item's queries wait for this one.
+    if (STAGED && item.begins && Q_TILES == 2) consumer.free_queries(previous);
     const Rows old = rows;
     shared.trace(MAXIMA);
     const bool grew = consumer.raise(s, rows, blocks);
     shared.trace(WEIGHTS_AND_PACK);
     consumer.weigh_blocks(s, rows, sum, blocks);
     consumer.pack(weights, s);
+    if (STAGED && item.begins && Q_TILES > 2) consumer.free_queries(previous);
     if (grew && !item.begins) consumer.rescale(o, rows, old);
     rows.sum[0] += sum[0];
     rows.sum[1] += sum[1];

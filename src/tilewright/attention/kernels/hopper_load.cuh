@@ -49,35 +49,56 @@ TW_INLINE Work work_of(const Params& p, const Item& item, const tw::Pages& pages
 }
 
 #ifdef KEY_ARRAY
-// Extremes of the elements of KEY_ARRAY that the tiles of an item's request have, read once for all of its items that
-// a CTA draws one after the other. Keys outside the tensor have the element 0.
+// Extremes of the elements of KEY_ARRAY that the positions of an item's queries have, and of those that the tiles of its
+// request have, read once for all of its items that a CTA draws one after the other. Outside the tensor elements are 0.
 TW_INLINE void learn(Variant& variant, const Shared& shared, const Work& work, int lane) {
-  constexpr int AT_ONCE = 4;
+  constexpr int AT_ONCE = 4, NEAR = 32;  // tiles that are read at once, that are brought near at once
   auto& array = variant.KEY_ARRAY;
-  const int tiles = min((work.length + BN - 1) / BN, MAX_TILES);
-  int2* of = reinterpret_cast<int2*>(shared.memory + EXTREMES_AT);
-  if (array.known.row == work.request) return;
-  __syncwarp();
-  for (int first = 0; first < tiles; first += AT_ONCE) {
-    int low[AT_ONCE], high[AT_ONCE];
+  const auto extremes = [&](int low, int high) { return int2{__reduce_min_sync(0xffffffffu, low), __reduce_max_sync(0xffffffffu, high)}; };
+  int low = 2147483647, high = -2147483648;
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      low[i] = 2147483647, high[i] = -2147483648;
+  for (int i = 0; i < (TOKENS + 31) / 32; ++i) {
+    const int at = i * 32 + lane, x = array.at(work.request, work.first + at);
+    low = at < work.tokens ? min(low, x) : low;
+    high = at < work.tokens ? max(high, x) : high;
+  }
+  if (array.known.row != work.request) {
+    const int tiles = min((work.length + BN - 1) / BN, MAX_TILES);
+    int2* of = reinterpret_cast<int2*>(shared.memory + EXTREMES_AT);
+    __syncwarp();
+    for (int first = 0; first < tiles; first += AT_ONCE) {
+      int lows[AT_ONCE], highs[AT_ONCE];
+      if (first % NEAR == 0) {  // an element of each sector of 32 bytes at once, or tiles would wait for memory one after the other
+        int any = 0;
 #pragma unroll
-      for (int j = 0; j < BN / 32; ++j) {
-        const int key = (first + i) * BN + j * 32 + lane, x = array.at(work.request, key);
-        low[i] = key < work.length ? min(low[i], x) : low[i];
-        high[i] = key < work.length ? max(high[i], x) : high[i];
+        for (int i = 0; i < NEAR * BN / 256; ++i) any ^= array.at(work.request, first * BN + (i * 32 + lane) * 8);
+        of[min(first + lane, MAX_TILES - 1)].x = any;  // so that they are read; tiles from `first` on are written below
+        __syncwarp();
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        lows[i] = 2147483647, highs[i] = -2147483648;
+#pragma unroll
+        for (int j = 0; j < BN / 32; ++j) {
+          const int key = (first + i) * BN + j * 32 + lane, x = array.at(work.request, key);
+          lows[i] = key < work.length ? min(lows[i], x) : lows[i];
+          highs[i] = key < work.length ? max(highs[i], x) : highs[i];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int2 both = extremes(lows[i], highs[i]);
+        if (lane == i && first + i < tiles) of[first + i] = both;
       }
     }
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int2 both{__reduce_min_sync(0xffffffffu, low[i]), __reduce_max_sync(0xffffffffu, high[i])};
-      if (lane == i && first + i < tiles) of[first + i] = both;
-    }
+    __syncwarp();
+    array.known.row = work.request;
+    array.known.tiles = tiles;
+    array.known.of = of;
   }
-  __syncwarp();
-  array.known = tw::Extremes{work.request, BN, tiles, of};
+  array.known.from = work.first;
+  array.known.to = work.first + work.tokens - 1;
+  array.known.range = extremes(low, high);
 }
 #endif
 

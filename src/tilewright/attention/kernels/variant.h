@@ -5,12 +5,17 @@
 namespace tw {
 
 #ifdef TW_SCAN
-// Between which values the elements of one row of a tensor lie, for each of its tiles of `size` elements.
+// Between which values elements of one row of a tensor lie, as far as a kernel has learnt that: those of each of its
+// first tiles of SIZE, and of one range.
 struct Extremes {
-  int32_t row = -1, size = 1, tiles = 0;
+  static constexpr int SIZE = attention::BN;
+  int32_t row = -1, tiles = 0, from = 0, to = -1;
   const int2* of = nullptr;
-  TW_METHOD bool holds(Bound wanted, Bound column) const {
-    return row == wanted.lo && column.lo >= 0 && column.lo / size == column.hi / size && column.hi / size < tiles && column.hi - column.lo >= 32;
+  int2 range{};
+  // Whether those of a tile hold for some of its columns (for a few, their own are less wide), and of which.
+  TW_METHOD bool holds(Bound wanted, Bound column, int& tile) const {
+    tile = static_cast<int>(column.lo) / SIZE;
+    return row == wanted.lo && column.lo >= 0 && tile < tiles && column.hi < (tile + 1) * SIZE && column.hi - column.lo >= 32;
   }
 };
 #endif
@@ -37,10 +42,10 @@ struct Array {
 template <class T>
 TW_INLINE Bound bound_elements(const Array<T>& array, Bound row, Bound column) {
 #ifdef TW_SCAN
-  if (row.lo == row.hi && array.known.holds(row, column)) {
-    const int2 x = array.known.of[column.lo / array.known.size];
-    return Bound{x.x, x.y};
-  }
+  const Extremes& known = array.known;
+  if (row.lo == row.hi && known.row == row.lo && known.from == column.lo && known.to == column.hi) return Bound{known.range.x, known.range.y};
+  int tile;
+  if (row.lo == row.hi && known.holds(row, column, tile)) return Bound{known.of[tile].x, known.of[tile].y};
   if (row.lo == row.hi && column.hi - column.lo < TW_SCAN) {
     const bool exists = row.lo >= 0 && row.lo < array.rows, outside = !exists || column.lo < 0 || column.hi >= array.columns;
     const int32_t* at = array.data + (exists ? row.lo * array.columns + most(column.lo, 0) : 0);
