@@ -35,11 +35,13 @@ struct Consumer {
       tw::wgmma<Kind, BN, true, false>::of(s, queries + i / 4 * (Q_BLOCK / 16) + i % 4 * 2, keys + i / 4 * (KV_BLOCK / 16) + i % 4 * 2);
     tw::wgmma_commit();
   }
-  TW_INLINE void issue_outputs(float (&o)[DV / 2], const uint32_t (&weights)[BN / 4], int stage) const {
+  // `fresh`: instead of o, of which nothing is kept; the products after these add to them.
+  TW_INLINE void issue_outputs(float (&o)[DV / 2], const uint32_t (&weights)[BN / 4], int stage, bool& fresh) const {
     const uint64_t values = v + stage * (V_BYTES / 16);
 #pragma unroll
-    for (int i = 0; i < BN / 16; ++i) tw::wgmma<Kind, DV, true, true>::of(o, weights + i * 4, values + i * 128);
+    for (int i = 0; i < BN / 16; ++i) tw::wgmma<Kind, DV, true, true>::of(o, weights + i * 4, values + i * 128, i > 0 || !fresh);
     tw::wgmma_commit();
+    fresh = false;
   }
 
   // The rows of an item before its first key.
@@ -193,7 +195,7 @@ struct Consumer {
   // with the mask, which may have branches, so nothing is under way meanwhile.
   // `last` of the item: its queries are not read any more. Some exponentials come behind the wait for P·V: they hide what the registers of the weights must wait for.
   template <bool Applies>
-  TW_INLINE void step(const Slot& item, int tile, int done, int buffer, bool last, bool& arrived, float (&o)[DV / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
+  TW_INLINE void step(const Slot& item, int tile, int done, int buffer, bool last, bool& arrived, bool& fresh, float (&o)[DV / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
     constexpr int EARLY = BN / 16;
     float s[BN / 2], sum[2] = {};
     const Rows old = rows;
@@ -205,7 +207,7 @@ struct Consumer {
     tw::tie(o);
     tw::wgmma_fence();
     issue_scores(s, buffer, done % K_STAGES);
-    issue_outputs(o, weights, done % V_STAGES);
+    issue_outputs(o, weights, done % V_STAGES, fresh);
     shared.trace(WAIT_SCORES);
     tw::wgmma_wait<Applies ? 0 : 1>();
     tw::tie(s);
@@ -233,7 +235,7 @@ struct Consumer {
 
   // The first tile of a segment: starts its scores, behind the outputs of the tile before, maybe of another
   // item, which are there when this returns, as are its `ends`. Those of the scores are not.
-  TW_INLINE void join(int done, int buffer, bool arrived, const Rows& rows, Ends& ends, float (&s)[BN / 2], float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
+  TW_INLINE void join(int done, int buffer, bool arrived, bool& fresh, const Rows& rows, Ends& ends, float (&s)[BN / 2], float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
     shared.trace(WAIT_TILE);
     if (!arrived) arrive(done);
     if (BY_ROWS) tw::fence_async();
@@ -241,7 +243,7 @@ struct Consumer {
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
-    issue_outputs(o, weights, done % V_STAGES);
+    issue_outputs(o, weights, done % V_STAGES, fresh);
     issue_scores(s, buffer, done % K_STAGES);
     shared.trace(WAIT_OUTPUTS);
     if constexpr (EARLY_ENDS) {
@@ -255,13 +257,13 @@ struct Consumer {
   }
 
   // The outputs of the last tile.
-  TW_INLINE void drain(int done, float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
+  TW_INLINE void drain(int done, bool fresh, float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
     tw::barrier_wait(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
     if (BY_ROWS) tw::fence_async();
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
-    issue_outputs(o, weights, done % V_STAGES);
+    issue_outputs(o, weights, done % V_STAGES, fresh);
     tw::wgmma_wait<0>();
     tw::tie(o);
   }
@@ -418,7 +420,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   Rows rows{};
   Ends ends{};
   Work current{};
-  bool arrived = false;  // whether the next tile has
+  bool arrived = false, fresh = true;  // whether the next tile has, whether nothing of o is kept
   if (!STAGED) consumer.free_queries(0);
   for (int n = 0;; ++n) {
     const Slot& item = next_item(shared, n);
@@ -430,14 +432,13 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
       ++items;
     }
     const int buffer = items % Q_TILES, previous = (items + Q_TILES - 1) % Q_TILES;
-    consumer.join(done, buffer, arrived, rows, ends, s, o, weights);
+    consumer.join(done, buffer, arrived, fresh, rows, ends, s, o, weights);
     if (item.begins) {
       shared.trace(WRITE);
       consumer.write(current, previous, o, rows, ends);
       current = item;
       rows = consumer.begin(item);
-#pragma unroll
-      for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
+      fresh = true;
     }
     shared.trace(WAIT_SCORES);
     tw::wgmma_wait<0>();
@@ -463,12 +464,12 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     ++done;
     arrived = consumer.has_arrived(done);
     int i = 1;
-    for (; i < applied; ++i, ++done) consumer.step<true>(item, DIRECT ? item.tiles[i] : tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
-    for (; DIRECT && i < tiles; ++i, ++done) consumer.step<false>(item, LEANS ? tile_at(item, i) : 0, done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
+    for (; i < applied; ++i, ++done) consumer.step<true>(item, DIRECT ? item.tiles[i] : tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, fresh, o, weights, rows);
+    for (; DIRECT && i < tiles; ++i, ++done) consumer.step<false>(item, LEANS ? tile_at(item, i) : 0, done, buffer, item.ends && i + 1 == tiles, arrived, fresh, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
   shared.trace(WAIT_OUTPUTS);
-  consumer.drain(done, o, weights);
+  consumer.drain(done, fresh, o, weights);
   shared.trace(WRITE);
   if constexpr (EARLY_ENDS) ends = consumer.ends_of(current, rows);
   consumer.write(current, items % Q_TILES, o, rows, ends);
