@@ -48,13 +48,13 @@ def test_standard_output_may_be_closed():
 
 
 def test_what_can_be_written(tmp_path):
-    cli.check_output("--out", tmp_path / "new.json")
+    cli.check_output("--html", tmp_path / "new.json")
     (tmp_path / "old.json").touch()
-    cli.check_output("--out", tmp_path / "old.json")
+    cli.check_output("--html", tmp_path / "old.json")
     for path in (tmp_path, tmp_path / "none" / "x.json", tmp_path / "old.json" / "x.json"):
         with pytest.raises(errors.ArgumentError, match="A109") as e:
-            cli.check_output("--out", path)
-        assert e.value.where == "--out"
+            cli.check_output("--html", path)
+        assert e.value.where == "--html"
 
 
 def test_an_interrupt_exits_with_130(monkeypatch):

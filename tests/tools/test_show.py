@@ -1,7 +1,8 @@
-"""`tilewright show`: the stages of a file's programs, as text."""
+"""`tilewright show`: the stages of a file's programs, as text and as a page."""
 
 from __future__ import annotations
 
+import html.parser
 import itertools
 from pathlib import Path
 
@@ -104,6 +105,51 @@ def test_an_unknown_program_lists_those_there_are(file, capsys):
     assert "programs: spmm, scheduled" in capsys.readouterr().err
 
 
+class Reader(html.parser.HTMLParser):
+    """Collects tags, and checks that they close in order."""
+
+    VOID = frozenset({"meta", "link", "img"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_fetches_nothing(file, tmp_path):
+    out = tmp_path / "page.html"
+    assert cli.main(["show", str(file), "scheduled", "--html", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(text)
+    assert not reader.open
+    tags = [tag for tag, _ in reader.seen]
+    assert not {"link", "img", "iframe"} & set(tags)
+    assert not any({"src", "srcset"} & attrs.keys() for _, attrs in reader.seen)
+    assert "http" not in text and "@import" not in text and "url(" not in text
+    links = {a["href"] for tag, a in reader.seen if tag == "a"}
+    assert links == {f"#{a['id']}" for tag, a in reader.seen if tag == "details"}
+    assert 'class="new"' in text and 'class="old"' in text
+
+
+def test_the_page_escapes_what_it_shows():
+    first = show.Stage("one", "loops", "a < b && c\nsame")
+    second = show.Stage("</pre><script>", "loops", "a > b\nsame\nmore")
+    text = show.html("<x>", {"p": [first, second]})
+    assert "</pre><script>" not in text and "<x>" not in text
+    assert '<td class="old">a &lt; b &amp;&amp; c</td><td class="new">a &gt; b</td>' in text
+    assert "<td>same</td><td>same</td>" in text
+    assert '<td></td><td class="new">more</td>' in text
+
+
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 def test_the_cuda_shown_compiles(file):
     from tilewright.codegen import prelude_files
@@ -111,6 +157,13 @@ def test_the_cuda_shown_compiles(file):
     stages = show.stages_of(show.load(file)["spmm"], [target("cuda:sm_90a")])
     cubin = nvrtc.compile_cuda(stages[-1].text, arch="sm_90a", headers=prelude_files.headers())
     assert "stage0" in cubin.resources
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_file_runs(file, capsys):
+    file.write_text("raise RuntimeError('it ran')", encoding="utf-8")
+    assert cli.main(["show", str(file), "--html", "/nonexistent/x.html"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("ArgumentError[A109]") and "/nonexistent" in told
 
 
 @pytest.mark.parametrize("status", ["3", "0", "'bye'", ""])

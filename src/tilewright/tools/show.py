@@ -6,11 +6,14 @@ run. Its programs are the `Definition`s among its globals.
 
 import argparse
 import contextlib
+import difflib
 import runpy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from string import Template
 from traceback import extract_tb
 
 from tilewright import compiler
@@ -22,6 +25,7 @@ from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
 from tilewright.schedule import Schedule
 from tilewright.target import Target
 from tilewright.target import target as parse_target
+from tilewright.tools.cli import check_output
 
 DEFAULT_TARGETS = ("cpp", "cuda:sm_90a")
 GENERATED = ("C++", "CUDA", "refused")
@@ -47,10 +51,16 @@ def show_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", action="append", metavar="T",
         help=f"cpp or cuda:sm_90a, also several times (default: {' and '.join(DEFAULT_TARGETS)})",
     )  # fmt: skip
+    parser.add_argument(
+        "--html", type=Path, metavar="OUT", help="write one self-contained page instead"
+    )
 
 
 def show(args: argparse.Namespace) -> int:
-    """Print the stages of each program of a file. Raises ProgramError[P101]."""
+    """Print or write the stages of each program of a file. Raises ProgramError[P101],
+    ArgumentError[A109] where the page cannot be written."""
+    if args.html:
+        check_output("--html", args.html)
     targets = [parse_target(t) for t in args.target or DEFAULT_TARGETS]
     definitions = load(args.file)
     if args.name:
@@ -59,11 +69,15 @@ def show(args: argparse.Namespace) -> int:
             raise ProgramError("P101", f"no program {args.name!r}", where=str(args.file), hint=hint)
         definitions = {args.name: definitions[args.name]}
     shown = {name: stages_of(d, targets) for name, d in definitions.items()}
-    if not args.stages:
+    if not args.stages and not args.html:
         shown = {  # the program as written, and the generated texts
             name: [s for s in stages if s.title == "as written" or s.level in GENERATED]
             for name, stages in shown.items()
         }
+    if args.html:
+        args.html.write_text(html(args.file.name, shown), encoding="utf-8")
+        print(f"wrote {args.html}")
+        return 0
     for name, stages in shown.items():
         print(f"==== {name}")
         for stage in stages:
@@ -153,3 +167,40 @@ def source_text(program: Program, target: Target) -> str:
         prelude = prelude_files.prelude(name)
         text = text.replace(prelude, f"// … prelude/{name}, {len(prelude.splitlines())} lines …\n")
     return text.strip()
+
+
+def html(title: str, programs: dict[str, list[Stage]]) -> str:
+    """The page for the stages of each program: one file with its style and script. Every stage
+    is beside the one before it; lines that a pass changed are marked on both sides."""
+    files = (Path(__file__).with_name(name) for name in ("page.html", "page.css", "page.js"))
+    page, style, script = (file.read_text(encoding="utf-8") for file in files)
+    menu, body, number = [], [], 0
+    for name, stages in programs.items():
+        menu.append(f"<h2>{escape(name)}</h2>")
+        body.append(f"<h2>{escape(name)}</h2>")
+        before = None
+        for stage in stages:
+            number += 1
+            head = f"{escape(stage.title)} <small>{escape(stage.level)}</small>"
+            menu.append(f'<a href="#s{number}">{head}</a>')
+            if before is None or stage.level in GENERATED:
+                inner = f"<pre>{escape(stage.text)}</pre>"
+            else:
+                rows = "".join(_rows(before.splitlines(), stage.text.splitlines()))
+                inner = f'<div class="scroll"><table>{rows}</table></div>'
+            body.append(f'<details id="s{number}" open><summary>{head}</summary>{inner}</details>')
+            if stage.level not in GENERATED:
+                before = stage.text
+    parts = {"style": style, "script": script, "menu": "".join(menu), "body": "\n".join(body)}
+    return Template(page).substitute(parts, title=escape(title))
+
+
+def _rows(old: list[str], new: list[str]) -> Iterator[str]:
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        for k in range(max(b - a, d - c)):
+            left = old[a + k] if a + k < b else ""
+            right = new[c + k] if c + k < d else ""
+            old_class = ' class="old"' if kind != "equal" and a + k < b else ""
+            new_class = ' class="new"' if kind != "equal" and c + k < d else ""
+            cells = f"<td{old_class}>{escape(left)}</td><td{new_class}>{escape(right)}</td>"
+            yield f"<tr>{cells}</tr>"
