@@ -87,6 +87,16 @@ def _example(file: str, name: str, recipe: str = "") -> Definition:
     return definition.schedule(getattr(module, recipe)) if recipe else definition
 
 
+def _blocks(op: str, fmt: str, b: int, **sizes: int) -> Shipped:
+    """Products of lesson 10, 48 features wide."""
+    module = lesson("10_blocks.py")
+    operands = ("A", "X", "Y")[: 3 if op == "sddmm" else 2]
+    typed = getattr(module, op).typed(**dict.fromkeys(operands, "float16"))
+    made = getattr(tw, fmt, None) or getattr(module, fmt)
+    schedule = getattr(module, f"{op}_on_tiles")
+    return Shipped(typed.decompose(A=made(b)).schedule(lambda s: schedule(s, 48, **sizes)))
+
+
 SHIPPED: dict[str, Shipped] = {
     # SpMM: the format that pack_for_spmm chooses on each target, then every other one
     "spmm csr f32 128": _spmm(tw.csr(), 128),
@@ -173,6 +183,10 @@ SHIPPED: dict[str, Shipped] = {
             tw.csr(), ("float32",) * 4, (2, 64, 64)
         )
     ),
+    "example 10 spmm dbsr": _blocks("spmm", "covering_dbsr", 16, features=16, warps=2),
+    "example 10 spmm sr_bcrs": _blocks("spmm", "sr_bcrs", 8, features=16, warps=2),
+    "example 10 sddmm bsr": _blocks("sddmm", "bsr", 16, warps=2, depth=16, ctas=2),
+    "example 10 sddmm sr_bcrs": _blocks("sddmm", "sr_bcrs", 8, warps=2, depth=16, ctas=1, group=16),
 }
 
 

@@ -85,6 +85,7 @@ class _Staging:
     ) -> None:
         self.nest, self.at, self.operand, self.padding = nest, at, operand, padding
         self.scope: CacheScope = scope
+        self.padded = scope == "shared" and not all(c.mma for c in computes(at.body))
         if at.kind == "pipeline":
             raise self.refuse(f"loop {at.name} is a pipeline", "call cache before pipeline")
         self.groups: list[list[ir.For]] = []  # the loops of each dimension of scratch
@@ -160,8 +161,7 @@ class _Staging:
         return names
 
     def result(self) -> ir.For:
-        loops = self._dimensions()
-        scratch = self._scratch()
+        loops, scratch = self._dimensions(), self._scratch()
         source, inside = self.access, ir.Load(scratch, self._index(), self.access.dtype)
 
         def visit(x: Any) -> Any:
@@ -202,8 +202,16 @@ class _Staging:
             group = [f for name, f in self.inner.items() if name in needed and name not in loops]
             self.groups.append(group)
             loops |= {f.name: f for f in group}
+        if len(self.access.index) == 1:  # neighbours in memory are neighbours in scratch
+            form = affine(self._resolved(self.access.index[0]), frozenset(loops))
+            steps = form.steps.items() if form else ()
+            near = [name for name, by in steps if ir.is_const(by, 1)]
+            loops |= {name: loops.pop(name) for name in near}
         if self.scope == "register" or len(self.groups) == 1:  # no rows: a dimension for each loop
             self.groups = [[f] for f in loops.values()]
+            row = [f for f in loops.values() if any(ir.reduces(f, c) for c in computes(self.at))]
+            if self.padded and row and row[-1:] == self.groups[-1]:  # so rows are long
+                self.groups = [g for g in self.groups if g[0] not in row] + [row]
         self.groups = [g for g in self.groups if g]
         for f in loops.values():
             if f.extent is None or not isinstance(f.begin, ir.Const) or f.begin.value != 0:
@@ -235,7 +243,7 @@ class _Staging:
         rows = self.scope == "shared" and len(extents) > 1
         conflicts = rows and extents[-1] * dtype.itemsize % BANK_CONFLICT == 0
         is_power = bool(extents) and extents[-1] & (extents[-1] - 1) == 0
-        swizzled = conflicts and is_power and all(c.mma for c in computes(self.at.body))
+        swizzled = conflicts and is_power and not self.padded
         if conflicts and not swizzled:
             extents[-1] += WIDE // dtype.itemsize
         total = prod(extents)
