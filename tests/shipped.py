@@ -44,9 +44,11 @@ class Shipped:
 
 
 def _spmm(
-    fmt: Any, d: int, dtype: str = "float32", *, far: bool = False, targets: Any = BOTH
-) -> Shipped:
-    return Shipped(spmm_definition(fmt, dtype, dtype, d, gathers_far=far), targets)
+    fmt: Any, d: int, dtype: str = "float32", *, far: bool = False, many: bool = False,
+    targets: Any = BOTH,
+) -> Shipped:  # fmt: skip
+    definition = spmm_definition(fmt, dtype, dtype, d, gathers_far=far, many=many)
+    return Shipped(definition, targets)
 
 
 def _sddmm(
@@ -113,6 +115,7 @@ SHIPPED: dict[str, Shipped] = {
     "spmm by_length f32 64": _spmm(SHORT, 64, targets=CPU),
     "spmm by_length f16 128": _spmm(LENGTHS, 128, "float16", targets=CUDA),
     "spmm by_length f32 512 far": _spmm(LENGTHS, 512, far=True, targets=CUDA),
+    "spmm by_length f32 64 many": _spmm(LENGTHS, 64, many=True, targets=CUDA),
     **{f"spmm by_length f32 {d}": _spmm(SHORT, d, targets=CUDA) for d in (1, 7)},
     # SDDMM
     "sddmm csr f32 128": _sddmm(tw.csr(), 128),
@@ -128,6 +131,7 @@ SHIPPED: dict[str, Shipped] = {
     "spgemm fill f64": _fill(spgemm_count, spgemm_fill, "float64"),
     # matrix tiles
     "gemm f16": Shipped(gemm_definition("float16")),
+    "gemm f16 large": Shipped(gemm_definition("float16", 512, 256, "large"), CUDA),
     "gemm bf16 512x256": Shipped(gemm_definition("bfloat16", 512, 256, "few")),
     "bsr_spmm 16 f16 64": Shipped(bsr_spmm_definition(tw.bsr(16), "float16", 64)),
     "bsr_spmm 128 bf16 any": Shipped(bsr_spmm_definition(tw.bsr(128), "bfloat16")),
