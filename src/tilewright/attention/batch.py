@@ -159,8 +159,7 @@ class Attention:
             check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         heads = (self.kv_heads, self.group, self.head_dim)
         form, pool = (kv.table.form, kv.pool) if kv else (TableForm(shared=shared), None)
-        kind = kv.dtype if kv else dtypes.bfloat16
-        spec = _spec_of(self, (kind, kind, kind), form)
+        spec = _spec_of(self, (kv.dtype if kv else dtypes.bfloat16,) * 3, form)
         block_of = functools.partial(decode.shared_block, spec, pool)
         room = Workspace(heads, max_requests, max_tokens, device, workers, shared, block_of)
         shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())

@@ -210,10 +210,8 @@ def make(
     args = indptr, nodes, kv_lengths, shape, workers
     if shape.ctas_per_worker:
         cuts, nodes, balance = planner.cut(*args)
-        nodes, work = (
-            _frozen(nodes),
-            {"cuts": _frozen(cuts), "imbalance": balance, "slots": 0, "counters": 0},
-        )
+        nodes = _frozen(nodes)
+        work = {"cuts": _frozen(cuts), "imbalance": balance, "slots": 0, "counters": 0}
     else:
         work = _items(*args)
     return Plan(

@@ -2,8 +2,7 @@
 
 A unit is (request, block of KV heads), in that order; a range goes from one cut to the next. No
 range lists its tiles: lengths are read when the kernel runs, and the last range of a unit works to
-its end. Where requests share keys the plan decides which of these a launch in front reads, once
-for many of them.
+its end. The plan decides which shared keys a launch in front reads, once for many requests.
 """
 
 from typing import Any
@@ -34,8 +33,7 @@ def head_block(kv_heads: int) -> int:
 
 
 def of_front(block: int, group: int, sms: int) -> int:
-    """CTAs of a launch in front whose items have `block` queries: of the Hopper family, or two an
-    SM of the decode family."""
+    """CTAs of a launch in front: one an SM of the Hopper family, two of the decode family."""
     return sms * (1 + (block * group <= ROWS))
 
 

@@ -131,12 +131,11 @@ def _prepare(call: Call) -> Prepared:
         function, smem = specs.loaded(text, ordinal), smem_bytes(spec, blocks, kind)
         return function.prepare((ctas, 1, 1), cta, smem, block, overlaps=True), text
 
-    behind = shared and front > 0 < plan.tokens
+    behind, planned = shared and front > 0 < plan.tokens, (plan.requests, plan.tokens)
     launch, text = launch_of(ctas, blocks, BEHIND if behind else ALONE)
     if behind:
         before = hopper.shared_launch(call, front, work)
         launch.before = before or launch_of(front, blocks_of(ROWS), FRONT)[0]
-    planned = plan.requests, plan.tokens
 
     def run() -> None:
         if (plan.requests, plan.tokens) != planned:

@@ -25,6 +25,7 @@ from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Unary, Var, binary
 from tilewright.ir.rewrite import walk
 from tilewright.runtime import cuda
+from tilewright.runtime.cuda import tensor_map
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
@@ -69,8 +70,7 @@ def rows_of(spec: Spec) -> int:
 
 
 def refuses(spec: Spec, _rows: int, pool: Pool | None, arch: str = "") -> str:
-    """Why the kernel cannot run a call, or "" where it can; `arch`: of a GPU whose strides are not
-    known, but assumed."""
+    """Why the kernel cannot run a call, or ""; `arch`: of a GPU whose strides are assumed."""
     if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
         return "q, k and v are not all float16 or all bfloat16"
     if (spec.head_dim, spec.head_dim_vo) not in TILES:
@@ -213,10 +213,9 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
 def key_array(spec: Spec) -> str:
     """The first integer tensor by key that the mask reads, or "": its extremes are learnt. None
     where a tile has rows of several requests."""
-    loads = () if spec.table.shared else walk(spec.traced.mask, Load)
-    found = (x for x in loads if len(x.index) == 2)
+    found = (x for x in walk(spec.traced.mask, Load) if len(x.index) == 2)
     names = (x.buffer.name for x in found if x.dtype == dtypes.int32 and x.index[0] == REQUEST)
-    return next(names, "")
+    return "" if spec.table.shared else next(names, "")
 
 
 def _names(e: Expr) -> set[str]:
@@ -236,8 +235,7 @@ def source(spec: Spec, box: int, chunked: bool = False) -> str:
         "MOST_QUERIES": max(1, ROWS // spec.group),
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
-    sixteen = spec.o.itemsize == 2 and not spec.table.shared  # states of shared keys are float32
-    out = f"using Out = {'uint16_t' if sixteen else 'float'};"
+    out = f"using Out = {'float' if spec.table.shared or spec.o.itemsize > 2 else 'uint16_t'};"
     array = f"#define KEY_ARRAY v_{key_array(spec)}"
     text = namespace("attention", *constants(numbers), kinds, out, *[array] * numbers["EXTREMES"])
     files = ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh")
@@ -253,13 +251,11 @@ def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]
     group, heads, kv_heads = spec.group, values["qo_heads"], values["kv_heads"]
     shape, strides = (spec.head_dim, heads, tokens), (values["q_head"], values["q_token"])
     box = (64, group, rows_of(spec) // group)
-    words["q_map"] = cuda.tensor_map(values["q"], spec.q, shape, strides, box)
-    if (
-        spec.o == spec.q and 16 % group == 0 and not spec.table.shared
-    ):  # the 16 rows of a warp are whole queries
+    words["q_map"] = tensor_map(values["q"], spec.q, shape, strides, box)
+    if spec.o == spec.q and 16 % group == 0:  # the 16 rows of a warp are whole queries
         dim = spec.head_dim_vo
         strides, box = (dim, heads * dim), (64, group, 16 // group)
-        words["o_map"] = cuda.tensor_map(values["o"], spec.o, (dim, heads, tokens), strides, box)
+        words["o_map"] = tensor_map(values["o"], spec.o, (dim, heads, tokens), strides, box)
     for name, dim in (("k", spec.head_dim), ("v", spec.head_dim_vo)):
         page, slot, head = (values[f"{name}_{n}"] for n in ("page", "slot", "head"))
         rows, pages = values["page_size"], values["pages"]
@@ -267,9 +263,7 @@ def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]
             rows, pages, slot, page = pages, 1, page, 8
         box = (64, box_keys(spec, values["page_size"]), 1, 1)
         shape = (dim, rows, kv_heads, pages)
-        words[f"{name}_map"] = cuda.tensor_map(
-            values[name], spec.kv, shape, (slot, head, page), box
-        )
+        words[f"{name}_map"] = tensor_map(values[name], spec.kv, shape, (slot, head, page), box)
     return words
 
 
@@ -284,15 +278,13 @@ def _prepare(call: Call) -> Prepared:
     counts = 1 + 4 * tiles_of(spec).groups * plan.counters
     partials, counters = call.scratch.grown(call.like, floats, counts)
     work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": len(plan.items)}
-    memory = view(partials).pointer, view(counters).pointer
-    launch, text = _launch(call, min(len(plan.items), cuda.device(ordinal).sms), work, memory)
+    ctas, memory = min(len(plan.items), cuda.device(ordinal).sms), (partials, counters)
+    launch, text = _launch(call, ctas, work, *(view(x).pointer for x in memory))
     keep = (indptr, items, counters, partials)
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
 
 
-def _launch(
-    call: Call, ctas: int, work: dict[str, int], memory: tuple[int, int]
-) -> tuple[Any, str]:  # fmt: skip
+def _launch(call: Call, ctas: int, work: dict[str, int], *memory: int) -> tuple[Any, str]:
     """The launch of a call and its source; `memory`: partial results, and counters."""
     spec, values, plan, struct = call.spec, call.values, call.plan, params_struct(call.spec)
     page_size, shared = values["page_size"], spec.table.shared > 0
@@ -304,8 +296,7 @@ def _launch(
     chunked = not isinstance(plan, Plan) or shared or plan.slots > 0
     text = source(spec, box := box_keys(spec, page_size), chunked)
     cta, smem = (threads(spec, box), 1, 1), smem_bytes(spec)
-    function = loaded(text, call.ordinal)
-    return function.prepare((ctas, 1, 1), cta, smem, block, overlaps=shared), text
+    return loaded(text, call.ordinal).prepare((ctas, 1, 1), cta, smem, block, shared), text
 
 
 def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
@@ -317,7 +308,7 @@ def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
     if not (aligned and planned) or refuses(call.spec, 0, call.pool):
         return None
     items = {n: work[n] for n in ("qo_indptr", "nodes")} | {"items": 0, "item_count": 0}
-    return _launch(call, ctas, items, (work["states"], work["arrivals"]))[0]
+    return _launch(call, ctas, items, work["states"], work["arrivals"])[0]
 
 
 FAMILY = Family("hopper", "cuda", rows_of, "batch", 0, refuses, _prepare, order)

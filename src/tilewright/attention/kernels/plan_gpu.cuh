@@ -1,7 +1,7 @@
 // Cuts of a decode batch on a GPU, as a node of a CUDA graph in front of the attention of all layers.
 //
 // In front of this file: gpu.cuh, async.cuh, the form of the table (namespace `table`), table.h, cuts.h, the
-// struct `PlanParams`, the constants of `cuts` (THREADS, GROUP query heads of a KV head, MAX_KEYS, MOST_ROWS: packed rows of a request).
+// struct `PlanParams`, the constants of `cuts` (THREADS, MAX_KEYS, MOST_QUERIES of a request).
 // Launch: one CTA of THREADS threads; shared memory: ends [nodes + 1], keys [limit + 1], int64 each.
 // A node counts as its tiles, but at most `most_tiles`: what a window can see of any context.
 // It copies qo_indptr into the workspace, writes the tree of shared nodes, decides which of these a launch in front does and
@@ -21,12 +21,12 @@ TW_INLINE int64_t length_of(const PlanParams& p, int node) {
 }
 
 // Rows of q of each request, copied; whether none is below the one before or beyond max_tokens, and no
-// request has more than MOST_ROWS.
+// request has more than MOST_QUERIES.
 TW_INLINE bool copy_rows(const PlanParams& p, int thread) {
   bool good = true;
   for (int r = thread; r <= p.requests; r += THREADS) {
     const int at = p.qo_from[r], before = r ? p.qo_from[r - 1] : 0;
-    good &= r ? at >= before && (at - before) * static_cast<int64_t>(GROUP) <= MOST_ROWS : at == 0;
+    good &= r ? at >= before && at - static_cast<int64_t>(before) <= MOST_QUERIES : at == 0;
     good &= at >= 0 && at <= p.max_tokens;
     p.qo_indptr[r] = at;
   }
