@@ -274,19 +274,33 @@ def test_cubins_of_shared_keys(arch, kind):
     spec = spec_of(4, 128, "bfloat16", "bfloat16", tw.Causal(), shared=1)
     blocks = 2 if kind == decode.FRONT else 1
     text = decode.source(spec, 8, blocks, kind, 32)
-    for name, value in {
-        "SMEM_BYTES": decode.smem_bytes(spec, blocks, kind), "STATE": decode.state_floats(128, 1),
-    }.items():  # fmt: skip
+    numbers = decode.smem_bytes(spec, blocks, kind), decode.partial_floats(128, 1, 0, 1)[1]
+    for name, value in zip(("SMEM_BYTES", "STATE"), numbers, strict=True):
         text += f'\nstatic_assert(attention::{name} == {value}, "");'
     used = compile_cuda(text, arch).resources["stage0"]
     assert used.spill_bytes <= 64 * (arch == "sm_80") and 0 < used.registers <= 255
 
 
+def test_which_kernel_is_in_front():
+    """That of the Hopper family, but where the mask or logits tell the requests of a tile apart."""
+    for variant in (tw.SlidingWindow(), tw.Causal() | tw.Alibi()):
+        spec = spec_of(4, 128, "bfloat16", "bfloat16", variant, shared=1)
+        assert "tell apart" in hopper.refuses(spec, 0, None, "sm_90a")
+        assert decode.shared_block(spec, None, "sm_90a") == 4
+    spec = spec_of(4, 80, "bfloat16", "bfloat16", tw.Causal(), shared=1)
+    assert decode.shared_block(spec, None, "sm_90a") == 4
+    spec = spec_of(4, 128, "bfloat16", "bfloat16", tw.Causal(), shared=1)
+    assert decode.shared_block(spec, None, "sm_80") == 4
+
+
 @needs_nvrtc
-@pytest.mark.parametrize("variant", [tw.Causal(), tw.SlidingWindow() | tw.Alibi()])
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_cubins_of_the_hopper_kernel_in_front(variant, page_size):
+@pytest.mark.parametrize(
+    ("page_size", "variant"),
+    [(1, tw.Causal()), (16, tw.Causal()), (16, tw.Full()), (16, tw.Causal() | tw.Softcap())],
+)
+def test_cubins_of_the_hopper_kernel_in_front(page_size, variant):
     spec = spec_of(4, 128, "bfloat16", "bfloat16", variant, shared=1)
+    assert decode.shared_block(spec, None, "sm_90a") == 32
     used = compile_cuda(hopper.source(spec, page_size, True), "sm_90a").resources["stage0"]
     assert used.spill_bytes == 0 and 0 < used.registers <= 168
 

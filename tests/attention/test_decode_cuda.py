@@ -46,7 +46,7 @@ def test_cubin_without_spills(arch, shape, blocks):
     spec = spec_of(shape)
     wanted = {
         "SMEM_BYTES": decode.smem_bytes(spec, blocks), "THREADS": decode.THREADS,
-        "2 * attention::PARTIAL": decode.partial_floats(spec.head_dim, blocks, 1),
+        "2 * attention::PARTIAL": decode.partial_floats(spec.head_dim, blocks, 1)[0],
         "TILE": ranges.TILE, "KEYS": decode.KEYS, "ROWS": 8 * blocks,
     }  # fmt: skip
     text = decode.source(spec, ranges.head_block(shape[1]), blocks)

@@ -56,8 +56,7 @@ def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray,
     together, blocks = ranges.head_block(attn.kv_heads), decode.blocks_of(plan.longest * attn.group)
     ctas, last = (len(plan.cuts) - 1) * together, plan.nodes[-1:]
     items, rows = int(last["item"].sum()), int(last["row"].sum())
-    floats = decode.partial_floats(attn.head_dim, blocks, ctas)
-    states = decode.state_floats(attn.head_dim, rows * attn.qo_heads)
+    floats, states = decode.partial_floats(attn.head_dim, blocks, ctas, rows * attn.qo_heads)
     partials = np.full(floats + states, np.nan, np.float32)
     counters = np.zeros(ctas + 1, np.int32)
     work: dict[str, Any] = {"qo_indptr": plan.qo_indptr.ctypes.data, "cuts": plan.cuts.ctypes.data}

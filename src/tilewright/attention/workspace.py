@@ -73,9 +73,9 @@ class Workspace:
             return cuda.DeviceArray((count,), kind, self.ordinal)
 
         tokens = max_tokens or max_requests
-        self._slots = decode.partial_floats(heads[2], blocks, self.ctas)
         rows = shared * tokens + self.block * self.front // heads[0] + 1  # chunks fill the CTAs
-        states = decode.state_floats(heads[2], rows * heads[0] * heads[1] * bool(shared))
+        rows *= heads[0] * heads[1] * bool(shared)
+        self._slots, states = decode.partial_floats(heads[2], blocks, self.ctas, rows)
         self._cuts = words("int32", (self.limit + 1) * (CUT.size // 4))
         self._partials = words("float32", self._slots + states)
         self._counters = words("int32", self.ctas + 1)

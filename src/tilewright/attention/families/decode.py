@@ -67,14 +67,11 @@ def smem_bytes(spec: Spec, blocks: int, kind: int = ALONE) -> int:
     return ring + rows * 8 + 16 + rows * 16 * (kind == FRONT)
 
 
-def partial_floats(head_dim: int, blocks: int, ctas: int) -> int:
-    """float32 words of the partial states: two of each CTA."""
-    return 2 * ctas * blocks * 8 * (_columns(head_dim) + 2)
-
-
-def state_floats(head_dim: int, rows: int) -> int:
-    """float32 words of the states that a launch in front leaves."""
-    return rows * (_columns(head_dim) + 8)
+def partial_floats(head_dim: int, blocks: int, ctas: int, rows: int = 0) -> tuple[int, int]:
+    """float32 words of the partial states, two of each CTA, and of the states of `rows` that a
+    launch in front leaves."""
+    columns = _columns(head_dim)
+    return 2 * ctas * blocks * 8 * (columns + 2), rows * (columns + 8)
 
 
 def shared_block(spec: Spec, pool: Pool | None, arch: str) -> int:
@@ -112,8 +109,8 @@ def _prepare(call: Call) -> Prepared:
     if isinstance(plan, Plan):
         ctas, last = (len(plan.cuts) - 1) * together, plan.nodes[-1:]  # none without requests
         indptr, cuts, nodes = plan.on_device(ordinal)
-        floats = partial_floats(spec.head_dim, blocks, ctas)
-        states = state_floats(spec.head_dim, int(last["row"].sum()) * values["qo_heads"])
+        rows = int(last["row"].sum()) * values["qo_heads"]
+        floats, states = partial_floats(spec.head_dim, blocks, ctas, rows)
         memory = call.scratch.grown(call.like, floats + states, ctas + 1)
         one_each = bool((np.diff(plan.qo_indptr) == 1).all())
         work = {"qo_indptr": 0 if one_each else indptr.pointer, "cuts": cuts.pointer}

@@ -75,6 +75,8 @@ def refuses(spec: Spec, _rows: int, pool: Pool | None, arch: str = "") -> str:
         return "q, k and v are not all float16 or all bfloat16"
     if (spec.head_dim, spec.head_dim_vo) not in TILES:
         return f"head_dim and head_dim_vo are none of {', '.join(map(str, TILES))}"
+    if spec.table.shared and not forms(spec)[0]["PLAIN"]:
+        return "rows of a tile are of several requests, which the mask or logits tell apart"
     if spec.group > MAX_GROUP:
         return f"{spec.group} query heads share a KV head, more than {MAX_GROUP}"
     if not spec.ascending:
@@ -199,6 +201,7 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
     numbers = {
         "DIRECT": e == SCORE, "BENDS": outer is not ONE, "LIMITED": uppers != [],
         "TRAILS": width is not ZERO, "LEANS": e == SCORE and distance is not ZERO,
+        "PLAIN": e == SCORE and distance is ZERO and width is ZERO and not rest,
         "READS": any(x.index for x in walk(spec.traced.mask, Load)),
         "BY_HEAD": "at.qo_head" in _names(spec.traced.mask),
     }  # fmt: skip

@@ -89,11 +89,11 @@ struct Consumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       at[half] = at_of(p, item, group * 64 + warp * 16 + half * 8 + lane / 4, 0);
-      const int limit = LIMITED ? variant.limit(at[half]) : item.length, base = SHARED ? item.base : 0;  // of numbers of keys
+      const int limit = LIMITED ? variant.limit(at[half]) : item.length, base = SHARED ? item.base : 0;  // keys of lower levels
       const int last = max(min(item.length - 1, SHARED && LIMITED ? max(limit, base - 1) - base : limit), -1);
       bits[half] = columns_below(last - tile * BN + 1 - column);
       if constexpr (TRAILS) {
-        const int64_t first = int64_t{variant.newest(at[half])} - variant.width(at[half]) + 1 - base - tile * BN - column;
+        const int64_t first = int64_t{variant.newest(at[half])} - variant.width(at[half]) + 1 - tile * BN - column;
         bits[half] &= ~columns_below(static_cast<int>(min(max(first, int64_t{0}), int64_t{BN})));
       }
     }
@@ -104,9 +104,8 @@ struct Consumer {
       for (int i = 0; i < blocks * 8; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int key = tile * BN + column + i / 2 * 8 + i % 2;
-          at[half].key = item.number(key);
-          at[half].kv = item.position(key);
+          at[half].key = tile * BN + column + i / 2 * 8 + i % 2;
+          at[half].kv = item.position(at[half].key);
           if (!variant.rest(at[half])) bits[half] &= ~(1u << i);
         }
     // Most blocks are seen by all rows of this warp, where comparisons decide.
@@ -118,8 +117,8 @@ struct Consumer {
         for (int n = 0; n < 16; ++n) {
           const int half = n / 2 & 1, c = block * 32 + n / 4 * 8 + (n & 1);
           float& x = s[block * 16 + n];
-          at[half].key = item.number(tile * BN + column + c);
-          at[half].kv = item.position(tile * BN + column + c);
+          at[half].key = tile * BN + column + c;
+          at[half].kv = item.position(at[half].key);
           if (!DIRECT) x = variant.logits(x * p.sm_scale, at[half]) * LOG2E;
           const bool seen = READS || variant.rest(at[half]);
           x = bits[half] & 1u << (block * 8 + n / 4 * 2 + (n & 1)) && seen ? x : lowest();

@@ -18,8 +18,10 @@
 //
 // Where requests share keys (LEVELS > 1) it does the shared nodes that a plan gives it, in front of a decode kernel:
 // an item is a block of rows of all requests of a node, with a KV head and a chunk of the keys of the node. Nobody
-// merges: the rows of each item are left as states, which the decode kernel adds to the requests' own (table.h).
-// That one may start as soon as this one has found the kernels before it ended.
+// merges: the rows of each item are left as states, which the decode kernel adds to the requests' own
+// (shared_items.cuh). That one may start as soon as this one has found the kernels before it ended. Rows of a tile are of
+// several requests, and finding whose one is takes dependent reads, so that these are masks of an upper limit alone, of
+// which a partial tile asks each row, and logits that are DIRECT and do not lean.
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, hopper.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (DK and DV: elements of a row of K and of V; G query heads of a KV head, BN keys of a tile,
