@@ -131,7 +131,6 @@ SHIPPED: dict[str, Shipped] = {
     "spgemm fill f64": _fill(spgemm_count, spgemm_fill, "float64"),
     # matrix tiles
     "gemm f16": Shipped(gemm_definition("float16")),
-    "gemm f16 large": Shipped(gemm_definition("float16", 512, 256, "large"), CUDA),
     "gemm bf16 512x256": Shipped(gemm_definition("bfloat16", 512, 256, "few")),
     "bsr_spmm 16 f16 64": Shipped(bsr_spmm_definition(tw.bsr(16), "float16", 64)),
     "bsr_spmm 128 bf16 any": Shipped(bsr_spmm_definition(tw.bsr(128), "bfloat16")),
