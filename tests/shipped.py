@@ -113,9 +113,8 @@ SHIPPED: dict[str, Shipped] = {
     "spmm hyb f64 32": _spmm(tw.hyb(), 32, "float64", targets=CUDA),
     "spmm by_length f32 128": _spmm(LENGTHS, 128, targets=CUDA),
     "spmm by_length f32 64": _spmm(SHORT, 64, targets=CPU),
-    "spmm by_length f16 128": _spmm(LENGTHS, 128, "float16", targets=CUDA),
+    "spmm by_length f16 128": _spmm(LENGTHS, 128, "float16", many=True, targets=CUDA),
     "spmm by_length f32 512 far": _spmm(LENGTHS, 512, far=True, targets=CUDA),
-    "spmm by_length f32 64 many": _spmm(LENGTHS, 64, many=True, targets=CUDA),
     **{f"spmm by_length f32 {d}": _spmm(SHORT, d, targets=CUDA) for d in (1, 7)},
     # SDDMM
     "sddmm csr f32 128": _sddmm(tw.csr(), 128),
