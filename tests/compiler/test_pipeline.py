@@ -303,8 +303,8 @@ def test_no_copies_are_added_to_a_pipeline():
 
 def test_as_many_buffers_as_there_is_room_for():
     definition = gemm_definition("float16", 128, 256, "large")
-    for target, stages in (("cuda:sm_90a", 3), ("cuda:sm_80", 3), ("cuda:sm_89", 2)):
-        assert f"{stages} stages" in str(definition.scheduled(target))
+    for where, stages in (("cuda:sm_90a", 3), ("cuda:sm_80", 3), ("cuda:sm_89", 2)):
+        assert f"{stages} stages" in str(definition.scheduled(where))
 
 
 def test_more_shared_memory_than_the_target_has():

@@ -283,11 +283,11 @@ class _Staging:
             wide = lanes if f is order[-1] else 1
             extent = (f.extent or 1) // wide
             digit = rest if f is order[0] else ir.binary("%", rest, extent)
-            rest = ir.binary("//", rest, extent)
+            rest = ir.simplify(ir.binary("//", rest, extent))
             if wide > 1:
                 starts[f.name] = ir.mul(digit, wide)
                 digit = ir.add(starts[f.name], lane)
-            digits.append(ir.Let(fresh[f.name], digit))
+            digits.append(ir.Let(fresh[f.name], ir.simplify(digit)))
         element = self._element(
             scratch, fresh, tuple(ir.substitute(i, fresh) for i in self._index()), starts
         )
