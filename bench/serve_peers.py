@@ -87,11 +87,12 @@ def ours(setting: Setting) -> Iterator[Served]:
     engine = Engine(setting.model.ours(), target, options)
     replay(engine, setting.first_ones(), Pace())
     scheduler = engine.scheduler
-    engine.runner.warm()  # as the loop captures its graphs: before the clock runs
+    if target == "cuda":  # as the loop captures its graphs: before the clock runs
+        engine.runner.warm()
     note(f"ours: products by {engine.model.products_by}")
     if not scheduler.model.is_fitted:
         key = scheduler.model.key
-        samples = measure(engine, min(FIT_S, 2 * setting.pace.limit_s))
+        samples = [*measure(engine, min(FIT_S, 2 * setting.pace.limit_s))]
         scheduler.model = fit(samples, key)
         unseen = errors(fit(samples[::2], key), samples[1::2])
         p50, p90 = (100 * float(np.percentile(unseen, p)) for p in (50, 90))

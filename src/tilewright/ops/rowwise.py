@@ -53,10 +53,9 @@ def rmsnorm_add(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar(), R=den
     return out[t, k](R[t, k] + _normalised(X[t, k], W, eps, k))
 
 
-RMSNORM = rmsnorm.schedule(WITH_SUM)
 # X / sqrt(mean(X²) + ε) · W. X: (t, k), W: (k,), eps: a number → (t, k); the second adds a
 # residual, R: (t, k).
-rmsnorm_kernel = cache(RMSNORM.build)
+rmsnorm_kernel = cache(rmsnorm.schedule(WITH_SUM).build)
 rmsnorm_add_kernel = cache(rmsnorm_add.schedule(WITH_SUM).build)
 
 
@@ -103,9 +102,6 @@ def gelu_mul(G=dense("t k"), U=dense("t k")):
 def scaled(X=dense("t k"), factor=scalar()):
     t, k = indices("t:t k:k")
     return out[t, k](X[t, k] * factor[()])
-
-
-SILU_MUL = silu_mul.schedule(BY_ROW)
 
 
 @cache

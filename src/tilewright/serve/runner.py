@@ -7,12 +7,8 @@ writes what it wants otherwise. Prompts precede it, their chunks packed one afte
 library computes products, what lies between the attentions of prompts is recorded too, and answers
 whose bits may depend on the batch are rows in front of the prompts.
 
-The bits of a row depend on its own request only, and not on how its prompt is cut into chunks:
-linear layers read rows of answers and of prompts by different kernels, each of which computes a row
-alone; attention has a kernel for one query and one for several, and a prompt never takes the first:
-its chunk is read with a row more where a work item would have one query. Keys are divided as if
-every answer were as long as the context, and every prompt short. (On GPUs this holds for answers;
-rows of a prompt may differ in last bits by how it is cut, a library's by what is read beside it.)
+With `invariant` the bits of a row depend on its own request only, and not on how its prompt is cut:
+*The bits of an answer* in docs/design/serving.md has what that takes, and where it holds on GPUs.
 """
 
 from __future__ import annotations
@@ -35,12 +31,11 @@ from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.paging import positions_kernel
 from tilewright.runtime.step import Step
 from tilewright.runtime.transfer import to_host
-from tilewright.serve.cascade import Cascade
-from tilewright.serve.groups import Groups
+from tilewright.serve.cascade import Cascade, Groups
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.products import OWN_ROWS
-from tilewright.serve.request import Request
+from tilewright.serve.request import Request, Sampling
 from tilewright.serve.sampler import Seats
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
@@ -136,7 +131,8 @@ class Runner:
         computes, PENDING on the host, if it has the same requests."""
         answers = [c for c in chunks if not c.is_prompt]
         prompts, rows = chunks[len(answers) :], len(answers)
-        rows = self._filled(rows)  # with rows of a length below 1
+        if rows > 8 and self.model.memory.on_cuda:
+            rows += -rows % 8  # filled up with rows of a length below 1
         groups = self.cascade.of(answers, rows)
         answers = [answers[i] for i in groups.order]
         joined = bool(prompts and answers and self.joins)  # one pass, in which each reads alone
@@ -161,7 +157,10 @@ class Runner:
             self._read_prompts(by_row if joined else prompts, stops, rows)
         if answers and not joined:
             of = self.cascade.steps if groups.nodes else (self._steps, self._sampling)
-            self._kept(of[bool(drawn)], rows, rows, rows, drawn, groups.nodes)()
+            steps = of[bool(drawn)]
+            if rows not in steps:
+                steps[rows] = self._record(rows, rows, drawn, groups.nodes)
+            steps[rows]()
             self._lengths[: len(answers)] += 1
             self.cascade.totals += groups[2:]
         elif drawn:
@@ -172,36 +171,28 @@ class Runner:
         return Logits(self, chunks, [row for row, c in own if c.wants_token] + [*of_ends], drawn)
 
     def warm(self) -> None:
-        """Records all steps that there can be, and reads prompts that take all kernels, so that
-        nothing is recorded or compiled while answers wait. Overwrites the first page."""
-        running, tokens = self.limits.running, self.ints.shape[0] // 4
-        longest = (self.width - 1) * PAGE_SIZE
-        for size in (1, 2, 5, 16, 64, min(self.limits.step_tokens, longest)):
-            for start in {0, longest - size}:
-                request = Request(0, [0] * (start + size))
-                request.pages = [0] * self.width
-                self.run([Chunk(request, start, start + size)]).wait()
-        for rows in sorted({self._filled(n) for n in range(1, running + 1)}):
-            for samples in {False, bool(self.seats)}:
-                self._kept((self._steps, self._sampling)[samples], rows, rows, rows, samples)
-                if self.cascade.is_on:
-                    self._kept(self.cascade.steps[samples], rows, rows, rows, samples, True)
-        if self.model.products:
-            for front in range(0, running + BUCKET if self.joins else 1, BUCKET):
-                for count in range(front + BUCKET, tokens + 1, BUCKET):
-                    self._kept(self._parts, (front, count), front, count)
+        """Runs steps of all sizes, so that none is recorded, and no kernel is compiled, while
+        answers wait. Overwrites the first page."""
+        most, longest = self.limits.step_tokens, (self.width - 1) * PAGE_SIZE
+
+        def step(answers: int, start: int = 0, size: int = 0, heat: float = 0.0) -> None:
+            lengths = [1] * answers + [start + size] * bool(size)
+            requests = [Request(0, [0] * n, Sampling(temperature=heat)) for n in lengths]
+            for i, request in enumerate(requests):
+                request.in_chunks, request.pages = (i >= answers) * lengths[i], [0] * self.width
+            starts = [0] * answers + [start]
+            self.run([Chunk(r, at, len(r.tokens)) for r, at in zip(requests, starts, strict=False)])
+
+        for answers in range(1, self.limits.running + 1):
+            step(answers)
+            step(answers, heat=1.0)
+        for answers in range(0, self.limits.running if self.joins else 1, BUCKET):
+            for size in (1, 2, 5, 16, *range(BUCKET, most - answers, BUCKET), most - answers - 1):
+                step(answers + self.joins, 0, min(size, longest))
+                step(0, longest - min(size, longest), min(size, longest))
+        self.read_tokens()()  # waits
 
     # -- inside ----------------------------------------------------------------------------------
-
-    def _filled(self, answers: int) -> int:
-        """The rows of a step of so many answers."""
-        return answers + (-answers % 8 if answers > 8 and self.model.memory.on_cuda else 0)
-
-    def _kept(self, of: dict[Any, Any], key: Any, *how: Any) -> Any:
-        """What `_record` makes, kept in `of`."""
-        if key not in of:
-            of[key] = self._record(*how)
-        return of[key]
 
     def _needs_row(self, chunk: Chunk) -> bool:
         """Whether the last work item of a chunk of a prompt would have one query. The row behind it
@@ -244,9 +235,9 @@ class Runner:
         of = self.wide if self.model.is_wide(few) else self.activations
         rows = self.model.memory.rows
         begins = (i * (tokens + -tokens % BUCKET) for i in range(4))
-        ints = (rows(self.ints, begin, begin + tokens) for begin in begins)
+        ids, position, page, slot = (rows(self.ints, at, at + tokens) for at in begins)
         activations = {k: rows(a, 0, tokens) for k, a in of.items()}
-        return Rows(tokens, few, *ints, activations)
+        return Rows(tokens, few, ids, position, page, slot, activations)
 
     def _kv(self, begin: int, end: int) -> list[KV]:
         """The KV of each layer for requests begin … end-1."""
@@ -303,7 +294,9 @@ class Runner:
         self._write(placed, count)
         b = self._rows(count, few=False)
         if model.products:
-            for part in self._kept(self._parts, (front, count), front, count):
+            if (front, count) not in self._parts:
+                self._parts[front, count] = self._record(front, count)
+            for part in self._parts[front, count]:
                 attend(*part) if isinstance(part, tuple) else part()
         else:
             model.forward(b, (self.keys, self.values), attend, do=call)

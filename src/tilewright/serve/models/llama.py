@@ -167,12 +167,8 @@ class Llama:
         whole = cat([p.wide for p in parts])
         bias = (cat([tensor(p.bias[0]).flatten() for p in parts]),) if parts[0].bias else ()
         rows = zip(parts, whole.split([p.rows for p in parts]), strict=True)
-        made = [replace(p, arrays=(r,)) if self._is_shared(p.kind) else p for p, r in rows]
+        made = [replace(p, arrays=(r,)) if p.arrays[0] is p.wide else p for p, r in rows]
         return [*made, replace(parts[0], bias=bias, wide=whole)]
-
-    def _is_shared(self, kind: str) -> bool:
-        """Whether a library reads weights of a kind where they are."""
-        return STORED.get(kind) == self.products.dtype
 
     def _tensor(self, name: str) -> Weight:
         """A weight; those of kinds that there are no products for become float16."""
@@ -191,9 +187,11 @@ class Llama:
             values = dequantize(self.file.tensors[f"{name}.bias"])
             bias = (self.memory.put(values.reshape(-1, TOGETHER) if interleaved else values),)
         wide: Any = None
-        if self.products:
-            shared = self._is_shared(w.kind)
-            wide = self.products.tensor(arrays[0] if shared else self.memory.put(dequantize(w)))
+        if self.products and STORED.get(w.kind) == self.products.dtype:
+            wide = self.products.tensor(arrays[0])
+            arrays = (wide,)
+        elif self.products:
+            wide = self.products.tensor(self.memory.put(dequantize(w)))
             wide = wide.to(getattr(self.products.torch, self.products.dtype))
         return Linear(w.kind, arrays, rows, cols, interleaved, bias, wide)
 
@@ -217,9 +215,9 @@ class Llama:
         widths |= {"mixed": ffn} | ({"k_normed": kv} if c.qk_norm else {})
         joined = {"qkv": q + 2 * kv, "gate_up": 2 * ffn, "added": c.dim}
         widths |= joined if of else {"q": q, "k": kv, "v": kv, "gate": ffn, "up": ffn}
-        kinds = {"x": "float32", "y": "float32", "rotated": self.kv_dtype}
-        kinds |= {"added": "float32"} if c.post_norms else {}
         new, kind = (of.empty, of.dtype) if of else (self.memory.empty, "float32")
+        kinds = {"x": "float32", "y": "float32", "rotated": self.kv_dtype}
+        kinds["added"] = "float32" if c.post_norms else kind
         return {n: new(rows, w, dtype=kinds.get(n, kind)) for n, w in widths.items()}
 
     def is_wide(self, few: bool) -> bool:
