@@ -115,9 +115,8 @@ SHIPPED: dict[str, Shipped] = {
     "spmm hyb f64 32": _spmm(tw.hyb(), 32, "float64", targets=CUDA),
     "spmm by_length f32 128": _spmm(LENGTHS, 128, targets=CUDA),
     "spmm by_length f32 64": _spmm(SHORT, 64, targets=CPU),
-    "spmm by_length f16 128": _spmm(LENGTHS, 128, "float16", targets=CUDA),
+    "spmm by_length f16 128": _spmm(LENGTHS, 128, "float16", many=True, targets=CUDA),
     "spmm by_length f32 512 far": _spmm(LENGTHS, 512, far=True, targets=CUDA),
-    "spmm by_length f32 64 many": _spmm(LENGTHS, 64, many=True, targets=CUDA),
     **{f"spmm by_length f32 {d}": _spmm(SHORT, d, targets=CUDA) for d in (1, 7)},
     # SDDMM
     "sddmm csr f32 128": _sddmm(tw.csr(), 128),
@@ -133,7 +132,6 @@ SHIPPED: dict[str, Shipped] = {
     "spgemm fill f64": _fill(spgemm_count, spgemm_fill, "float64"),
     # matrix tiles
     "gemm f16": Shipped(gemm_definition("float16")),
-    "gemm f16 large": Shipped(gemm_definition("float16", 512, 256, "large"), CUDA),
     "gemm bf16 512x256": Shipped(gemm_definition("bfloat16", 512, 256, "few")),
     "bsr_spmm 16 f16 64": Shipped(bsr_spmm_definition(tw.bsr(16), "float16", 64)),
     "bsr_spmm 128 bf16 any": Shipped(bsr_spmm_definition(tw.bsr(128), "bfloat16")),
