@@ -19,10 +19,12 @@ from tilewright.errors import ArgumentError
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
-KEYS, ROWS = 16, NARROW_ROWS  # keys of a tile for each warp; the most packed rows of a request
+KEYS, ROWS = 16, NARROW_ROWS  # keys of a tile for each warp; packed rows of a request
+MOST_ROWS = 32  # packed rows where a plan says so, keys are not shared and rows are short
 WARPS = TILE // KEYS
-# Stages of a warp's ring: more bytes in flight lengthen the queue at the memory and gain nothing.
-STAGES = 2
+# Elements of the longest row of K and of V: of two stages of a warp's ring, which are enough (more
+# bytes in flight lengthen the queue at the memory); longer ones have one, K and V in turns.
+SHORT_ROW, LONGEST_ROW = 128, 256
 THREADS = WARPS * 32
 # Resident at once: what the registers of a CTA are limited to. Three are no faster.
 CTAS_PER_SM = 2
@@ -34,10 +36,16 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
     """Why the kernel cannot run a call, or "" where it can."""
     if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
         return "q, k and v are not all float16 or all bfloat16"
-    if spec.head_dim % 8 or spec.head_dim > 128 or spec.head_dim_vo != spec.head_dim:
-        return "head_dim is no multiple of 8 up to 128, the same for K and V"
-    if rows > ROWS:
-        return f"a request has {rows} rows (queries × group), more than {ROWS}"
+    if spec.head_dim % 8 or spec.head_dim_vo % 8 or spec.head_dim > LONGEST_ROW:
+        return f"head_dim is no multiple of 8 up to {LONGEST_ROW}"
+    if spec.head_dim_vo > spec.head_dim:
+        return "rows of V are longer than those of K"
+    long = spec.head_dim > SHORT_ROW
+    if long and spec.table.shared:
+        return f"keys are shared and head_dim is above {SHORT_ROW}"
+    most = ROWS if long or spec.table.shared else MOST_ROWS
+    if rows > most:
+        return f"a request has {rows} rows (queries × group), more than {most}"
     if pool is not None:
         strides = (*pool.k.strides[:3], *pool.v.strides[:3])
         if any(a % 16 for a in (pool.k.pointer, pool.v.pointer, *(2 * n for n in strides))):
@@ -51,7 +59,7 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
 def blocks_of(rows: int, shared: int = 0) -> int:
     """Blocks of 8 packed rows of a narrow unit, for at most `rows` of a request; where requests
     share keys their rows fill two."""
-    return 1 if rows <= 8 and not shared else 2
+    return 4 if rows > ROWS else 1 if rows <= 8 and not shared else 2
 
 
 def _columns(head_dim: int) -> int:
@@ -59,11 +67,15 @@ def _columns(head_dim: int) -> int:
     return -(-head_dim // 16) * 16
 
 
+def _stages(spec: Spec) -> int:
+    return 1 if spec.head_dim > SHORT_ROW else 2
+
+
 def smem_bytes(spec: Spec, blocks: int) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
-    ring = (
-        WARPS * STAGES * 2 * KEYS * (_columns(spec.head_dim) + 8) * 2 + WARPS * blocks * 8 * 8 + 16
-    )
+    k, v = _columns(spec.head_dim), _columns(spec.head_dim_vo)
+    ring = WARPS * _stages(spec) * KEYS * (k + v + 16) * 2 + WARPS * blocks * 8 * 8 + 16
+    ring += (blocks * k > 256) * blocks * 8 * (k + 8) * 2  # q, where it takes too many registers
     return ring + bool(spec.table.shared) * (WARPS * 16 + 20 + 16 * spec.table.shared) * WIDE_ROWS
 
 
@@ -87,9 +99,9 @@ def params_struct(spec: Spec) -> Struct:
 def source(spec: Spec, together: int, blocks: int) -> str:
     """The CUDA C++ of one kernel; `together`: KV heads of one range; `blocks` of 8 packed rows."""
     numbers = {
-        "D": spec.head_dim, "G": spec.group, "BLOCKS": blocks, "WIDE_BLOCKS": WIDE_BLOCKS,
-        "WIDE_GROUPS": WIDE_GROUPS, "HEAD_BLOCK": together, "WARPS": WARPS, "STAGES": STAGES,
-        "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS,
+        "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BLOCKS": blocks,
+        "WIDE_BLOCKS": WIDE_BLOCKS, "WIDE_GROUPS": WIDE_GROUPS, "HEAD_BLOCK": together,
+        "WARPS": WARPS, "STAGES": _stages(spec), "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS,
     }  # fmt: skip
     types = f"using Element = uint16_t;\nusing Kind = tw::{spec.kv.name}_bits;"
     text = specs.namespace("attention", *specs.constants(numbers), types)
