@@ -7,9 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from tilewright import dtypes
 from tilewright.attention import spec as specs
-from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
+from tilewright.attention.families.family import (
+    Call,
+    Family,
+    Prepared,
+    against_tiles,
+    check_alignment,
+)
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import CUT, NARROW_ROWS, TILE, WIDE_ROWS, head_block
@@ -34,8 +39,8 @@ WIDE_GROUPS = 4  # of 16 keys that such a warp works on at once
 
 def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
     """Why the kernel cannot run a call, or "" where it can."""
-    if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
-        return "q, k and v are not all float16 or all bfloat16"
+    if reason := against_tiles(spec, pool):
+        return reason
     if spec.head_dim % 8 or spec.head_dim_vo % 8 or spec.head_dim > LONGEST_ROW:
         return f"head_dim is no multiple of 8 up to {LONGEST_ROW}"
     if spec.head_dim_vo > spec.head_dim:
@@ -44,13 +49,7 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
     if long and spec.table.shared:
         return f"keys are shared and head_dim is above {SHORT_ROW}"
     most = ROWS if long or spec.table.shared else MOST_ROWS
-    if rows > most:
-        return f"a request has {rows} rows (queries × group), more than {most}"
-    if pool is not None:
-        strides = (*pool.k.strides[:3], *pool.v.strides[:3])
-        if any(a % 16 for a in (pool.k.pointer, pool.v.pointer, *(2 * n for n in strides))):
-            return "rows of k or v are not aligned to 16 bytes"
-    return ""
+    return f"a request has {rows} rows (queries × group), more than {most}" if rows > most else ""
 
 
 # ---------------------------------------------------------------------------- the kernel
