@@ -227,13 +227,14 @@ def test_a_pipeline_inside_a_loop_ends_with_a_barrier():
 
 
 def test_operands_are_loaded_a_step_ahead():
-    """The products of the step before stand behind the load that an operand comes from, or around
-    it: no product waits for the load in front of it."""
+    """The products of the step before stand behind the loads of an operand: no product waits for
+    the load in front of it."""
     program, _, _ = machine_case("large")
     (loop,) = (x for n in program.stages[0] for x in walk(n.body, ir.For) if x.unroll_hint)
     kinds = [type(x).__name__ for x in loop.body.body]
     steps = "".join({"LoadTile": "l", "Mma": "m", "Sync": "s"}.get(k, "") for k in kinds)
-    assert steps == "lm" * 8 + "m" * 8 + "s" + "l" * 8 + "m" * 16
+    step = "l" * 8 + "m" * 16
+    assert steps == step * 3 + "s" + step
     held = {x.tile.held: n for n, x in enumerate(loop.body.body) if isinstance(x, ir.LoadTile)}
     for n, x in enumerate(loop.body.body):
         for t in (x.a, x.b) if isinstance(x, ir.Mma) else ():

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any
 
 from tilewright.ir import core as ir
@@ -126,8 +125,7 @@ def _ahead(f: Any) -> Any:
         return f
     loads = [[ir.LoadTile(*x) for x in step] for step in sides]
     after, last = ir.add(f.var, 1), ir.add(f.end, -1)
-    pairs = [pair for n, step in enumerate(steps[:-1]) for pair in zip_longest(loads[n + 1], step)]
-    new = [x for pair in pairs for x in pair if x]
+    new = [x for n, step in enumerate(steps[:-1]) for x in (*loads[n + 1], *step)]
     new += [at(body[:2], after), at(loads[0], ir.binary("min", after, last))]
     new += [at(body[2:start], after), *steps[-1]]
     first = at((*body[:start], *loads[0]), f.begin)

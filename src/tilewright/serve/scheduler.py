@@ -33,9 +33,9 @@ WINDOW = 64  # waiting requests that the policy sees, the best by rank and arriv
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`pages`: of the pool; `running`: most requests at once; `step_tokens`: most tokens of a step;
-    `share`: whether pages of equal prefixes are shared; `invariant`: an answer that was preempted
-    is read again token by token, as it was written, else in chunks."""
+    """`pages`: of the pool; `running`: most requests at once; `step_tokens`: most tokens of a step,
+    more than requests; `share`: whether pages of equal prefixes are shared; `invariant`: an answer
+    that was preempted is read again token by token, as it was written, else in chunks."""
 
     pages: int
     running: int = 16
@@ -43,9 +43,6 @@ class Limits:
     share: bool = True
     invariant: bool = True
     page_size: int = PAGE_SIZE
-
-    def __post_init__(self) -> None:
-        assert 0 < self.running < self.step_tokens, "a step has no tokens left for prompts"
 
 
 @dataclass(frozen=True, slots=True)
