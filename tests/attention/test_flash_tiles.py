@@ -50,13 +50,13 @@ def spec_of_shape(shape: tuple[Any, ...], o: str = "") -> Spec:
 def test_cubin_without_spills(arch, shape):
     """The numbers that Python launches with are those of the kernel, too."""
     spec = spec_of_shape(shape)
-    text = portable.tiles_source(spec)
-    wanted = {"SMEM_BYTES": portable.tiles_smem(spec), "THREADS": portable.THREADS}
+    text = portable.source(spec, tiles=True)
+    wanted = {"SMEM_BYTES": portable.smem_bytes(spec, tiles=True), "THREADS": portable.THREADS}
     for name, value in (wanted | {"ROWS": portable.tiles_of(spec)[0]}).items():
         text += f'\nstatic_assert(flash::{name} == {value}, "");'
     used = compile_cuda(text, arch).resources["stage0"]
     assert used.spill_bytes == 0 and 0 < used.registers <= 255
-    assert portable.tiles_smem(spec) <= 99 << 10  # of a CTA on sm_86 and sm_89
+    assert portable.smem_bytes(spec, tiles=True) <= 99 << 10  # of a CTA on sm_86 and sm_89
 
 
 def test_reasons():
@@ -91,7 +91,7 @@ def simulated_result(case: Case) -> tuple[np.ndarray, np.ndarray]:
     numbers |= render.param_values(traced, {n: seen for n, (_, seen) in arrays.items()})
     work = {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
     block = params_struct(spec, ITEMS).pack(**numbers, **work)
-    run = simulated.kernel(portable.tiles_source(spec))
+    run = simulated.kernel(portable.source(spec, tiles=True))
     simulated.launch(run, block, portable.THREADS, len(plan.items), 3)
     return o.astype(np.float64), lse
 

@@ -8,13 +8,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.attention import spec as specs
-from tilewright.attention.families.family import (
-    Call,
-    Family,
-    Prepared,
-    against_tiles,
-    check_alignment,
-)
+from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import CUT, NARROW_ROWS, TILE, WIDE_ROWS, head_block
@@ -27,9 +21,9 @@ from tilewright.runtime.view import view
 KEYS, ROWS = 16, NARROW_ROWS  # keys of a tile for each warp; packed rows of a request
 MOST_ROWS = 32  # packed rows where a plan says so, keys are not shared and rows are short
 WARPS = TILE // KEYS
-# Elements of the longest row of K and of V: of two stages of a warp's ring, which are enough (more
-# bytes in flight lengthen the queue at the memory); longer ones have one, K and V in turns.
-SHORT_ROW, LONGEST_ROW = 128, 256
+# Stages of a warp's ring, of rows up to SHORT_ROW elements (more bytes in flight lengthen the queue
+# at the memory) and of longer ones, whose K and V come in turns.
+STAGES, SHORT_ROW = (2, 1), 128
 THREADS = WARPS * 32
 # Resident at once: what the registers of a CTA are limited to. Three are no faster.
 CTAS_PER_SM = 2
@@ -39,16 +33,14 @@ WIDE_GROUPS = 4  # of 16 keys that such a warp works on at once
 
 def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
     """Why the kernel cannot run a call, or "" where it can."""
-    if reason := against_tiles(spec, pool):
+    if reason := refusal(spec, rows, pool):
         return reason
-    if spec.head_dim % 8 or spec.head_dim_vo % 8 or spec.head_dim > LONGEST_ROW:
-        return f"head_dim is no multiple of 8 up to {LONGEST_ROW}"
     if spec.head_dim_vo > spec.head_dim:
         return "rows of V are longer than those of K"
-    long = spec.head_dim > SHORT_ROW
-    if long and spec.table.shared:
+    long, shared = spec.head_dim > SHORT_ROW, spec.table.shared
+    if long and shared:
         return f"keys are shared and head_dim is above {SHORT_ROW}"
-    most = ROWS if long or spec.table.shared else MOST_ROWS
+    most = ROWS if long or shared else MOST_ROWS
     return f"a request has {rows} rows (queries × group), more than {most}" if rows > most else ""
 
 
@@ -66,14 +58,14 @@ def _columns(head_dim: int) -> int:
     return -(-head_dim // 16) * 16
 
 
-def _stages(spec: Spec) -> int:
-    return 1 if spec.head_dim > SHORT_ROW else 2
-
-
 def smem_bytes(spec: Spec, blocks: int) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
     k, v = _columns(spec.head_dim), _columns(spec.head_dim_vo)
-    ring = WARPS * _stages(spec) * KEYS * (k + v + 16) * 2 + WARPS * blocks * 8 * 8 + 16
+    ring = (
+        WARPS * STAGES[spec.head_dim > SHORT_ROW] * KEYS * (k + v + 16) * 2
+        + WARPS * blocks * 8 * 8
+        + 16
+    )
     ring += (blocks * k > 256) * blocks * 8 * (k + 8) * 2  # q, where it takes too many registers
     return ring + bool(spec.table.shared) * (WARPS * 16 + 20 + 16 * spec.table.shared) * WIDE_ROWS
 
@@ -100,7 +92,8 @@ def source(spec: Spec, together: int, blocks: int) -> str:
     numbers = {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BLOCKS": blocks,
         "WIDE_BLOCKS": WIDE_BLOCKS, "WIDE_GROUPS": WIDE_GROUPS, "HEAD_BLOCK": together,
-        "WARPS": WARPS, "STAGES": _stages(spec), "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS,
+        "WARPS": WARPS, "STAGES": STAGES[spec.head_dim > SHORT_ROW], "CTAS": CTAS_PER_SM,
+        "MAX_KEYS": MAX_KEYS,
     }  # fmt: skip
     types = f"using Element = uint16_t;\nusing Kind = tw::{spec.kv.name}_bits;"
     text = specs.namespace("attention", *specs.constants(numbers), types)

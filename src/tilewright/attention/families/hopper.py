@@ -11,13 +11,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.families.family import (
-    Call,
-    Family,
-    Prepared,
-    against_tiles,
-    check_alignment,
-)
+from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, loaded, namespace
@@ -71,9 +65,9 @@ def rows_of(spec: Spec) -> int:
     return tiles_of(spec).groups * 64
 
 
-def refuses(spec: Spec, _rows: int, pool: Pool | None) -> str:
+def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
     """Why the kernel cannot run a call, or "" where it can."""
-    if reason := against_tiles(spec, pool):
+    if reason := refusal(spec, rows, pool):
         return reason
     if (spec.head_dim, spec.head_dim_vo) not in TILES:
         return f"head_dim and head_dim_vo are none of {', '.join(map(str, TILES))}"
@@ -88,7 +82,8 @@ def refuses(spec: Spec, _rows: int, pool: Pool | None) -> str:
         return f"the GPU is {arch}, not {ARCH}"
     if spec.table.table_entries and pool.page_size & (pool.page_size - 1):
         return f"page_size {pool.page_size} is no power of two"
-    if min(*pool.k.strides[:3], *pool.v.strides[:3]) < 0:
+    strides = (*pool.k.strides[:3], *pool.v.strides[:3])
+    if min(strides) < 0:
         return "k or v has a negative stride"
     if spec.table.table_entries and pool.page_size < 8 and max(strides) >> 31:
         return "pages below 8 rows have strides of 4 GiB or more"

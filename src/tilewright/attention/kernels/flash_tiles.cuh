@@ -2,7 +2,7 @@
 //
 // Expects before it: gpu.cuh, mma.cuh, async.cuh, the constants of `flash` (DK and DV: elements of a row of K and
 // of V, G query heads of a KV head, BLOCKS of 16 rows of a warp, KEYS of a tile, DIRECT: logits are the scores,
-// MAX_TOKENS of an item, MAX_KEYS of a request; the element types Q, KV and O), `Params`, `Item`, bounds.h, table.h,
+// MAX_KEYS of a request; the element types Q, KV and O), `Params`, `Item`, bounds.h, table.h,
 // variant.h and the struct `Variant`.
 //
 // A CTA runs one item: some queries of one request with one KV head, at most ROWS rows (token, query head of the
