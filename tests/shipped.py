@@ -93,8 +93,10 @@ def _blocks(op: str, fmt: str, b: int, **sizes: int) -> Shipped:
     operands = ("A", "X", "Y")[: 3 if op == "sddmm" else 2]
     typed = getattr(module, op).typed(**dict.fromkeys(operands, "float16"))
     made = getattr(tw, fmt, None) or getattr(module, fmt)
+    pieces = sizes.pop("pieces", 0)
     schedule = getattr(module, f"{op}_on_tiles")
-    return Shipped(typed.decompose(A=made(b)).schedule(lambda s: schedule(s, 48, **sizes)))
+    chosen = module.in_pieces(made(b), pieces) if pieces else made(b)
+    return Shipped(typed.decompose(A=chosen).schedule(lambda s: schedule(s, 48, **sizes)))
 
 
 SHIPPED: dict[str, Shipped] = {
@@ -183,8 +185,8 @@ SHIPPED: dict[str, Shipped] = {
     ),
     "example 10 spmm dbsr": _blocks("spmm", "covering_dbsr", 16, features=16, warps=2),
     "example 10 spmm sr_bcrs": _blocks("spmm", "sr_bcrs", 8, features=16, warps=2),
-    "example 10 sddmm bsr": _blocks("sddmm", "bsr", 16, warps=2, depth=16, ctas=2),
-    "example 10 sddmm sr_bcrs": _blocks("sddmm", "sr_bcrs", 8, warps=2, depth=16, ctas=1, group=16),
+    "example 10 sddmm bsr": _blocks("sddmm", "bsr", 16, warps=2, depth=16),
+    "example 10 sddmm pieces": _blocks("sddmm", "sr_bcrs", 8, warps=2, depth=16, pieces=64),
 }
 
 
