@@ -47,7 +47,7 @@ class Rows:
         plain, count = Request(99, [1]), len(requests)
         chunks = [Chunk(r or plain, 0, len((r or plain).tokens)) for r in requests]
         sampled = {r for r in requests if r and not r.sampling.is_plain_greedy}
-        assert self.seats.take(chunks, count) == sampled
+        assert self.seats.take(chunks) == sampled
         if not sampled:
             return [-7] * count, [-7] * count
         launch = self.launches.setdefault(count, self.seats.bind(count))
