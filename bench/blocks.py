@@ -56,32 +56,23 @@ def blocks(args: argparse.Namespace) -> Iterator[Row]:
     torch.manual_seed(0)
     x, y = (torch.randn(args.size, args.size, device="cuda").to(getattr(torch, args.dtype))
             for _ in range(2))  # fmt: skip
-    lesson = runpy.run_path(str(LESSON), run_name="lesson")
-    kinds: list[tuple[str, int, Any, Any]]
-    kinds = [("bsr", b, tw.bsr, tw.bsr) for b in args.block]
-    kinds += [("dbsr", b, lesson["covering_dbsr"], tw.dbsr) for b in args.block]
-    kinds += [("sr_bcrs", b, tw.sr_bcrs, tw.sr_bcrs) for b in args.column]
+    kinds: list[tuple[str, int, Any]]
+    kinds = [("bsr", b, tw.bsr) for b in args.block]
+    kinds += [("dbsr", b, tw.dbsr) for b in args.block]
+    kinds += [("sr_bcrs", b, tw.sr_bcrs) for b in args.column]
     cases = [(kind, float(s)) for kind in kinds for s in args.sparsity]
-    for (kind, b, of_spmm, of_sddmm), sparsity in cases:
+    for (kind, b, of), sparsity in cases:
         block = (b, 1 if kind == "sr_bcrs" else b)
         matrix = random_blocks(args.size, block, sparsity, 0.5 if kind == "dbsr" else 1.0)
         dense = torch.from_numpy(matrix).cuda().to(x.dtype)
-        work, packed = 2.0 * np.count_nonzero(matrix) * args.size, None
+        work = 2.0 * np.count_nonzero(matrix) * args.size
         for op in args.op:
             base = base_row("blocks", f"{op}.{kind}", "cuda") | {
-                "input": f"{args.size} {kind}({b}) {sparsity:g}", "width": args.size,
+                "input": f"{args.size} {of(b)} {sparsity:g}", "width": args.size,
                 "dtype": args.dtype, "sparsity": float((matrix == 0).mean()),
             }  # fmt: skip
-            fmt = of_spmm(b) if op == "spmm" else of_sddmm(b)
-            if packed is None or packed.format != fmt:
-                packed = fmt.pack(matrix, dtype=args.dtype).to("cuda")
-            if op == "spmm":
-                them = [_dense(dense, x), *_spmm_peers(packed, x), _ours(packed, x)]
-                yield from compare(base, them, check(dense, x), work)
-            else:
-                sampled = Sampled(matrix, packed, dense, x, y)
-                them = sampled.contenders(ctas_of(matrix))
-                yield from compare(base, them, sampled.check(), work)
+            case = (Product if op == "spmm" else Sampled)(of(b), matrix, dense, x, y)
+            yield from compare(base, case.contenders(), case.check(), work)
 
 
 def random_blocks(
@@ -100,63 +91,130 @@ def random_blocks(
     return np.where(mask, rng.standard_normal((size, size), np.float32), np.float32(0))
 
 
-def ctas_of(matrix: np.ndarray) -> int:
-    """How many CTAs share a row of blocks in SDDMM: about one for 128 columns."""
-    return max(1, round(np.count_nonzero(matrix) / np.count_nonzero(matrix.any(1)) / 128))
+class Case:
+    """One operator of one matrix: its contenders, and what is wrong with a result."""
+
+    def __init__(self, fmt: Any, matrix: np.ndarray, dense: Any, x: Any, y: Any) -> None:
+        self.fmt, self.matrix, self.dense, self.x, self.y = fmt, matrix, dense, x, y
+        self.dtype, self.width = str(x.dtype)[6:], x.shape[1]
+        self.name = str(fmt).partition("(")[0]
+        self.lesson = runpy.run_path(str(LESSON), run_name="lesson")
+
+    def pack(self, fmt: Any) -> Any:
+        return fmt.pack(self.matrix, dtype=self.dtype).to("cuda")
+
+    def kernel(self, op: str, fmt: Any, **options: int) -> tw.Kernel:
+        """A kernel of lesson 10; `options` of its schedule."""
+        operands = ("A", "X", "Y") if op == "sddmm" else ("A", "X")
+        typed = self.lesson[op].typed(**dict.fromkeys(operands, self.dtype)).decompose(A=fmt)
+        schedule = self.lesson[f"{op}_on_tiles"]
+        return typed.schedule(lambda s: schedule(s, self.width, **options)).build("cuda")
+
+    def bsr(self) -> Any:
+        """The matrix as torch's BSR tensor: the arrays that ours has."""
+        torch, packed = require_torch(), self.pack(self.fmt)
+        (part,), (values,) = packed.structure.parts, packed.values
+        lists = (part.arrays[1][name] for name in ("indptr", "indices"))
+        values = torch.as_tensor(values, device="cuda").view(self.x.dtype)
+        return torch.sparse_bsr_tensor(
+            *(torch.as_tensor(a, device="cuda") for a in lists),
+            values.reshape(-1, *self.fmt.blocks), packed.shape,
+        )  # fmt: skip
 
 
-def kernel_of(op: str, fmt: Any, dtype: str, width: int, **options: int) -> tw.Kernel:
-    """A kernel of lesson 10; `options` of its schedule."""
-    lesson = runpy.run_path(str(LESSON), run_name="lesson")
-    operands = ("A", "X", "Y") if op == "sddmm" else ("A", "X")
-    typed = lesson[op].typed(**dict.fromkeys(operands, dtype)).decompose(A=fmt)
-    return typed.schedule(lambda s: lesson[f"{op}_on_tiles"](s, width, **options)).build("cuda")
+class Product(Case):
+    """Y = A X."""
 
-
-def _ours(packed: Any, x: Any) -> Contender:
-    torch = require_torch()
-    out = torch.full(x.shape, float("nan"), device="cuda")
-    name = str(packed.format).partition("(")[0]
-    if name == "bsr":
+    def contenders(self) -> Iterator[Contender]:
+        torch, x = require_torch(), self.x
+        first, half = torch.empty_like(x), torch.empty_like(x)
+        yield Contender("torch mm, dense", lambda: torch.mm(self.dense, x, out=first), lambda y: y)
+        if self.name == "bsr":
+            bsr = self.bsr()
+            call = lambda: triton_kernels().bsr_dense_mm(bsr, x, out=half)  # noqa: E731
+            yield from _where_it_runs("torch BSR, Triton", call)
+            yield from _where_it_runs("cuSPARSE BSR", lambda: cusparse.bsr_spmm(bsr, x))
+        out = torch.full(x.shape, float("nan"), device="cuda")
+        fmt = self.fmt
+        if self.name == "dbsr":
+            fmt = self.lesson["covering_dbsr"](self.fmt.blocks[0])
+        packed = self.pack(fmt)
         run = lambda: bsr_spmm(packed, x, out)  # noqa: E731
-    else:
-        kernel = kernel_of("spmm", packed.format, str(x.dtype)[6:], x.shape[1])
-        run = lambda: kernel(packed, x, out=out)  # noqa: E731
-    return Contender(f"tilewright {name}_spmm", run, lambda y: y, is_ours=True, is_default=True)
+        if self.name != "bsr":
+            kernel = self.kernel("spmm", fmt)
+            run = lambda: kernel(packed, x, out=out)  # noqa: E731
+        name = f"tilewright {self.name}_spmm"
+        yield Contender(name, run, lambda y: y, is_ours=True, is_default=True)
+
+    def check(self) -> Callable[[Any], str]:
+        return check(self.dense, self.x)
 
 
-def _dense(dense: Any, x: Any) -> Contender:
-    torch = require_torch()
-    out = torch.empty_like(x)
-    return Contender("torch mm, dense", lambda: torch.mm(dense, x, out=out), lambda y: y)
+class Sampled(Case):
+    """A ∘ (X Yᵀ): results are compared as dense matrices; those of peers are X Yᵀ alone, and are
+    multiplied by A for that."""
 
+    def contenders(self) -> Iterator[Contender]:
+        torch, x, y = require_torch(), self.x, self.y
+        out = torch.empty_like(x)
+        run = lambda: torch.mm(x, y.T, out=out)  # noqa: E731
+        yield Contender("torch mm, dense", run, lambda z: z.float() * self.dense.float())
+        if self.name == "bsr":
+            bsr, numbers = self.bsr(), self.numbers(self.pack(self.fmt))
+            held = bsr.clone()
+            call = lambda: triton_kernels().sampled_addmm(bsr, x, y.T, beta=0.0, out=held)  # noqa: E731
+            for peer in (
+                *_where_it_runs("torch BSR, Triton", call),
+                *_where_it_runs("cuSPARSE BSR", lambda: cusparse.bsr_sddmm(bsr, x, y)),
+            ):
+                yield Contender(peer.impl, peer.run, lambda z: self.of_blocks(z, numbers))
+        pieces = self.lesson["in_pieces"](self.fmt, 4 if self.fmt.blocks[1] > 1 else 128)
+        packed = self.pack(pieces)
+        mine, kernel = self.numbers(packed), self.kernel("sddmm", pieces)
+        kept = kernel(packed, x, y)
+        yield Contender(
+            f"tilewright {self.name}_sddmm", lambda: kernel(packed, x, y, out=kept),
+            lambda z: self.spread(torch.as_tensor(z.values[0], device="cuda"), mine),
+            is_ours=True, is_default=True,
+        )  # fmt: skip
 
-def _spmm_peers(packed: Any, x: Any) -> Iterator[Contender]:
-    """torch's kernel and cuSPARSE's, for BSR."""
-    if not str(packed.format).startswith("bsr"):
-        return
-    torch = require_torch()
-    bsr = torch_bsr(packed, x.dtype)
-    out = torch.empty_like(x)
-    yield from _where_it_runs(
-        "torch BSR, Triton", lambda: triton_kernels().bsr_dense_mm(bsr, x, out=out)
-    )
-    yield from _where_it_runs("cuSPARSE BSR", lambda: cusparse.bsr_spmm(bsr, x))
+    def numbers(self, packed: Any) -> Any:
+        """For each stored position the number of its element in the dense matrix; 0 where it is
+        padding, which the first element is not checked for."""
+        numbers = np.flatnonzero(self.matrix).astype(np.int32)
+        values = packed.with_values(numbers).values[0]
+        return require_torch().as_tensor(values, device="cuda").long()
+
+    def spread(self, values: Any, numbers: Any) -> Any:
+        """Values at stored positions as a dense matrix."""
+        out = require_torch().zeros(self.dense.numel(), device="cuda")
+        out[numbers] = values.reshape(-1).float()
+        out[0] = 0
+        return out.reshape(self.dense.shape)
+
+    def of_blocks(self, z: Any, numbers: Any) -> Any:
+        """The result of a peer: a BSR tensor of torch, or its blocks."""
+        blocks = z if z.ndim == 3 else z.values()
+        return self.spread(blocks, numbers) * self.dense.float()
+
+    def check(self) -> Callable[[Any], str]:
+        x, y, a = self.x.double(), self.y.double(), self.dense.double()
+        expected = (x @ y.T) * a
+        magnitudes = (x.abs() @ y.abs().T) * a.abs()
+        rounded = require_torch().finfo(self.x.dtype).eps  # the peers' products are 16-bit
+        bound = _SUM_ERROR * magnitudes + rounded * expected.abs()
+        expected[0, 0] = 0
+
+        def wrong(got: Any) -> str:
+            got[0, 0] = 0
+            return elements_beyond(got, expected, bound)
+
+        return wrong
 
 
 def triton_kernels() -> Any:
     """torch's own kernels for BSR. Raises ImportError or AttributeError where Triton is missing."""
     return importlib.import_module("torch.sparse._triton_ops")
-
-
-def torch_bsr(packed: Any, dtype: Any) -> Any:
-    """A packed BSR matrix as torch's tensor: the same arrays."""
-    torch = require_torch()
-    (part,), (values,) = packed.structure.parts, packed.values
-    block, arrays = packed.format.blocks, part.arrays[1]
-    arrays = [torch.as_tensor(arrays[name], device="cuda") for name in ("indptr", "indices")]
-    values = torch.as_tensor(values, device="cuda").view(dtype).reshape(-1, *block)
-    return torch.sparse_bsr_tensor(*arrays, values, packed.shape)
 
 
 def _where_it_runs(name: str, make: Callable[[], Any]) -> Iterator[Contender]:
@@ -169,59 +227,3 @@ def _where_it_runs(name: str, make: Callable[[], Any]) -> Iterator[Contender]:
         note(f"{name}: {type(error).__name__}: {str(error)[:120]}")
         return
     yield Contender(name, run, lambda y: y)
-
-
-class Sampled:
-    """SDDMM of one matrix: contenders give the values at all stored positions, in their order."""
-
-    def __init__(self, matrix: np.ndarray, packed: Any, dense: Any, x: Any, y: Any) -> None:
-        torch = require_torch()
-        self.packed, self.dense, self.x, self.y = packed, dense.reshape(-1), x, y
-        numbers = np.flatnonzero(matrix).astype(np.int32)  # where the value at each position is
-        at = packed.with_values(numbers).values[0]
-        self.at = torch.as_tensor(at, device="cuda").long()
-
-    def contenders(self, ctas: int) -> Iterator[Contender]:
-        torch = require_torch()
-        out = torch.empty_like(self.x)
-        run = lambda: torch.mm(self.x, self.y.T, out=out)  # noqa: E731
-        yield Contender("torch mm, dense", run, lambda z: self.scaled(z.reshape(-1)[self.at]))
-        name = str(self.packed.format).partition("(")[0]
-        if name == "bsr":
-            bsr = torch_bsr(self.packed, self.x.dtype)
-            held = bsr.clone()
-            call = lambda: triton_kernels().sampled_addmm(  # noqa: E731
-                bsr, self.x, self.y.T, beta=0.0, out=held
-            )
-            for peer in (
-                *_where_it_runs("torch BSR, Triton", call),
-                *_where_it_runs("cuSPARSE BSR", lambda: cusparse.bsr_sddmm(bsr, self.x, self.y)),
-            ):
-                run = peer.run
-                yield Contender(peer.impl, run, self.scaled_blocks)
-        dtype, width = str(self.x.dtype)[6:], self.x.shape[1]
-        kernel = kernel_of("sddmm", self.packed.format, dtype, width, ctas=ctas)
-        kept = kernel(self.packed, self.x, self.y)
-        run = lambda: kernel(self.packed, self.x, self.y, out=kept)  # noqa: E731
-        yield Contender(
-            f"tilewright {name}_sddmm", run, lambda z: torch.as_tensor(z.values[0], device="cuda"),
-            is_ours=True, is_default=True,
-        )  # fmt: skip
-
-    def scaled_blocks(self, z: Any) -> Any:
-        """Those of a BSR tensor of torch, or of its blocks."""
-        return self.scaled((z if z.ndim == 3 else z.values()).reshape(-1))
-
-    def scaled(self, values: Any) -> Any:
-        """The peers' products, times the values of A."""
-        return values.float() * self.dense[self.at].float()
-
-    def check(self) -> Callable[[Any], str]:
-        x, y, a = self.x.double(), self.y.double(), self.dense[self.at].double()
-        expected = (x @ y.T).reshape(-1)[self.at] * a
-        magnitudes = (x.abs() @ y.abs().T).reshape(-1)[self.at] * a.abs()
-        rounded = require_torch().finfo(self.x.dtype).eps  # the peers' products are 16-bit
-
-        return lambda got: elements_beyond(
-            got.reshape(-1), expected, _SUM_ERROR * magnitudes + rounded * expected.abs()
-        )

@@ -11,6 +11,7 @@ rows that a block or a group of columns meets into shared memory, zeros where th
 import numpy as np
 
 import tilewright as tw
+from tilewright.ir.levels import Compressed, Fixed
 
 
 @tw.program
@@ -67,24 +68,34 @@ def row_of_blocks(s, d, block, sizes):
     return s.pipeline(columns, stages) if d % 8 == 0 else s
 
 
-def sddmm_on_tiles(s, d, group=32, warps=4, depth=64, stages=2, ctas=4):
-    """A warp has a block, or `group` columns of a stripe. `ctas` CTAs take the blocks of a row in
-    turn; warps of a CTA share the rows of X, and copy `depth` features at a time."""
+def in_pieces(fmt, most):
+    """The format with rows of blocks cut into pieces of `most` blocks or columns, the last one
+    padded: equal work for each CTA. SDDMM adds nothing up over pieces, so they may share rows."""
+    high, wide = fmt.blocks
+    pieces = Compressed(0, block=high, chunk=most)
+    slots = Fixed(1, block=wide if wide > 1 else 0, width=most)
+    return tw.Format(f"{fmt} in pieces of {most}", (pieces, slots, *fmt.levels[2:]))
+
+
+def sddmm_on_tiles(s, d, group=32, warps=4, depth=64, stages=0):
+    """A CTA has a row of blocks, or a piece of one, a warp a block, or `group` columns of a stripe,
+    at a time. The warps share the rows of X, and copy `depth` features at once."""
     s = s.specialize("d", d)
     rows, columns, block = s.rows, s.stored("j"), s.format_of(0).blocks
+    stages = stages or (3 if block[1] == 1 else 2)  # 4 CTAs on an SM
     if block[1] == 1:
         s, columns = s.split(columns, group, into=("j_o", "j_i")), "j_o"
-    s = s.split(columns, warps * ctas, into=("j_s", "j_c")).split("j_c", ctas, into=("j_y", "j_b"))
+    s = s.split(columns, warps, into=("j_s", "j_y"))
     high, wide = min(block[0], 16), 16 if block[0] == 8 else 8  # of a tile of the result
     s = s.split("i_i", high, into=("i_u", "i_v")).split("j_i", wide, into=("j_u", "j_v"))
     s = s.split("k", depth, into=("k_o", "k_r")).split("k_r", 16, into=("k_u", "k_v"))
-    s = s.reorder(rows, "j_b", "j_s", "k_o", "j_y", "k_u", "i_u", "j_u", "i_v", "j_v", "k_v")
+    s = s.reorder(rows, "j_s", "k_o", "j_y", "k_u", "i_u", "j_u", "i_v", "j_v", "k_v")
     s = s.unroll("i_u").unroll("j_u")
     if high == 8:
         s = s.reorder("j_v", "i_v").mma("j_v", "i_v", "k_v")
     else:
         s = s.mma("i_v", "j_v", "k_v")
-    s = s.bind(rows, "cta.x").bind("j_b", "cta.y").bind("j_y", "thread.y")
+    s = s.bind(rows, "cta.x").bind("j_y", "thread.y")
     s = s.cache("X", "k_o", "shared").cache("Y", "k_o", "shared")
     return s.pipeline("k_o", stages) if d % 8 == 0 else s
 

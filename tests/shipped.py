@@ -93,8 +93,10 @@ def _blocks(op: str, fmt: str, b: int, **sizes: int) -> Shipped:
     operands = ("A", "X", "Y")[: 3 if op == "sddmm" else 2]
     typed = getattr(module, op).typed(**dict.fromkeys(operands, "float16"))
     made = getattr(tw, fmt, None) or getattr(module, fmt)
+    pieces = sizes.pop("pieces", 0)
     schedule = getattr(module, f"{op}_on_tiles")
-    return Shipped(typed.decompose(A=made(b)).schedule(lambda s: schedule(s, 48, **sizes)))
+    chosen = module.in_pieces(made(b), pieces) if pieces else made(b)
+    return Shipped(typed.decompose(A=chosen).schedule(lambda s: schedule(s, 48, **sizes)))
 
 
 SHIPPED: dict[str, Shipped] = {
@@ -113,9 +115,8 @@ SHIPPED: dict[str, Shipped] = {
     "spmm hyb f64 32": _spmm(tw.hyb(), 32, "float64", targets=CUDA),
     "spmm by_length f32 128": _spmm(LENGTHS, 128, targets=CUDA),
     "spmm by_length f32 64": _spmm(SHORT, 64, targets=CPU),
-    "spmm by_length f16 128": _spmm(LENGTHS, 128, "float16", targets=CUDA),
+    "spmm by_length f16 128": _spmm(LENGTHS, 128, "float16", many=True, targets=CUDA),
     "spmm by_length f32 512 far": _spmm(LENGTHS, 512, far=True, targets=CUDA),
-    "spmm by_length f32 64 many": _spmm(LENGTHS, 64, many=True, targets=CUDA),
     **{f"spmm by_length f32 {d}": _spmm(SHORT, d, targets=CUDA) for d in (1, 7)},
     # SDDMM
     "sddmm csr f32 128": _sddmm(tw.csr(), 128),
@@ -131,7 +132,6 @@ SHIPPED: dict[str, Shipped] = {
     "spgemm fill f64": _fill(spgemm_count, spgemm_fill, "float64"),
     # matrix tiles
     "gemm f16": Shipped(gemm_definition("float16")),
-    "gemm f16 large": Shipped(gemm_definition("float16", 512, 256, "large"), CUDA),
     "gemm bf16 512x256": Shipped(gemm_definition("bfloat16", 512, 256, "few")),
     "bsr_spmm 16 f16 64": Shipped(bsr_spmm_definition(tw.bsr(16), "float16", 64)),
     "bsr_spmm 128 bf16 any": Shipped(bsr_spmm_definition(tw.bsr(128), "bfloat16")),
@@ -185,8 +185,8 @@ SHIPPED: dict[str, Shipped] = {
     ),
     "example 10 spmm dbsr": _blocks("spmm", "covering_dbsr", 16, features=16, warps=2),
     "example 10 spmm sr_bcrs": _blocks("spmm", "sr_bcrs", 8, features=16, warps=2),
-    "example 10 sddmm bsr": _blocks("sddmm", "bsr", 16, warps=2, depth=16, ctas=2),
-    "example 10 sddmm sr_bcrs": _blocks("sddmm", "sr_bcrs", 8, warps=2, depth=16, ctas=1, group=16),
+    "example 10 sddmm bsr": _blocks("sddmm", "bsr", 16, warps=2, depth=16),
+    "example 10 sddmm pieces": _blocks("sddmm", "sr_bcrs", 8, warps=2, depth=16, pieces=64),
 }
 
 

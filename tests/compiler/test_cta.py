@@ -180,8 +180,6 @@ LAST = "the barrier after the last reduction over rows of a CTA: no later access
 FIRST = "the first of four unrolled steps of a loop always exists"
 ROWS_0, ROWS_1 = {"rows 0 barrier 1": LAST}, {"rows 1 barrier 1": LAST}
 NO_WAIT = "two iterations and four buffers: no wait is for a group that the loop starts"
-NO_GROUP = "a group of columns that is not there has no column before the end of its stripe"
-OF_GROUP = "j_s * 2 + (thread_y + j_b) < (A.indptr1[i_o + 1] - A.indptr1[i_o] + 15) // 16"
 # Mutants that are the same program, by kernel.
 EQUIVALENT: dict[str, dict[str, str]] = {
     "spmm csc f32 64": {"guard 2: i_p.1 < A.indptr1[j_cta * 16 + thread_y + 1]": FIRST},
@@ -197,7 +195,6 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "gemm bf16 512x256": {"barrier Commit 2": NO_WAIT},
     # two reductions in one body
     "argmax": ROWS_1,
-    "example 10 sddmm sr_bcrs": {f"guard {n}: {OF_GROUP}": NO_GROUP for n in range(2)},
 }
 
 

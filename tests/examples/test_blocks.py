@@ -14,12 +14,19 @@ from tests.shipped import lesson
 import tilewright as tw
 from tilewright import dtypes
 from tilewright.errors import ScheduleError
+from tilewright.ir.levels import Dense, Fixed
 from tilewright.toolchain import nvrtc
 
 module = lesson("10_blocks.py")
 FORMATS = (tw.bsr(16), tw.bsr(32), tw.dbsr(16), tw.dbsr(32), tw.sr_bcrs(8), tw.sr_bcrs(16))
 COVERING = module.covering_dbsr(16), module.covering_dbsr(32)
-CASES = [(op, fmt) for op in ("spmm", "sddmm") for fmt in FORMATS + COVERING]
+PIECES = [module.in_pieces(f, 2 if f.blocks[1] > 1 else 32) for f in FORMATS[::2] + FORMATS[5:]]
+STRIPES = [  # padded: every stripe has the same number of slots
+    tw.Format(f"ell({b})", (Dense(0, block=b), Fixed(1, width=49), Dense(0, block=b, inner=True)))
+    for b in (8, 16)
+]
+CASES = [("spmm", fmt) for fmt in (*FORMATS, *COVERING, *STRIPES)]
+CASES += [("sddmm", fmt) for fmt in (*FORMATS, *COVERING, *PIECES)]
 HALVES = ("float16", "bfloat16")
 SIZES = [(96, 64, 32), (1, 1, 29), (37, 45, 29), (7, 130, 32)]  # m, n, d
 
@@ -36,6 +43,7 @@ def half(rng: np.random.Generator, shape: tuple[int, int], dtype: str) -> np.nda
 def packed(fmt: Any, kind: str, m: int, n: int, dtype: str, rng: np.random.Generator) -> Any:
     """A matrix with a row of blocks that is empty, and NaN in all padding."""
     dense = matrix(kind, m, n, rng)
+    dense[:, 49:] *= fmt not in STRIPES
     dense[fmt.blocks[0] : 2 * fmt.blocks[0]] = 0
     return pack(fmt, dense, dtype)
 
@@ -80,7 +88,7 @@ def test_on_threads_of_the_interpreter(name, fmt, rng):
     m, n = (int(x) for x in rng.integers(1, 40, 2))
     for d in (8, 5):
         options = {"warps": 2, "stages": 2}
-        options |= {"group": 16} if name == "spmm" else {"depth": 16, "ctas": 2}
+        options |= {"group": 16} if name == "spmm" else {"depth": 16}
         program, recipe = definition(name, fmt, d, dtype, **options)
         a = packed(fmt, kind, m, n, dtype, rng)
         seen = after_every_pass(program, arguments(name, a, d, dtype, rng), recipe, "cuda:sm_80")
@@ -118,6 +126,9 @@ def test_formats_store_columns(rng):
     stripes = np.pad(dense, ((0, 3), (0, 0))).reshape(3, 8, 30).any(1)
     assert len(a.values[0]) == 8 * stripes.sum() and np.array_equal(a.dense(), dense)
     assert a.format.blocks == (8, 1) and str(a.format) == "sr_bcrs(8)"
+    pieces = module.in_pieces(tw.sr_bcrs(8), 4).pack(dense)
+    groups = -(-stripes.sum(1) // 4)
+    assert len(pieces.values[0]) == 4 * 8 * groups.sum() and np.array_equal(pieces.dense(), dense)
 
 
 def test_tiles_of_other_heights_are_refused(rng):
@@ -133,7 +144,7 @@ def test_tiles_of_other_heights_are_refused(rng):
 def test_cubins_copy_16_bytes_and_spill_nothing(name, fmt, arch):
     program, recipe = definition(name, fmt, 256, "float16" if name == "spmm" else "bfloat16")
     kernel = program.schedule(recipe).build(f"cuda:{arch}")
-    assert "copy_async<uint16_t, 8>" in kernel.source and "tw::mma<" in kernel.source
+    assert "copy_async<uint16_t, 8>" in kernel.source and "tw::mma" in kernel.source
     assert all(found.spill_bytes == 0 for found in kernel.resources.values())
 
 

@@ -32,7 +32,7 @@ def pipeline_loops(program: ir.Program) -> ir.Program:
 def _visit(s: Any, repeated: bool) -> Any:
     """`repeated`: a loop around `s` runs it again in the same CTA."""
     if isinstance(s, ir.For):
-        repeated_below = repeated or s.kind not in (*ir.GRID, *ir.THREADS)
+        repeated_below = repeated or (s.kind not in (*ir.GRID, *ir.THREADS) and s.extent != 1)
         s = ir.rebuild(s, lambda x: _visit(x, repeated_below))
         return _pipelined(s, repeated) if s.kind == "pipeline" else s
     return ir.rebuild(s, lambda x: _visit(x, repeated)) if isinstance(s, (ir.Seq, ir.If)) else s

@@ -278,15 +278,16 @@ class _Staging:
         rest: ir.Expr = at
         starts: dict[str, ir.Expr] = {}
         digits: list[ir.Stmt] = []
-        for f in reversed(loops):
-            wide = lanes if f is loops[-1] else 1
+        order = [f for group in self.groups for f in group]
+        for f in reversed(order):
+            wide = lanes if f is order[-1] else 1
             extent = (f.extent or 1) // wide
-            digit = rest if f is loops[0] else ir.binary("%", rest, extent)
-            rest = ir.binary("//", rest, extent)
+            digit = rest if f is order[0] else ir.binary("%", rest, extent)
+            rest = ir.simplify(ir.binary("//", rest, extent))
             if wide > 1:
                 starts[f.name] = ir.mul(digit, wide)
                 digit = ir.add(starts[f.name], lane)
-            digits.append(ir.Let(fresh[f.name], digit))
+            digits.append(ir.Let(fresh[f.name], ir.simplify(digit)))
         element = self._element(
             scratch, fresh, tuple(ir.substitute(i, fresh) for i in self._index()), starts
         )

@@ -271,10 +271,6 @@ class Runner:
         of = [*range(answers), *range(first, first + len(stops))]
         placed = [*zip(chunks, at, [1] * answers + sizes, of, strict=True)]
         views, total = self._kv(first, first + len(stops)), front + int(indptr[-1])
-        to_plan = views[0]
-        if not self.joins:
-            to_plan = KV(self._table(self.short, first, first + len(stops)), self.pools[0])
-        plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
         ends = [n + c.stop - c.start - 1 for c, n, *_ in placed[answers:] if c.wants_token]
         if picked := [*range(front), *ends]:
             self._write_ints(self.ends, picked)
@@ -290,13 +286,20 @@ class Runner:
             bound[attention] = one
             return one()
 
-        count = total + (-total % BUCKET if model.products else 0)
+        count, parts = total + (-total % BUCKET if model.products else 0), []
         self._write(placed, count)
         b = self._rows(count, few=False)
         if model.products:
             if (front, count) not in self._parts:
                 self._parts[front, count] = self._record(front, count)
-            for part in self._parts[front, count]:
+            part, *parts = self._parts[front, count]
+            part()  # while the host plans
+        to_plan = views[0]
+        if not self.joins:
+            to_plan = KV(self._table(self.short, first, first + len(stops)), self.pools[0])
+        plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
+        if model.products:
+            for part in parts:
                 attend(*part) if isinstance(part, tuple) else part()
         else:
             model.forward(b, (self.keys, self.values), attend, do=call)
@@ -304,7 +307,7 @@ class Runner:
             count, begin, few = len(picked), first - front, len(picked) <= self.few
             last = {name: rows(a, begin, begin + count) for name, a in self.last.items()}
             if model.is_wide(few):
-                last["normed"] = rows(self.wide["added"], 0, count)
+                last["normed"] = rows(self.wide["normed"], 0, count)
             picks = rows(self.ends, 0, count)
             embedding_kernel("f32", model.name)(picks, b.a["x"], out=last["x"])
             model.finish(last, few, do=call)

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tilewright import dtypes
 from tilewright.attention import spec as specs
 from tilewright.attention.families import hopper
-from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
+from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import CUT, ROWS, TILE, head_block, of_front
@@ -23,9 +22,11 @@ from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
 KEYS = 16  # of a tile, for each warp
+MOST_ROWS = 32  # packed rows where a plan says so, keys are not shared and rows are short
 WARPS = TILE // KEYS
-# Stages of a warp's ring: more bytes in flight lengthen the queue at the memory and gain nothing.
-STAGES = 2
+# Stages of a warp's ring, of rows up to SHORT_ROW elements (more bytes in flight lengthen the queue
+# at the memory) and of longer ones, whose K and V come in turns.
+STAGES, SHORT_ROW = (2, 1), 128
 THREADS = WARPS * 32
 # Resident at once: what the registers of a CTA are limited to. Three are no faster.
 CTAS_PER_SM = 2
@@ -34,17 +35,15 @@ ALONE, BEHIND, FRONT = range(3)  # kinds of launches where requests share keys (
 
 def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
     """Why the kernel cannot run a call, or "" where it can."""
-    if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
-        return "q, k and v are not all float16 or all bfloat16"
-    if spec.head_dim % 8 or spec.head_dim > 128 or spec.head_dim_vo != spec.head_dim:
-        return "head_dim is no multiple of 8 up to 128, the same for K and V"
-    if rows > ROWS:
-        return f"a request has {rows} rows (queries × group), more than {ROWS}"
-    if pool is not None:
-        strides = (*pool.k.strides[:3], *pool.v.strides[:3])
-        if any(a % 16 for a in (pool.k.pointer, pool.v.pointer, *(2 * n for n in strides))):
-            return "rows of k or v are not aligned to 16 bytes"
-    return ""
+    if reason := refusal(spec, rows, pool):
+        return reason
+    if spec.head_dim_vo > spec.head_dim:
+        return "rows of V are longer than those of K"
+    long, shared = spec.head_dim > SHORT_ROW, spec.table.shared
+    if long and shared:
+        return f"keys are shared and head_dim is above {SHORT_ROW}"
+    most = ROWS if long or shared else MOST_ROWS
+    return f"a request has {rows} rows (queries × group), more than {most}" if rows > most else ""
 
 
 # ---------------------------------------------------------------------------- the kernel
@@ -52,7 +51,7 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
 
 def blocks_of(rows: int) -> int:
     """Blocks of 8 packed rows of a unit, for at most `rows` of a request."""
-    return 1 if rows <= 8 else 2
+    return 4 if rows > ROWS else 1 if rows <= 8 else 2
 
 
 def _columns(head_dim: int) -> int:
@@ -62,9 +61,10 @@ def _columns(head_dim: int) -> int:
 
 def smem_bytes(spec: Spec, blocks: int, kind: int = ALONE) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
-    rows = WARPS * blocks * 8
-    ring = WARPS * STAGES * 2 * KEYS * (_columns(spec.head_dim) + 8) * 2
-    return ring + rows * 8 + 16 + rows * 16 * (kind == FRONT)
+    k, v, rows = _columns(spec.head_dim), _columns(spec.head_dim_vo), blocks * 8
+    ring = WARPS * STAGES[spec.head_dim > SHORT_ROW] * KEYS * (k + v + 16) * 2
+    ring += (blocks * k > 256) * rows * (k + 8) * 2  # q, where it takes too many registers
+    return ring + WARPS * rows * 8 + 16 + WARPS * rows * 16 * (kind == FRONT)
 
 
 def partial_floats(head_dim: int, blocks: int, ctas: int, rows: int = 0) -> tuple[int, int]:
@@ -91,9 +91,10 @@ def source(spec: Spec, together: int, blocks: int, kind: int = ALONE, block: int
     """The CUDA C++ of one kernel; `together`: KV heads of one range; `blocks` of 8 packed rows;
     `block`: queries of an item of a launch in front."""
     numbers = {
-        "D": spec.head_dim, "G": spec.group, "BLOCKS": blocks, "HEAD_BLOCK": together,
-        "WARPS": WARPS, "STAGES": STAGES, "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS,
-        "ALONE": ALONE, "BEHIND": BEHIND, "FRONT": FRONT, "KIND": kind, "BLOCK": block,
+        "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BLOCKS": blocks,
+        "HEAD_BLOCK": together, "WARPS": WARPS, "STAGES": STAGES[spec.head_dim > SHORT_ROW],
+        "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS, "ALONE": ALONE, "BEHIND": BEHIND, "FRONT": FRONT,
+        "KIND": kind, "BLOCK": block,
     }  # fmt: skip
     types = f"using Element = uint16_t;\nusing Kind = tw::{spec.kv.name}_bits;"
     text = specs.namespace("attention", *specs.constants(numbers), types)

@@ -16,15 +16,19 @@
 // other one runs, and adds the states where a row ends. Where nothing is in front a request walks all of its keys (ALONE).
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, variant.h, the constants of
-// `attention` (D head_dim, G query heads of a KV head, BLOCKS of 8 packed rows of a unit, HEAD_BLOCK, WARPS, STAGES,
-// CTAS of an SM, MAX_KEYS, KIND, BLOCK queries of an item of the launch in front; the types Element and Kind), the structs `Params`, `Cut`, `At` and `Variant`.
+// `attention` (DK and DV: elements of a row of K and of V, G query heads of a KV head, BLOCKS of 8 packed rows of a unit,
+// HEAD_BLOCK, WARPS, STAGES, CTAS of an SM, MAX_KEYS, KIND, BLOCK queries of an item of the launch in front; the types
+// Element and Kind), the structs `Params`, `Cut`, `At` and `Variant`.
 //
 // Launch: grid = ranges × HEAD_BLOCK (FRONT: any number of CTAs), THREADS threads, SMEM_BYTES of dynamic shared memory:
-//   [warp][stage][16 rows of K, 16 rows of V][ROW elements]   a row ends in 16 bytes against conflicts
+//   [warp][stage][16 rows of K of ROW_K elements, 16 rows of V of ROW_V]   a row ends in 16 bytes against conflicts
 //   [warp][packed row] (row maximum, row sum); one word: whether this CTA arrived last
+//   where Q_SHARED: [packed row][ROW_K elements] of q
 //   where KIND is FRONT: [warp][row of q] whose it is
 // Where a unit ends, the stage that was read last holds the outputs of each warp.
-// Assumes: fewer than 2^32 pages; D a multiple of 8, rows of K and V 16-byte aligned, q rows × G at most 8 · BLOCKS for a request.
+// One stage (rows too long for two): the keys of the next tile are copied when those of this one have been read,
+// and so are its values, so that one of the two is always under way.
+// Assumes: fewer than 2^32 pages; DK and DV multiples of 8, rows of K and V 16-byte aligned, q rows × G at most 8 · BLOCKS for a request.
 
 namespace attention {
 
@@ -32,25 +36,33 @@ constexpr int THREADS = WARPS * 32;
 constexpr int KEYS = 16;             // of a tile, for one warp
 constexpr int TILE = WARPS * KEYS;   // keys of a tile
 constexpr int LEVELS = table::LEVELS;
-constexpr int ROWS = BLOCKS * 8;  // the columns of the matrix operand
-constexpr int TOKENS = ROWS / G;    // of a unit, where a launch in front does it
-constexpr int DP = (D + 15) / 16 * 16;
-constexpr int CHUNKS = DP / 8;       // of 16 bytes, in a row
-constexpr int ROW = DP + 8;          // elements of a row in shared memory
-constexpr int STAGE = 2 * KEYS * ROW;  // elements
+constexpr int ROWS = BLOCKS * 8;     // the columns of the matrix operand
+constexpr int TOKENS = ROWS / G;     // of a unit, where a launch in front does it
+template <int N> constexpr int PADDED = (N + 15) / 16 * 16;
+constexpr int DKP = PADDED<DK>, DP = PADDED<DV>;
+constexpr int ROW_K = DKP + 8, ROW_V = DP + 8;    // elements of a row in shared memory
+constexpr int STAGE = KEYS * (ROW_K + ROW_V);     // elements
+constexpr bool APART = STAGES == 1;               // keys and values are waited for one after the other
+constexpr bool Q_SHARED = BLOCKS * DKP > 256;     // q stays in shared memory: its registers are for the outputs
 constexpr int RING_BYTES = WARPS * STAGES * STAGE * 2;
 constexpr int SUMS_BYTES = WARPS * ROWS * 8 + 16;
-constexpr int SMEM_BYTES = RING_BYTES + SUMS_BYTES + (KIND == FRONT ? WARPS * ROWS * 16 : 0);
+constexpr int Q_BYTES = Q_SHARED ? ROWS * ROW_K * 2 : 0;
+constexpr int SMEM_BYTES = RING_BYTES + SUMS_BYTES + Q_BYTES + (KIND == FRONT ? WARPS * ROWS * 16 : 0);
 constexpr int PITCH = DP + 4;        // floats of a row of outputs in shared memory: no bank conflicts
 constexpr int PARTIAL = ROWS * (DP + 2);  // floats of a partial state: outputs, then (maximum, sum) a row
 constexpr int STATE = DP + 8;        // floats of a state that a launch in front leaves: outputs, maximum, sum
 constexpr float LOG2E = 1.4426950408889634f;
-static_assert(STAGE * 2 >= ROWS * PITCH * 4, "a stage holds the outputs of a warp");
+constexpr int OUT_AT = APART ? KEYS * ROW_K : 0;  // where a stage holds the outputs of a warp, some rows at a time
+template <int N> constexpr bool OUT_FITS = N * 8 * PITCH * 4 <= (STAGE - OUT_AT) * 2;
+constexpr int OUT_BLOCKS = OUT_FITS<BLOCKS> ? BLOCKS : OUT_FITS<2> ? 2 : 1;
+static_assert(OUT_FITS<OUT_BLOCKS> && BLOCKS % OUT_BLOCKS == 0, "a stage holds outputs of a warp");
+static_assert(LEVELS == 1 || !APART && !Q_SHARED && OUT_BLOCKS == BLOCKS, "long rows are of requests that share no keys");
 
 }  // namespace attention
 
 #include "shared_items.cuh"
 #include "decode_walk.cuh"
+#include "decode_query.cuh"
 
 namespace attention {
 
@@ -94,10 +106,25 @@ struct Copier {
     ahead = load_entry(p, first + 2, warp, lane);
   }
 
-  // The keys and values of the next tile on their way to shared memory; zeros beyond the length. Behind a
-  // unit it goes on with the next one.
+  // Copy `i` of a lane, of 16 bytes of some of 16 rows of N elements.
+  template <int N>
+  TW_INLINE void copy_part(int i, Element* to, const Element* rows, int64_t at, int valid, int from, int lane) {
+    constexpr int CHUNKS = PADDED<N> / 8;
+    constexpr bool WHOLE = 32 % CHUNKS == 0;  // rows: addresses are a constant apart
+    if (i * 32 >= KEYS * CHUNKS) return;
+    const int n = i * 32 + lane, row = WHOLE ? lane / CHUNKS + i * (32 / CHUNKS) : n / CHUNKS, chunk = WHOLE ? lane % CHUNKS : n % CHUNKS;
+    const int64_t row_at = __shfl_sync(0xffffffffu, at, from + row % KEYS);
+    if (KEYS * CHUNKS % 32 == 0 || row < KEYS) {
+      const int bytes = row < valid && chunk < N / 8 ? 16 : 0;
+      tw::copy_async_16(to + row * (PADDED<N> + 8) + chunk * 8, rows + row_at + (bytes ? chunk * 8 : 0), bytes);
+    }
+  }
+
+  // The keys and values of the next tile (or first the ones, then the others) on their way to shared memory;
+  // zeros beyond the length. Behind a unit it goes on with the next one.
+  template <bool COPY_K = true, bool COPY_V = true>
   TW_INLINE void issue(const Params& p, const Variant& variant, const Range& range, Element* ring, int member, int warp, int lane) {
-    if (in_range(w, range) && w.tile >= w.end) {
+    if (COPY_K && in_range(w, range) && w.tile >= w.end) {
 #pragma unroll 1
       do {
         if (has_piece(w, range)) next_piece(w, p, variant, range);
@@ -117,19 +144,15 @@ struct Copier {
       const Element* v = p.v + w.head * p.v_head;
       Element* to = ring + stage * STAGE;
 #pragma unroll
-      for (int i = 0; i < (KEYS * CHUNKS + 31) / 32; ++i) {
-        constexpr bool WHOLE = 32 % CHUNKS == 0;  // rows: addresses are a constant apart
-        const int n = i * 32 + lane, row = WHOLE ? lane / CHUNKS + i * (32 / CHUNKS) : n / CHUNKS, chunk = WHOLE ? lane % CHUNKS : n % CHUNKS;
-        const int64_t k_at = __shfl_sync(0xffffffffu, k_row, from + row % KEYS);
-        const int64_t v_at = __shfl_sync(0xffffffffu, v_row, from + row % KEYS);
-        if (KEYS * CHUNKS % 32 == 0 || row < KEYS) {
-          const int bytes = row < valid && chunk < D / 8 ? 16 : 0;
-          const int column = bytes ? chunk * 8 : 0;
-          tw::copy_async_16(to + row * ROW + chunk * 8, k + k_at + column, bytes);
-          tw::copy_async_16(to + (KEYS + row) * ROW + chunk * 8, v + v_at + column, bytes);
-        }
+      for (int i = 0; i < (KEYS * (DKP > DP ? DKP : DP) / 8 + 31) / 32; ++i) {
+        if constexpr (COPY_K) copy_part<DK>(i, to, k, k_row, valid, from, lane);
+        if constexpr (COPY_V) copy_part<DV>(i, to + KEYS * ROW_K, v, v_row, valid, from, lane);
       }
-      next_tile(p, warp, lane);
+      if constexpr (COPY_V) next_tile(p, warp, lane);
+    }
+    if constexpr (!COPY_V) {
+      tw::copy_async_commit();
+      return;
     }
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     tw::copy_async_commit();
@@ -155,28 +178,8 @@ TW_INLINE void reset(Rows& r) {
   }
 }
 
-// Fragments of q: the rows of a unit; in place of those behind its last any other.
-struct Query { uint32_t b[BLOCKS][DP / 16][2]; };
-
-TW_INLINE void load_query(Query& q, const Params& p, const Walk& w, int lane) {
-#pragma unroll
-  for (int n = 0; n < BLOCKS; ++n) {
-    const int own = n * 8 + (lane >> 2), row = own < w.rows ? own : 0;
-    const int column0 = (lane & 3) * 2;
-    const Element* from = p.q + (w.token + row / G) * p.q_token + (w.head * G + row % G) * p.q_head + column0;
-#pragma unroll
-    for (int j = 0; j < DP / 16; ++j)
-#pragma unroll
-      for (int low = 0; low < 2; ++low) {
-        constexpr int PADDED = DP != D;  // the last columns of a row do not exist
-        const int column = j * 16 + low * 8;
-        q.b[n][j][low] = w.rows > 0 && (!PADDED || column + column0 < D) ? *reinterpret_cast<const uint32_t*>(from + column) : 0u;
-      }
-  }
-}
-
 // Whose the rows of q of a unit are, in the memory of one warp.
-TW_INLINE tw::Row* rows_of_warp(char* smem, int warp) { return reinterpret_cast<tw::Row*>(smem + RING_BYTES + SUMS_BYTES) + warp * ROWS; }
+TW_INLINE tw::Row* rows_of_warp(char* smem, int warp) { return reinterpret_cast<tw::Row*>(smem + RING_BYTES + SUMS_BYTES + Q_BYTES) + warp * ROWS; }
 TW_INLINE void load_rows(const Params& p, const Walk& w, tw::Row* rows, int lane) {
   if constexpr (LEVELS > 1 && KIND == FRONT) {
     for (int t = lane; t < w.rows / G; t += 32) rows[t] = tw::row_of(p, w.node, w.token + t, MAX_KEYS);
@@ -233,21 +236,30 @@ TW_INLINE void add_values(Rows& rows, const float (&s)[BLOCKS][4], const bool (&
 }
 
 // 16 keys for one warp, from key0 on, whose rows lie in a stage.
-TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Query& q, const tw::Row* whose, const Element* stage, int key0, Rows& rows, int lane) {
+// `keys_read` is called when the keys are, `values_ready` in front of the first value; both where no row sees a key, too.
+template <class Q, class Read, class Ready>
+TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Q& q, const tw::Row* whose, const Element* stage, int key0, Rows& rows, int lane, bool exists, Read keys_read, Ready values_ready) {
   const int last = key0 + KEYS < w.keys.length ? key0 + KEYS - 1 : w.keys.length - 1;
   const tw::Bound kv{w.keys.position(key0), w.keys.position(last)}, number{w.keys.number(key0), w.keys.number(last)};
-  const int kind = last < key0 ? tw::EMPTY : variant.tile_class(tile_of(p, w, kv, number));
-  if (kind == tw::EMPTY) return;
+  const int kind = last < key0 || !exists ? tw::EMPTY : variant.tile_class(tile_of(p, w, kv, number));
+  if (kind == tw::EMPTY) {
+    keys_read();
+    values_ready();
+    return;
+  }
   const bool full = last == key0 + KEYS - 1 && kind == tw::FULL;
   float s[BLOCKS][4] = {};
-  const Element* k = stage + (lane & 15) * ROW + (lane >> 4) * 8;
+  const Element* k = stage + (lane & 15) * ROW_K + (lane >> 4) * 8;
 #pragma unroll
-  for (int j = 0; j < DP / 16; ++j) {
+  for (int j = 0; j < DKP / 16; ++j) {
+    uint32_t b[BLOCKS][2];
+    q.load(b, j);
     uint32_t a[4];
     tw::load_matrices(a, k + j * 16);
 #pragma unroll
-    for (int n = 0; n < BLOCKS; ++n) tw::mma<Kind>(s[n], a, q.b[n][j][0], q.b[n][j][1]);
+    for (int n = 0; n < BLOCKS; ++n) tw::mma<Kind>(s[n], a, b[n][0], b[n][1]);
   }
+  keys_read();
   bool visible[2] = {};  // keys lane / 4 and 8 later, to any row of this lane
   float largest[BLOCKS][2], rescale[BLOCKS][2];
   auto each_score = [&](auto value) {  // x = value(x, where it is)
@@ -298,7 +310,8 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
 #pragma unroll
         for (int i = 0; i < 4; ++i) rows.o[n][j][i] *= rescale[n][i & 1];
   }
-  const Element* v = stage + (KEYS + (lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
+  values_ready();
+  const Element* v = stage + KEYS * ROW_K + ((lane & 7) + (lane >> 4) * 8) * ROW_V + (lane >> 3 & 1) * 8;
   if (full) add_values<false>(rows, s, visible, v);
   else add_values<true>(rows, s, visible, v);
 }
@@ -316,10 +329,22 @@ TW_INLINE void run(const Params& p, const Variant& variant, Walk& w, const Range
   tw::Row* whose = rows_of_warp(smem, warp);
   Copier copier(p, w);
   copier.start_unit(p, warp, lane);
-  Query q;
+  typename QueryOf<Q_SHARED>::type q(reinterpret_cast<Element*>(smem + RING_BYTES + SUMS_BYTES));
   load_query(q, p, w, lane);
   load_rows(p, w, whose, lane);
   int stage = 0, issued = 0;
+  auto keys_read = [&] {
+    if constexpr (APART) {
+      __syncwarp();
+      copier.template issue<true, false>(p, variant, range, ring, member, warp, lane);
+    }
+  };
+  auto values_ready = [&] {
+    if constexpr (APART) {
+      tw::copy_async_wait<1>();
+      __syncwarp();
+    }
+  };
 #pragma unroll 1
   while (in_range(w, range)) {
     Rows rows;
@@ -328,15 +353,27 @@ TW_INLINE void run(const Params& p, const Variant& variant, Walk& w, const Range
     for (;; next_piece(w, p, variant, range)) {
 #pragma unroll 1
       for (; w.tile < w.end; ++w.tile) {
+        if constexpr (!APART) {
 #pragma unroll 1
-        do {  // one place that issues copies: a few tiles of them in front of the first
-          if (issued >= STAGES - 1) {
-            tw::copy_async_wait<STAGES - 2>();
+          do {  // one place that issues copies: a few tiles of them in front of the first
+            if (issued >= STAGES - 1) {
+              tw::copy_async_wait<STAGES - 2>();
+              __syncwarp();
+            }
+            copier.issue(p, variant, range, ring, member, warp, lane);
+          } while (++issued < STAGES);
+        }
+        const int key0 = w.seen.at(w.tile) * TILE + warp * KEYS;
+#pragma unroll 1
+        do {  // where they are copied apart: once for the first keys, then for each tile
+          if (APART && issued) {
             __syncwarp();
+            copier.template issue<false, true>(p, variant, range, ring, member, warp, lane);
+            values_ready();  // the keys, too, by the order of the copies
           }
-          copier.issue(p, variant, range, ring, member, warp, lane);
-        } while (++issued < STAGES);
-        attend(p, variant, w, q, whose, ring + stage * STAGE, w.seen.at(w.tile) * TILE + warp * KEYS, rows, lane);
+          const bool exists = !APART || issued;
+          attend(p, variant, w, q, whose, ring + stage * STAGE, key0, rows, lane, exists, keys_read, values_ready);
+        } while (APART && issued++ == 0);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
       }
       if (!has_piece(w, range)) break;
@@ -365,8 +402,14 @@ TW_INLINE void body(const Params& p, unsigned cta, unsigned ctas, unsigned threa
         run(p, variant, w, range, smem, cta, thread, 0);
       }
     }
-  } else {
+  } else if constexpr (!Q_SHARED) {
     const Range range = range_of(p, cta);
+    Walk w = start(p, variant, range, cta % HEAD_BLOCK);
+    if (in_range(w, range)) run(p, variant, w, range, smem, cta, thread, cta % HEAD_BLOCK);
+  } else {
+    __shared__ Range range;  // the tiles take all registers
+    if (thread == 0) range = range_of(p, cta);
+    tw::bar_sync(1, THREADS);
     Walk w = start(p, variant, range, cta % HEAD_BLOCK);
     if (in_range(w, range)) run(p, variant, w, range, smem, cta, thread, cta % HEAD_BLOCK);
   }
