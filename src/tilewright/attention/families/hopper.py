@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
+from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, loaded, namespace
@@ -66,10 +66,10 @@ def rows_of(spec: Spec) -> int:
     return tiles_of(spec).groups * 64
 
 
-def refuses(spec: Spec, _rows: int, pool: Pool | None) -> str:
+def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
     """Why the kernel cannot run a call, or "" where it can."""
-    if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
-        return "q, k and v are not all float16 or all bfloat16"
+    if reason := refusal(spec, rows, pool):
+        return reason
     if (spec.head_dim, spec.head_dim_vo) not in TILES:
         return f"head_dim and head_dim_vo are none of {', '.join(map(str, TILES))}"
     if spec.group > MAX_GROUP:
@@ -83,8 +83,6 @@ def refuses(spec: Spec, _rows: int, pool: Pool | None) -> str:
     if spec.table.table_entries and pool.page_size & (pool.page_size - 1):
         return f"page_size {pool.page_size} is no power of two"
     strides = (*pool.k.strides[:3], *pool.v.strides[:3])
-    if any(a % 16 for a in (pool.k.pointer, pool.v.pointer, *(2 * n for n in strides))):
-        return "rows of k or v are not aligned to 16 bytes"
     if min(strides) < 0:
         return "k or v has a negative stride"
     if spec.table.table_entries and pool.page_size < 8 and max(strides) >> 31:
