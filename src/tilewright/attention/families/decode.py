@@ -18,15 +18,12 @@ from tilewright.errors import ArgumentError
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
-KEYS, ROWS = 16, NARROW_ROWS  # keys of a tile for each warp; packed rows of a request
-MOST_ROWS = 32  # packed rows where a plan says so, keys are not shared and rows are short
+KEYS, ROWS = 16, NARROW_ROWS  # keys of a tile for each warp; the most packed rows of a request
 WARPS = TILE // KEYS
 # Stages of a warp's ring, of rows up to SHORT_ROW elements (more bytes in flight lengthen the queue
 # at the memory) and of longer ones, whose K and V come in turns.
 STAGES, SHORT_ROW = (2, 1), 128
 THREADS = WARPS * 32
-# Resident at once: what the registers of a CTA are limited to. Three are no faster.
-CTAS_PER_SM = 2
 WIDE_BLOCKS = WIDE_ROWS // WARPS // 8  # of 8 packed rows, for a warp where many requests share keys
 WIDE_GROUPS = 4  # of 16 keys that such a warp works on at once
 
@@ -37,11 +34,9 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
         return reason
     if spec.head_dim_vo > spec.head_dim:
         return "rows of V are longer than those of K"
-    long, shared = spec.head_dim > SHORT_ROW, spec.table.shared
-    if long and shared:
+    if spec.head_dim > SHORT_ROW and spec.table.shared:
         return f"keys are shared and head_dim is above {SHORT_ROW}"
-    most = ROWS if long or shared else MOST_ROWS
-    return f"a request has {rows} rows (queries × group), more than {most}" if rows > most else ""
+    return f"a request has {rows} rows (queries × group), more than {ROWS}" if rows > ROWS else ""
 
 
 # ---------------------------------------------------------------------------- the kernel
@@ -50,7 +45,12 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
 def blocks_of(rows: int, shared: int = 0) -> int:
     """Blocks of 8 packed rows of a narrow unit, for at most `rows` of a request; where requests
     share keys their rows fill two."""
-    return 4 if rows > ROWS else 1 if rows <= 8 and not shared else 2
+    return 1 if rows <= 8 and not shared else 2
+
+
+def ctas_per_sm(head_dim: int) -> int:
+    """CTAs at once, whose registers are limited so: short rows are more tiles for as many bytes."""
+    return 3 if head_dim <= 64 else 2
 
 
 def _columns(head_dim: int) -> int:
@@ -92,8 +92,8 @@ def source(spec: Spec, together: int, blocks: int) -> str:
     numbers = {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BLOCKS": blocks,
         "WIDE_BLOCKS": WIDE_BLOCKS, "WIDE_GROUPS": WIDE_GROUPS, "HEAD_BLOCK": together,
-        "WARPS": WARPS, "STAGES": STAGES[spec.head_dim > SHORT_ROW], "CTAS": CTAS_PER_SM,
-        "MAX_KEYS": MAX_KEYS,
+        "WARPS": WARPS, "STAGES": STAGES[spec.head_dim > SHORT_ROW],
+        "CTAS": ctas_per_sm(spec.head_dim), "MAX_KEYS": MAX_KEYS,
     }  # fmt: skip
     types = f"using Element = uint16_t;\nusing Kind = tw::{spec.kv.name}_bits;"
     text = specs.namespace("attention", *specs.constants(numbers), types)
@@ -139,5 +139,5 @@ def _prepare(call: Call) -> Prepared:
 
 
 FAMILY = Family(
-    "decode", "cuda", lambda spec: ROWS, "", CTAS_PER_SM, refuses, _prepare, shares=True
+    "decode", "cuda", lambda spec: ROWS, "", ctas_per_sm, refuses, _prepare, shares=True
 )

@@ -295,4 +295,4 @@ def _prepare(call: Call) -> Prepared:
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
 
 
-FAMILY = Family("hopper", "cuda", rows_of, "batch", 0, refuses, _prepare, order)
+FAMILY = Family("hopper", "cuda", rows_of, "batch", None, refuses, _prepare, order)
