@@ -77,11 +77,12 @@ def in_pieces(fmt, most):
     return tw.Format(f"{fmt} in pieces of {most}", (pieces, slots, *fmt.levels[2:]))
 
 
-def sddmm_on_tiles(s, d, group=32, warps=4, depth=64, stages=2):
+def sddmm_on_tiles(s, d, group=32, warps=4, depth=64, stages=0):
     """A CTA has a row of blocks, or a piece of one, a warp a block, or `group` columns of a stripe,
     at a time. The warps share the rows of X, and copy `depth` features at once."""
     s = s.specialize("d", d)
     rows, columns, block = s.rows, s.stored("j"), s.format_of(0).blocks
+    stages = stages or (3 if block[1] == 1 else 2)  # 4 CTAs on an SM
     if block[1] == 1:
         s, columns = s.split(columns, group, into=("j_o", "j_i")), "j_o"
     s = s.split(columns, warps, into=("j_s", "j_y"))

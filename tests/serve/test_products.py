@@ -31,7 +31,7 @@ MODELS = {
         windowed=(True, False), window=12,
     ),
 }  # fmt: skip
-QUANTISED = ("plain", "biases")
+QUANTISED = ("plain", "norms of heads", "biases")
 
 
 def file_of(name: str) -> ModelFile:
@@ -174,7 +174,7 @@ def test_answers_beside_prompts_are_sampled_there(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["norms of heads", "q8_0 biases", "as Gemma"])
+@pytest.mark.parametrize("name", ["norms of heads", "q8_0 norms of heads", "as Gemma"])
 @pytest.mark.parametrize("kind", ["stored", "bf16"])
 @pytest.mark.parametrize("invariant", [True, False])
 def test_on_a_gpu(name: str, kind: str, invariant: bool):

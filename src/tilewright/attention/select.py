@@ -35,7 +35,7 @@ from tilewright.schedule import Schedule
 from tilewright.sparse.pack import Packed, Structure
 
 THREADS, LOADS = 512, 8  # of a CTA that chooses pages; under way in a thread that scores them
-BLOCK_BYTES, WALK, STAGES = 32 << 10, 8, 3  # of pages; blocks of a CTA, and in shared memory
+BLOCK_BYTES, WALK, STAGES = 32 << 10, 4, 2  # of pages; blocks of a CTA, and in shared memory
 PARAMS = Struct("SelectParams", [
     ("scores", "ptr", "const float*"),
     *((name, "ptr", "const int32_t*") for name in ("kv_len", "table_entries")),

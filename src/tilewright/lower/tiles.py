@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import core as ir
-from tilewright.ir.affine import Affine, affine
+from tilewright.ir.affine import affine
 from tilewright.ir.atoms import ATOMS
 from tilewright.lower.flatten import flat_offset
 from tilewright.lower.reductions import frame_of, framed, reduced_names, with_totals
@@ -248,9 +247,9 @@ class Product:
         x = replace(x, index=tuple(ir.substitute(i, self.known) for i in x.index))
         names = frozenset(self.names)
         offset = flat_offset(x)
-        base, step = _affine(offset, names, offset.dtype)
-        if set(step) - {rows, cols}:
-            raise _not_affine(f"{x} depends on {', '.join(sorted(set(step) - {rows, cols}))} too")
+        base, step = affine(offset, names, offset.dtype) or (None, {})
+        if base is None or set(step) - {rows, cols}:
+            raise _not_affine(f"{x} is at {offset}, no sum of multiples of {rows} and {cols}")
         zero = ir.Const(0, offset.dtype)
         down, right = (ir.simplify(step.get(n, zero)) for n in (rows, cols))
         ends = ((rows, m), (cols, n))
@@ -333,17 +332,6 @@ def _check_serial(outer: tuple[Any, ...], c: ir.Compute) -> None:
             kind = "private" if s.private else s.kind
             hint = "loops around a tile that reduce are serial"
             raise illegal(f"loop {s.name} reduces outside a tile and is {kind}", hint)
-
-
-# ---------------------------------------------------------------------------- affine addresses
-
-
-def _affine(e: ir.Expr, names: frozenset[str], to: DType) -> Affine:
-    """`e` as an affine form, computed in `to`. Raises ScheduleError[S102] where it has none."""
-    form = affine(e, names, to)
-    if form is None:
-        raise _not_affine(f"{e} is no sum of multiples of {', '.join(sorted(names))}")
-    return form
 
 
 def _not_affine(why: str) -> ScheduleError:

@@ -67,26 +67,40 @@ TW_INLINE void add(Sum& sum, const float2 (&sums)[PARTS], const float4 (&x)[PART
 
 TW_INLINE float* slot_of(const Params& p, int cta, bool head_part) { return p.partials + (2 * static_cast<int64_t>(cta) + (head_part ? 0 : 1)) * PARTIAL; }
 
-// Partial states `first` … `last` of a unit, in the order of their CTAs; PARTS are read at once.
-template <int PARTS>
+// Partial states `first` … `last` of a unit, in the order of their CTAs; PARTS of TOGETHER rows are read at once,
+// so that few reads wait for others.
+template <int PARTS, int TOGETHER>
 TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int first, int last, int member, unsigned thread) {
-  for (unsigned i = thread; i < w.rows * (DP / 4u); i += THREADS) {
-    const int row = i / (DP / 4u), column = i % (DP / 4u) * 4;
-    Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+  const unsigned ends = w.rows * (DP / 4u);
+  for (unsigned i0 = thread; i0 < ends; i0 += THREADS * TOGETHER) {
+    int row[TOGETHER], column[TOGETHER];
+    Sum all[TOGETHER];
+#pragma unroll
+    for (int t = 0; t < TOGETHER; ++t) {
+      const unsigned i = i0 + t * THREADS < ends ? i0 + t * THREADS : i0;
+      row[t] = i / (DP / 4u), column[t] = i % (DP / 4u) * 4;
+      all[t] = Sum{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+    }
     for (int k0 = first; k0 <= last; k0 += PARTS) {
-      float2 sums[PARTS];
-      float4 x[PARTS];
+      float2 sums[TOGETHER][PARTS];
+      float4 x[TOGETHER][PARTS];
 #pragma unroll
       for (int j = 0; j < PARTS; ++j) {
         const int k = k0 + j <= last ? k0 + j : last;
         const float* part = slot_of(p, k * HEAD_BLOCK + member, k != first);
-        sums[j] = __ldcg(reinterpret_cast<const float2*>(part + MOST_ROWS * DP + row * 2));
-        x[j] = __ldcg(reinterpret_cast<const float4*>(part + row * DP + column));
-        if (k0 + j > last) sums[j].x = lowest();
+#pragma unroll
+        for (int t = 0; t < TOGETHER; ++t) {
+          sums[t][j] = __ldcg(reinterpret_cast<const float2*>(part + MOST_ROWS * DP + row[t] * 2));
+          x[t][j] = __ldcg(reinterpret_cast<const float4*>(part + row[t] * DP + column[t]));
+          if (k0 + j > last) sums[t][j].x = lowest();
+        }
       }
-      add(all, sums, x);
+#pragma unroll
+      for (int t = 0; t < TOGETHER; ++t) add(all[t], sums[t], x[t]);
     }
-    write(p, w, whose, row, column, all.o, all.row_max, all.row_sum);
+#pragma unroll
+    for (int t = 0; t < TOGETHER; ++t)
+      if (i0 + t * THREADS < ends) write(p, w, whose, row[t], column[t], all[t].o, all[t].row_max, all[t].row_sum);
   }
 }
 
@@ -272,8 +286,12 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
     tw::bar_sync(1, THREADS);
     if (*arrived) {
       if (thread == 0) *counter = 0;
-      if (last - first < 4) merge<4>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
-      else merge<16>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
+      // Outputs of two rows for a thread, where there are so many; as many parts as registers hold.
+      constexpr int TOGETHER = G * DP > 4 * THREADS ? 2 : 1, SOME = 16 / TOGETHER, MANY = 32 / TOGETHER + 1;
+      const int member = cta % HEAD_BLOCK;
+      if (last - first < 4) merge<4, TOGETHER>(p, w, whose, first, last, member, thread);
+      else if (last - first < SOME) merge<SOME, TOGETHER>(p, w, whose, first, last, member, thread);
+      else merge<MANY, TOGETHER>(p, w, whose, first, last, member, thread);
     }
   }
   tw::bar_sync(1, THREADS);
