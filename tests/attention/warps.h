@@ -34,7 +34,7 @@ alignas(128) char smem[MOST_SMEM];
 alignas(64) char stacks[MOST_THREADS][STACK];
 Fiber fibers[MOST_THREADS];
 Warp warps[MOST_THREADS / 32];
-int current, threads, cta, cta_arrived[16], cta_generation[16], cta_or[2];
+int current, threads, cta, grid, cta_arrived[16], cta_generation[16], cta_or[2];
 void* scheduler;
 uint64_t state = 1;
 void (*kernel)(const void*);
@@ -109,6 +109,7 @@ inline void perform(Copy& c) {
 
 // One CTA after the other, `order` [ctas].
 inline void run(void (*f)(const void*), const void* p, int count, const int32_t* order, int ctas, uint64_t seed) {
+  grid = ctas;
   state = seed * 2 + 1;
   kernel = f;
   argument = p;
@@ -151,6 +152,7 @@ struct Thread { operator Dim() const; };
 
 #define threadIdx (simulated::Dim{simulated::current})
 #define blockIdx (simulated::Dim{simulated::cta})
+#define gridDim (simulated::Dim{simulated::grid})
 
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
