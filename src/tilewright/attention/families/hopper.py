@@ -313,4 +313,4 @@ def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
     return _launch(call, ctas, items, work["states"], work["arrivals"])[0]
 
 
-FAMILY = Family("hopper", "cuda", rows_of, "batch", 0, refuses, _prepare, order)
+FAMILY = Family("hopper", "cuda", rows_of, "batch", None, refuses, _prepare, order)
