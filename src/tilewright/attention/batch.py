@@ -135,7 +135,7 @@ class Attention:
         size = (spec.head_dim + spec.head_dim_vo) * spec.kv.itemsize
         batch = Batch(lengths, size, reasons, gpu.name if gpu else "")
         numbers = tuple((n, v) for n, v in values.items() if is_number(v))
-        shape = _shape_of(self, family, family.qo_tile(spec), numbers)
+        shape = _shape_of(self, family, family.qo_tile(spec), numbers, family.few(spec))
         result = plan.make(indptr, lengths, shape, workers, table.tree(lengths), batch)
         if gpu is not None:
             result.on_device(ordinal_of(table.device))
@@ -345,13 +345,13 @@ def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableFor
 
 @functools.lru_cache(512)
 def _shape_of(
-    attn: Attention, family: Family, qo_tile: int, values: tuple[tuple[str, Any], ...]
+    attn: Attention, family: Family, qo_tile: int, values: tuple[tuple[str, Any], ...], few: int = 0
 ) -> plan.Shape:
     """What a planner must know, with the scalars that are fixed or among `values`."""
     known = {n: v for n, v in (*attn.variant.fixed, *values) if is_number(v)}
     return plan.Shape(
         family.name, attn.kv_heads, attn.group, traced_of(attn.variant).mask, known, qo_tile,
-        family.splits, family.ctas_per_sm, family.order,
+        family.splits, family.ctas_per_sm, family.order, few,
     )  # fmt: skip
 
 

@@ -31,14 +31,18 @@ TW_INLINE void sort_tiles(const Variant& variant, Slot& s, const Tiles& seen, in
 
 // The number of the next item of this CTA, the n-th. Each CTA draws until it gets none, so the draw that
 // brings the counter to `item_count` is the last of all: it sets the counter back.
+template <class R>
 TW_INLINE int draw(const Params& p, int n, int lane) {
-  if (n == 0) return blockIdx.x;
+  constexpr bool FEW = NARROW_ITEMS<R>, LATE = NARROW && !FEW;  // LATE: some CTAs come late and have no first item
+  const int grid = FEW ? p.narrow_ctas : gridDim.x;
+  if (!LATE && n == 0) return blockIdx.x;
   int drawn = 0;
   if (lane == 0) {
-    drawn = atomicAdd(p.counter, 1);
-    if (drawn == p.item_count - 1) *p.counter = 0;
+    int* counter = p.counter + FEW;
+    drawn = atomicAdd(counter, 1);
+    if (drawn == (FEW ? p.narrow_count : p.item_count) - 1 + (LATE ? grid : 0)) *counter = 0;
   }
-  return gridDim.x + __shfl_sync(0xffffffffu, drawn, 0);
+  return (LATE ? 0 : grid) + __shfl_sync(0xffffffffu, drawn, 0);
 }
 
 TW_INLINE Work work_of(const Params& p, const Item& item, const tw::Pages& pages) {
@@ -48,13 +52,15 @@ TW_INLINE Work work_of(const Params& p, const Item& item, const tw::Pages& pages
               pages.base, pages.stride, item.chunk, item.chunks, item.slot, item.counter};
 }
 
+template <class R>
 TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& shared, int lane) {
   int segments = 0;
   for (int n = 0;; ++n) {
     shared.trace(SORT_TILES);
-    const int number = draw(p, n, lane);
-    const bool ends = number >= p.item_count;
-    const Item item = p.items[ends ? 0 : number];
+    constexpr bool FEW = NARROW_ITEMS<R>;  // narrow items come behind the others
+    const int number = draw<R>(p, n, lane);
+    const bool ends = number >= (FEW ? p.narrow_count : p.item_count);
+    const Item item = p.items[ends ? 0 : number + (FEW ? p.item_count : 0)];
     const tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
     Work work = work_of(p, item, pages);
     const auto seen = tw::tiles_seen<BN>(variant, rows_and(work, 0, work.length - 1), pages);
@@ -65,7 +71,7 @@ TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& s
     for (int first = 1; first || top >= bottom; top -= MAX_TILES, first = 0, ++segments) {
       Slot& s = shared.slot(segments);
       shared.trace(WAIT_STAGE);
-      tw::barrier_wait(shared.barrier(ITEM_EMPTY + (segments & 1)), (segments >> 1 & 1) ^ 1);
+      tw::barrier_wait(shared.barrier(R::ITEM_EMPTY + (segments & 1)), (segments >> 1 & 1) ^ 1);
       shared.trace(SORT_TILES);
       if (lane == 0) {
         static_cast<Work&>(s) = work;
@@ -74,7 +80,7 @@ TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& s
       }
       __syncwarp();
       if (!ends) sort_tiles(variant, s, seen, top, max(bottom, top - MAX_TILES + 1), lane);
-      release(shared.barrier(ITEM_FULL + (segments & 1)), lane);
+      release(shared.barrier(R::ITEM_FULL + (segments & 1)), lane);
       if (ends) return;
     }
   }
@@ -136,7 +142,7 @@ struct Loader {
 TW_INLINE void load_queries(const Params& p, const Shared& shared, int lane) {
   int items = 1;  // 0 is the consumers' empty one, whose tile of Q is free at once
   for (int n = 0;; ++n) {
-    const Slot& s = next_item(shared, n);
+    const Slot& s = next_item<Wide>(shared, n);
     if (s.tokens < 0) return;
     if (s.begins) {
       const int buffer = items % Q_TILES;
@@ -155,10 +161,11 @@ TW_INLINE void load_queries(const Params& p, const Shared& shared, int lane) {
   }
 }
 
+template <class R>
 TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
   int done = 0;
   for (int n = 0;; ++n) {
-    const Slot& s = next_item(shared, n);
+    const Slot& s = next_item<R>(shared, n);
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
     Loader<K_BLOCKS> loader;
@@ -167,12 +174,12 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
     for (int i = 0; i < tiles; ++i, ++done) {
       const int stage = done % K_STAGES;
       shared.trace(WAIT_STAGE);
-      tw::barrier_wait(shared.barrier(K_EMPTY + stage), (done / K_STAGES & 1) ^ 1);
+      tw::barrier_wait(shared.barrier(R::K_EMPTY + stage), (done / K_STAGES & 1) ^ 1);
       shared.trace(LOAD);
-      loader.issue(p, tile_at(s, i), shared.base + K_AT + stage * K_BYTES, shared.barrier(K_FULL + stage));
+      loader.issue(p, tile_at(s, i), shared.base + K_AT + stage * K_BYTES, shared.barrier(R::K_FULL + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
     }
-    release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
+    release(shared.barrier(R::ITEM_EMPTY + (n & 1)), lane);
   }
 }
 
@@ -198,12 +205,13 @@ TW_INLINE void load_zeros(const Shared& shared, int part, int lane) {
   release(shared.barrier(V_FULL), lane);
 }
 
+template <class R>
 TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared& shared, int lane) {
-  load_zeros(shared, 0, lane);
-  int done = 1;
+  int done = NARROW_ITEMS<R> ? 0 : 1;
+  if (done) load_zeros(shared, 0, lane);
   uint32_t patched = 0;  // a bit for each stage: the parity of its tiles that were patched
   for (int n = 0;; ++n) {
-    const Slot& s = next_item(shared, n);
+    const Slot& s = next_item<R>(shared, n);
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
     Loader<V_BLOCKS> loader;
@@ -219,12 +227,12 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
       }
       const bool patches = __any_sync(0xffffffffu, unseen != 0);
       shared.trace(WAIT_STAGE);
-      tw::barrier_wait(shared.barrier(V_EMPTY + stage), (done / V_STAGES & 1) ^ 1);
+      tw::barrier_wait(shared.barrier(R::V_EMPTY + stage), (done / V_STAGES & 1) ^ 1);
       shared.trace(LOAD);
-      loader.issue(p, tile, to, shared.barrier((patches ? V_LOADED : V_FULL) + stage));
+      loader.issue(p, tile, to, shared.barrier((patches ? R::V_LOADED : R::V_FULL) + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
       if (patches) {
-        tw::barrier_wait(shared.barrier(V_LOADED + stage), patched >> stage & 1);
+        tw::barrier_wait(shared.barrier(R::V_LOADED + stage), patched >> stage & 1);
         patched ^= 1u << stage;
         char* rows = shared.memory + V_AT + stage * V_BYTES;
 #pragma unroll 1
@@ -236,10 +244,10 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
               for (int c = 0; c < 8; ++c)
                 *reinterpret_cast<uint4*>(rows + block * KV_BLOCK + (j * 32 + lane) * 128 + ((c + lane) & 7) * 16) = make_uint4(0, 0, 0, 0);
         tw::fence_async();
-        release(shared.barrier(V_FULL + stage), lane);
+        release(shared.barrier(R::V_FULL + stage), lane);
       }
     }
-    release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
+    release(shared.barrier(R::ITEM_EMPTY + (n & 1)), lane);
   }
 }
 
@@ -257,7 +265,7 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
   if (VALUES) load_zeros(shared, part, lane);
   int done = VALUES;
   for (int n = 0;; ++n) {
-    const Slot& s = next_item(shared, n);
+    const Slot& s = next_item<Wide>(shared, n);
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full, head = s.head;
     const tw::Pages pages = tw::pages_of(p, s.request, MAX_KEYS);
