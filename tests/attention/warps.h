@@ -34,7 +34,7 @@ alignas(128) char smem[MOST_SMEM];
 alignas(64) char stacks[MOST_THREADS][STACK];
 Fiber fibers[MOST_THREADS];
 Warp warps[MOST_THREADS / 32];
-int current, threads, cta, cta_arrived[16], cta_generation[16], cta_or[2];
+int current, threads, cta, grid, cta_arrived[16], cta_generation[16], cta_or[2];
 void* scheduler;
 uint64_t state = 1;
 void (*kernel)(const void*);
@@ -113,6 +113,7 @@ inline void run(void (*f)(const void*), const void* p, int count, const int32_t*
   kernel = f;
   argument = p;
   threads = count;
+  grid = ctas;
   for (int n = 0; n < ctas; ++n) {
     cta = order[n];
     memset(smem, 0xff, sizeof smem);
@@ -133,7 +134,7 @@ inline void run(void (*f)(const void*), const void* p, int count, const int32_t*
       const int first = static_cast<int>(random32() % static_cast<unsigned>(count));
       int ended = 0;
       for (int i = 0; i < count; ++i) {
-        const int t = (first + i * 33) % count;  // 33 and the count have no divisor in common
+        const int t = (first + i * 37) % count;  // 37 and the count have no divisor in common
         if (fibers[t].ended) { ++ended; continue; }
         current = t;
         simulated_switch(&scheduler, fibers[t].sp);
@@ -151,6 +152,7 @@ struct Thread { operator Dim() const; };
 
 #define threadIdx (simulated::Dim{simulated::current})
 #define blockIdx (simulated::Dim{simulated::cta})
+#define gridDim (simulated::Dim{simulated::grid})
 
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
