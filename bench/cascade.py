@@ -13,16 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bench.decode import (
-    HEAD_DIM,
-    PAGE,
-    Case,
-    error_of,
-    flash_attention_3,
-    graph_of,
-    read_us,
-    replayed,
-)
+from bench.decode import HEAD_DIM, PAGE, Case, error_of, graph_of, read_us, replayed
+from bench.decode_peers import Batch, flash_attention_3
 from bench.harness import Row, base_row, note, require_torch
 from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
@@ -92,7 +84,7 @@ def measured(requests: int, prefix: int, suffix: int) -> Row:
         outputs[impl] = bound[0].state.o
         kept += [room, bound]
         plans[impl] = graph_of([lambda r=room, t=table: r.plan(t)] * 32), 32
-    for impl, call in flash_attention_3(case, q, caches, flat):
+    for impl, call in flash_attention_3(Batch(HEADS, PAGE, q, caches, flat)):
         outputs[impl] = call(0)
         kept.append(call)
         graphs[impl] = graph_of([lambda i=i, call=call: call(i) for i in range(calls)]), calls

@@ -1,4 +1,4 @@
-"""cuSPARSE through ctypes: the SpMM and SDDMM that vendors' users get at best.
+"""cuSPARSE through ctypes: the SpMM and SDDMM that vendors' users get at best, CSR and BSR.
 
 Row-major operands, int32 indices, float32 sums, the analysis done beforehand.
 Reference: the cuSPARSE documentation, generic API (cusparseSpMM, cusparseSDDMM).
@@ -20,6 +20,7 @@ from bench.graphs import Graph
 from tilewright.errors import MissingExtra
 
 SPMM_ALGORITHMS = {"alg1": 4, "alg2": 6, "alg3": 12}  # CUSPARSE_SPMM_CSR_ALG1, 2, 3
+_SPMM_BSR = 14  # CUSPARSE_SPMM_BSR_ALG1
 _SDDMM_DEFAULT = 0
 _INDEX_32, _BASE_ZERO, _ROW_MAJOR = 2, 0, 2
 _PLAIN, _TRANSPOSED = 0, 1
@@ -68,6 +69,20 @@ def _csr(graph: Graph, values: Any) -> tuple[c_void_p, list[Any]]:
     )  # fmt: skip
     _check(status, "cusparseCreateCsr")
     return descriptor, [*arrays, values]
+
+
+def _bsr(a: Any, values: Any) -> c_void_p:
+    """A descriptor of the structure of a BSR tensor of torch, with `values`."""
+    arrays = a.crow_indices(), a.col_indices(), values
+    rows, cols = (n // b for n, b in zip(a.shape, values.shape[1:], strict=True))
+    descriptor = c_void_p()
+    status = library().cusparseCreateBsr(
+        byref(descriptor), *map(c_int64, (rows, cols, *values.shape)),
+        *(c_void_p(x.data_ptr()) for x in arrays), _INDEX_32, _INDEX_32, _BASE_ZERO,
+        _type(values), _ROW_MAJOR,
+    )  # fmt: skip
+    _check(status, "cusparseCreateBsr")
+    return descriptor
 
 
 def _dense(array: Any) -> c_void_p:
@@ -168,3 +183,25 @@ def sddmm(
             to_host(result).astype(np.float32 if exact.dtype != np.float64 else np.float64) * exact
         ),
     )
+
+
+def bsr_spmm(a: Any, x: Any) -> Callable[[], Any]:
+    """Y = A X for a BSR tensor of torch with int32 indices, into memory allocated once."""
+    import torch
+
+    y = torch.empty_like(x)
+    one, zero, kind = _scalars(x)
+    arguments = [_PLAIN, _PLAIN, byref(one), _bsr(a, a.values()), _dense(x), byref(zero)]
+    arguments += [_dense(y), kind, _SPMM_BSR]
+    return _prepared("cusparseSpMM", arguments, (a, x, one, zero), y)
+
+
+def bsr_sddmm(a: Any, p: Any, q: Any) -> Callable[[], Any]:
+    """P Qᵀ at the blocks of a BSR tensor of torch, as `bsr_spmm`; the result: its blocks."""
+    import torch
+
+    out = torch.empty_like(a.values())
+    one, zero, kind = _scalars(p)
+    arguments = [_PLAIN, _TRANSPOSED, byref(one), _dense(p), _dense(q), byref(zero)]
+    arguments += [_bsr(a, out), kind, _SDDMM_DEFAULT]
+    return _prepared("cusparseSDDMM", arguments, (a, p, q, one, zero), out)

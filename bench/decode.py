@@ -4,9 +4,10 @@ bfloat16, head_dim 128, pages of 16 in random order, one query a request. Each i
 CUDA graph of calls on caches of their own, so that the L2 is cold; the graphs of a row are replayed
 in turns. Beside them the time of a kernel that only reads the same bytes: the floor. Results are
 compared with float64 before they count. Ours runs on a workspace, as a server would; its plan is a
-kernel of its own, measured alone. Peer: FlashAttention-3 with paged kernels (package
-tokenspeed-fa3) where it can be imported, with scheduler metadata and four bounds of its splits, of
-which the fastest counts. Others are not measured here: a ratio is one against FlashAttention-3.
+kernel of its own, measured alone. Peers, where they can be imported, each in several configurations
+of which the fastest right one counts (bench/decode_peers.py): FlashAttention-3, FlashInfer's decode
+wrapper and BatchAttention, XQA and cuDNN. A ratio is one against the peers that a row names in
+`peers_us`; those that did not run are named on the terminal.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.decode_peers import HND, PEERS, Batch, calls_of, seen_as
 from bench.harness import Row, base_row, note, require_torch
 from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
@@ -33,6 +35,7 @@ BATCHES = (  # requests, average length, distribution of lengths
     (256, 2048, "skew"),
 )  # fmt: skip
 _COLD_BYTES, _CALLS, _ROUNDS = 256_000_000, 16, 20
+TOLERANCE = 8e-3  # of the relative error
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,10 @@ class Case:
 def decode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gib", type=float, default=24.0, help="GiB of keys and values in all")
     parser.add_argument("--rows", type=int, nargs="*", help="numbers of rows (default: all)")
+    parser.add_argument(
+        "--peers", nargs="*", choices=("all", *PEERS), default=["all"],
+        help="default: all that can be imported",
+    )  # fmt: skip
     parser.add_argument("--random", type=int, default=0, help="random batches, beside predictions")
 
 
@@ -66,10 +73,11 @@ def decode(args: argparse.Namespace) -> Iterator[Row]:
     if args.random:
         yield predicted(args.random, memory) | base_row("decode", "attention.decode", "cuda")
         return
+    peers = tuple(PEERS) if "all" in args.peers else tuple(args.peers)
     for number, case in enumerate(cases()):
         if args.rows and number not in args.rows:
             continue
-        yield measured(case, memory) | base_row("decode", "attention.decode", "cuda")
+        yield measured(case, memory, peers) | base_row("decode", "attention.decode", "cuda")
 
 
 def cases() -> Iterator[Case]:
@@ -139,8 +147,8 @@ def _lengths(kind: str, requests: int, average: int, rng: np.random.Generator) -
     return np.maximum(16, drawn / drawn.mean() * average).astype(int)
 
 
-def measured(case: Case, memory: Any) -> Row:
-    """The row of a case; `wrong` returns the fault of a result."""
+def measured(case: Case, memory: Any, peers: tuple[str, ...] = ()) -> Row:
+    """The row of a case beside these peers; `wrong` returns the fault of a result."""
     torch = require_torch()
     pages = -(-case.lengths // PAGE)
     indptr = np.concatenate([[0], np.cumsum(pages)]).astype(np.int32)
@@ -168,66 +176,46 @@ def measured(case: Case, memory: Any) -> Row:
     room = attn.reserve(len(pages))
     room.plan(table_of)
     bound = [attn.bind(q[i], kvs[i], plan=room) for i in range(calls)]
-    graphs = {"tilewright": graph_of([lambda b=b: b() for b in bound])}
-    outputs = {"tilewright": bound[0].state.o}
-    calls_of_peers = list(flash_attention_3(case, q, caches, table))  # graphs use their memory
-    for name, call in calls_of_peers:
-        outputs[name] = call(0)
-        graphs[name] = graph_of([lambda i=i, call=call: call(i) for i in range(calls)])
+    batch = Batch((case.qo_heads, case.kv_heads), PAGE, q, caches, table)
+    functions = {"tilewright": lambda i: bound[i]().o} | dict(calls_of(batch, peers))
+    graphs, error, host = {}, {}, [t.cpu().numpy() for t in table]
+    for name, call in functions.items():  # the functions are kept: graphs use their memory
+        graphs[name], o = recorded(call, calls)
+        cache = seen_as(caches[0], "HND").transpose(2, 3) if name.endswith(HND) else caches[0]
+        error[name] = error_of(case, q[0], cache, o, host)
     times = replayed({n: (g, calls) for n, g in graphs.items()})
-    error = {n: error_of(case, q[0], caches[0], o, [t.cpu().numpy() for t in table])
-             for n, o in outputs.items()}  # fmt: skip
-    right = {n: us for n, us in times.items() if error[n] <= 8e-3}
-    peers = {n: us for n, us in right.items() if n != "tilewright"}
-    best = min(peers, key=peers.__getitem__) if peers else ""
+    for name in (n for n, e in error.items() if not e <= TOLERANCE):
+        note(f"{name} is wrong: relative error {error[name]:.2g}")
+    beside = {n: us for n, us in times.items() if n != "tilewright" and error[n] <= TOLERANCE}
+    best = min(beside, key=beside.__getitem__) if beside else ""
     us = times["tilewright"]
     plan = replayed({"plan": (graph_of([lambda: room.plan(table_of)] * 32), 32)})["plan"]
     row: Row = {
         "input": case.name, "width": case.qo_heads, "dtype": "bfloat16", "impl": "tilewright",
         "heads": f"{case.qo_heads}/{case.kv_heads}", "ms": us / 1e3, "metric": "us", "value": us,
-        "ratio": peers[best] / us if best else None, "bytes": case.nbytes,
+        "ratio": beside[best] / us if best else None, "bytes": case.nbytes,
         "read_us": read_us(caches), "plan_us": plan, "error": error["tilewright"],
-        "peer": best, "peer_us": peers.get(best), "peers_us": peers,
+        "peer": best, "peer_us": beside.get(best), "peers_us": beside,
     }  # fmt: skip
-    beside = f", {best} {peers[best]:8.2f} us" if best else ""
+    ahead = f", {best} {beside[best]:8.2f} us ({beside[best] / us:.3f})" if best else ""
     note(
         f"{row['heads']:6} {row['input']:20} read {row['read_us']:8.2f} us, ours {us:8.2f} us, "
-        f"plan {plan:.1f} us{beside}"
+        f"plan {plan:.1f} us{ahead}"
     )
-    wrong = error["tilewright"] > 8e-3
+    wrong = not error["tilewright"] <= TOLERANCE
     return row | ({"wrong": f"relative error {error['tilewright']:.2g}"} if wrong else {})
 
 
-def flash_attention_3(
-    case: Case, q: Any, caches: list[Any], table: list[Any]
-) -> Iterator[tuple[str, Callable[[int], Any]]]:
-    """Calls of FlashAttention-3 by number, with each bound of its splits; none where it is not
-    installed."""
+def recorded(call: Callable[[int], Any], calls: int) -> tuple[Any, Any]:
+    """A CUDA graph of `calls` calls, and what the first one computes when it is replayed."""
     torch = require_torch()
-    try:
-        import flash_attn_interface as fa
-    except ImportError:
-        return
-    indptr, indices = (t.cpu().numpy() for t in table[:2])
-    counts = np.diff(indptr)
-    padded = np.zeros((len(counts), int(counts.max())), np.int32)
-    for r, count in enumerate(counts):
-        padded[r, :count] = indices[indptr[r] : indptr[r] + count]
-    pages = torch.from_numpy(padded).cuda()
-    for splits in (0, 1, 8, 32):
-        metadata = fa.get_scheduler_metadata(
-            len(counts), 1, padded.shape[1] * PAGE, case.qo_heads, case.kv_heads, HEAD_DIM,
-            table[2], qkv_dtype=torch.bfloat16, page_size=PAGE, causal=False, num_splits=splits,
-        )  # fmt: skip
-
-        def call(i: int, metadata: Any = metadata, splits: int = splits) -> Any:
-            o = fa.flash_attn_with_kvcache(
-                q[i].unsqueeze(1), caches[i][:, 0], caches[i][:, 1], cache_seqlens=table[2],
-                page_table=pages, scheduler_metadata=metadata, num_splits=splits,
-            )  # fmt: skip
-            return o[:, 0]
-
-        yield f"fa3, splits {splits or 'auto'}", call
+    results: list[Any] = []
+    graph = graph_of([lambda i=i: results.append(call(i)) for i in range(calls)])
+    o = results[-calls]
+    o.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph, o.clone()
 
 
 def graph_of(calls: list[Callable[[], Any]]) -> Any:

@@ -40,6 +40,7 @@ SUITES = {
     "flash": ("flash", "lesson 9's flash attention on tensor cores, beside torch"),
     "attention": ("attention", "attention on the CPU beside torch"),
     "decode": ("decode", "decode attention over a paged cache, beside the time to read it"),
+    "decode_variants": ("decode_variants", "decode with other pages, heads, masks and scores"),
     "cascade": ("cascade", "decode attention of requests that share a prefix, beside a flat table"),
     "quest": ("quest", "pages chosen by Quest and attention over them, beside all pages"),
     "prefill": ("prefill", "prefill attention, ragged and paged, causal and full"),

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import host_attention
 from bench.harness import Row, base_row, note
 from tilewright.runtime import cuda
 from tilewright.sparse import formats
@@ -33,7 +34,7 @@ _WIDTH = 32
 _SIZES = {"csr": ("csr", _WIDTH), "hyb": ("hyb", _WIDTH), "hyb.any": ("hyb", 0)}  # 0: any width
 _TILES = {"flash": ("flash", 128)}  # tile programs, built for a GPU; the width is head_dim
 _LESSON = Path(__file__).resolve().parents[1] / "examples" / "09_flash_attention.py"
-_PARTS = ("import", "call", "build")
+_PARTS = ("import", "call", "build", "attention")
 
 _IMPORT = """
 import json, time
@@ -94,6 +95,10 @@ def host(args: argparse.Namespace) -> Iterator[Row]:
         yield from _calls("cpp")
     if "call" in args.only and "cuda" in targets and cuda.available():
         yield from _calls("cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        if "attention" in args.only:
+            here = tuple(t for t in targets if t == "cpp" or cuda.available())
+            yield from host_attention.attention(here, Path(folder), _child, _row)
     with tempfile.TemporaryDirectory() as folder:
         if "build" in args.only and "cpp" in targets:
             yield from _builds("cpp", Path(folder))

@@ -23,13 +23,13 @@ _CALLS = 2  # caches in turns
 
 
 @tw.select
-def bounds(  # noqa: ANN201
-    q: Any = tw.dense("r h g d"), low: Any = tw.sparse("r p h d"),
-    high: Any = tw.sparse("r p h d", like="low"),
-):  # fmt: skip
-    r, h, p, g, d = tw.indices("r h p g d")
+def bounds(q: Any = tw.dense("r h g d"), ends: Any = tw.sparse("r p h e d")):  # noqa: ANN201
+    """`ends`: the greatest and the least of a page's keys in each dimension."""
+    r, h, p, g, e, d = tw.indices("r h p g e d")
     x = q[r, h, g, d]
-    most = tw.sum(tw.maximum(x * low[r, p, h, d], x * high[r, p, h, d]), over=d)
+    part = tw.where(tw.equal(e, 0), tw.maximum(x, 0.0), tw.minimum(x, 0.0))
+    part = tw.temp.typed(q.dtype)[r, h, g, e, d](part)
+    most = tw.sum(part[r, h, g, e, d] * ends[r, p, h, e, d], over=(e, d))
     return tw.out.typed("float32")[r, h, p](tw.max(most, over=g))
 
 
@@ -59,12 +59,12 @@ def measured(requests: int, keys: int, budget: int) -> Row:
     for part in (p for cache in caches for p in cache.view(-1).split(1 << 28)):
         part.normal_()
     kvs = [tw.KV(table, tw.Pool(cache)) for cache in caches]
-    ends = [(c[:, 0].amin(1), c[:, 0].amax(1)) for c in caches]
+    ends = [torch.stack((c[:, 0].amax(1), c[:, 0].amin(1)), 2) for c in caches]
     chosen = bounds(attn, kvs[0], pages=budget // PAGE)
     rooms = attn.reserve(requests), attn.reserve(requests)
 
     def choose(i: int) -> None:
-        chosen.run(q=q[i].view(requests, kv_heads, -1, HEAD_DIM), low=ends[i][0], high=ends[i][1])
+        chosen.run(q=q[i].view(requests, kv_heads, -1, HEAD_DIM), ends=ends[i])
 
     def attend(i: int) -> Any:
         return attn.run(q[i], tw.KV(chosen.table, kvs[i].pool), rooms[0]).o

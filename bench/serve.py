@@ -158,10 +158,10 @@ def predicted(args: argparse.Namespace) -> Iterator[Row]:
     engine = Engine(file, args.target, options)
     model = engine.scheduler.model
     if args.cost is None:
-        model = fit(measure(engine, args.seconds, args.predict, seed=1), model.key)
+        model = fit([*measure(engine, args.seconds, args.predict, seed=1)], model.key)
     if args.cost_out:
         model.save(args.cost_out)
-    samples, again = (measure(engine, 1e9, args.predict, seed=2) for _ in range(2))
+    samples, again = ([*measure(engine, 1e9, args.predict, seed=2)] for _ in range(2))
     apart = [abs(b / a - 1) for (_, a), (_, b) in zip(samples, again, strict=True)]
     for name, found in (("error", errors(model, samples)), ("between two", apart)):
         for p in (50, 90, 99):

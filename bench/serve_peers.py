@@ -30,7 +30,6 @@ from tilewright.runtime import pool
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.policy import decide
 from tilewright.serve.request import Sampling
-from tilewright.serve.runner import BUCKET
 from tilewright.serve.tune import errors, fit, measure
 
 FIT_S = 60  # seconds for the cost of our steps, where no file of it is named
@@ -87,16 +86,13 @@ def ours(setting: Setting) -> Iterator[Served]:
     )  # fmt: skip
     engine = Engine(setting.model.ours(), target, options)
     replay(engine, setting.first_ones(), Pace())
-    scheduler, runner = engine.scheduler, engine.runner
-    if runner.joins:  # as the loop captures its graphs: before the clock runs
-        front = -(-setting.seats // BUCKET) * BUCKET
-        for count in range(front + BUCKET, front + tokens + 1, BUCKET):
-            if (front, count) not in runner._parts:
-                runner._parts[front, count] = runner._record(front, count)
+    scheduler = engine.scheduler
+    if target == "cuda":  # as the loop captures its graphs: before the clock runs
+        engine.runner.warm()
     note(f"ours: products by {engine.model.products_by}")
     if not scheduler.model.is_fitted:
         key = scheduler.model.key
-        samples = measure(engine, min(FIT_S, 2 * setting.pace.limit_s))
+        samples = [*measure(engine, min(FIT_S, 2 * setting.pace.limit_s))]
         scheduler.model = fit(samples, key)
         unseen = errors(fit(samples[::2], key), samples[1::2])
         p50, p90 = (100 * float(np.percentile(unseen, p)) for p in (50, 90))

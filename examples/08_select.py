@@ -14,12 +14,15 @@ import tilewright as tw
 
 
 @tw.select
-def quest(q=tw.dense("r h g d"), low=tw.sparse("r p h d"), high=tw.sparse("r p h d", like="low")):
-    """The most that a product with a key of the page can be, from the least and the greatest of its
-    keys in each dimension (Quest, Tang et al. 2024)."""
-    r, h, p, g, d = tw.indices("r h p g d")
+def quest(q=tw.dense("r h g d"), ends=tw.sparse("r p h e d")):
+    """The most that a product with a key of the page can be (Quest, Tang et al. 2024). `ends`: the
+    greatest and the least of its keys in each dimension, which positive and negative elements of
+    the query meet."""
+    r, h, p, g, e, d = tw.indices("r h p g e d")
     x = q[r, h, g, d]
-    most = tw.sum(tw.maximum(x * low[r, p, h, d], x * high[r, p, h, d]), over=d)
+    part = tw.where(tw.equal(e, 0), tw.maximum(x, 0.0), tw.minimum(x, 0.0))
+    part = tw.temp.typed(q.dtype)[r, h, g, e, d](part)
+    most = tw.sum(part[r, h, g, e, d] * ends[r, p, h, e, d], over=(e, d))
     return tw.out.typed("float32")[r, h, p](tw.max(most, over=g))
 
 
@@ -74,7 +77,7 @@ if __name__ == "__main__":
 
     keys, grouped = pages[:, 0], q.reshape(requests, kv_heads, group, d)
     arguments = {
-        quest: {"q": grouped, "low": keys.min(1), "high": keys.max(1)},
+        quest: {"q": grouped, "ends": np.stack((keys.max(1), keys.min(1)), 2)},
         block_mean: {"q": grouped, "mean": keys.mean(1)},
         block_weight: {"q": grouped * d**-0.5, "mean": keys.mean(1)},
         indexer: {

@@ -23,7 +23,7 @@ from tilewright.ops.gemm import gemm_definition
 from tilewright.ops.linear import linear_definition
 from tilewright.ops.paging import by_request, positions_program
 from tilewright.ops.rope import APPEND
-from tilewright.ops.rowwise import ARGMAX, RMSNORM, SILU_MUL
+from tilewright.ops.rowwise import ARGMAX, BY_ROW, WITH_SUM, rmsnorm, silu_mul
 from tilewright.ops.sddmm import sddmm_definition
 from tilewright.ops.spgemm import spgemm_count, spgemm_fill
 from tilewright.ops.spmm import by_length, powers, spmm_definition
@@ -44,9 +44,11 @@ class Shipped:
 
 
 def _spmm(
-    fmt: Any, d: int, dtype: str = "float32", *, far: bool = False, targets: Any = BOTH
-) -> Shipped:
-    return Shipped(spmm_definition(fmt, dtype, dtype, d, gathers_far=far), targets)
+    fmt: Any, d: int, dtype: str = "float32", *, far: bool = False, many: bool = False,
+    targets: Any = BOTH,
+) -> Shipped:  # fmt: skip
+    definition = spmm_definition(fmt, dtype, dtype, d, gathers_far=far, many=many)
+    return Shipped(definition, targets)
 
 
 def _sddmm(
@@ -85,6 +87,18 @@ def _example(file: str, name: str, recipe: str = "") -> Definition:
     return definition.schedule(getattr(module, recipe)) if recipe else definition
 
 
+def _blocks(op: str, fmt: str, b: int, **sizes: int) -> Shipped:
+    """Products of lesson 10, 48 features wide."""
+    module = lesson("10_blocks.py")
+    operands = ("A", "X", "Y")[: 3 if op == "sddmm" else 2]
+    typed = getattr(module, op).typed(**dict.fromkeys(operands, "float16"))
+    made = getattr(tw, fmt, None) or getattr(module, fmt)
+    pieces = sizes.pop("pieces", 0)
+    schedule = getattr(module, f"{op}_on_tiles")
+    chosen = module.in_pieces(made(b), pieces) if pieces else made(b)
+    return Shipped(typed.decompose(A=chosen).schedule(lambda s: schedule(s, 48, **sizes)))
+
+
 SHIPPED: dict[str, Shipped] = {
     # SpMM: the format that pack_for_spmm chooses on each target, then every other one
     "spmm csr f32 128": _spmm(tw.csr(), 128),
@@ -101,7 +115,7 @@ SHIPPED: dict[str, Shipped] = {
     "spmm hyb f64 32": _spmm(tw.hyb(), 32, "float64", targets=CUDA),
     "spmm by_length f32 128": _spmm(LENGTHS, 128, targets=CUDA),
     "spmm by_length f32 64": _spmm(SHORT, 64, targets=CPU),
-    "spmm by_length f16 128": _spmm(LENGTHS, 128, "float16", targets=CUDA),
+    "spmm by_length f16 128": _spmm(LENGTHS, 128, "float16", many=True, targets=CUDA),
     "spmm by_length f32 512 far": _spmm(LENGTHS, 512, far=True, targets=CUDA),
     **{f"spmm by_length f32 {d}": _spmm(SHORT, d, targets=CUDA) for d in (1, 7)},
     # SDDMM
@@ -143,8 +157,8 @@ SHIPPED: dict[str, Shipped] = {
     "linear f32 odd": _linear("f32", n=13, k=37),
     "linear q4_1 odd": _linear("q4_1", n=13, k=96),
     **{f"embedding {kind}": Shipped(EMBEDDINGS[kind].schedule(by_token)) for kind in KINDS},
-    "rmsnorm": Shipped(RMSNORM),
-    "silu_mul": Shipped(SILU_MUL),
+    "rmsnorm": Shipped(rmsnorm.schedule(WITH_SUM)),
+    "silu_mul": Shipped(silu_mul.schedule(BY_ROW)),
     **{
         f"{name} {kind}": Shipped(
             rope._program(kind == "halves", name == "append").schedule(rope.by_token)
@@ -169,6 +183,10 @@ SHIPPED: dict[str, Shipped] = {
             tw.csr(), ("float32",) * 4, (2, 64, 64)
         )
     ),
+    "example 10 spmm dbsr": _blocks("spmm", "covering_dbsr", 16, features=16, warps=2),
+    "example 10 spmm sr_bcrs": _blocks("spmm", "sr_bcrs", 8, features=16, warps=2),
+    "example 10 sddmm bsr": _blocks("sddmm", "bsr", 16, warps=2, depth=16),
+    "example 10 sddmm pieces": _blocks("sddmm", "sr_bcrs", 8, warps=2, depth=16, pieces=64),
 }
 
 

@@ -37,6 +37,7 @@ from tilewright.sparse.formats import (
     ell,
     hyb,
     ragged,
+    sr_bcrs,
 )  # fmt: skip
 from tilewright.sparse.pack import Packed
 from tilewright.sparse.structured import band, bitmap, dia, n_m, paged
@@ -120,6 +121,6 @@ __all__ = [
     "dcsr", "dense", "dia", "ell", "equal", "exp", "floor", "hyb", "indices", "log", "max",
     "maximum", "merge", "min", "minimum", "n_m", "ops", "out", "paged", "per_head", "per_key",
     "per_request", "per_token", "prod", "program", "ragged", "recipes", "rsqrt", "scalar",
-    "select", "sigmoid", "sin", "size", "sparse", "sqrt", "stored", "sum", "tanh", "target", "temp",
-    "update", "variant", "where",
+    "select", "sigmoid", "sin", "size", "sparse", "sqrt", "sr_bcrs", "stored", "sum", "tanh",
+    "target", "temp", "update", "variant", "where",
 ]  # fmt: skip

@@ -4,7 +4,8 @@
 
 runs that many cases and prints each that fails, with the number that makes it again
 (`--first N --cases 1`); 100 cases take about 15 s, most of it in the C++ compiler. `--device cuda`
-runs them on a GPU, whose kernels of 16-bit products round more. Masks and
+runs them on a GPU, whose kernels of 16-bit products round more; `--fits decode hopper` draws, in
+turns, batches that these families of kernels take (else most go to the portable one). Masks and
 logits are written twice: as hooks of a variant, and as NumPy functions of positions and heads.
 Whatever no query sees holds NaN or Inf, in K and in V.
 """
@@ -30,6 +31,11 @@ import tilewright as tw
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 CASES_OF_A_KERNEL = 8  # cases that share a compiled kernel; all else differs
+FITS = {  # rows of K and of V that a family of a GPU takes
+    "decode": [(n, n) for n in (8, 16, 40, 64, 80, 96, 128)],
+    "hopper": [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)],
+}
+DECODE_ROWS = 16  # queries × group of a request, at most, in the decode family
 
 
 # ---------------------------------------------------------------------------- a case
@@ -165,15 +171,18 @@ def oracle(case: Case) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def strided(
-    rng: np.random.Generator, shape: tuple[int, ...], dims: tuple[int, int], dtype: Any
-) -> list[np.ndarray]:
-    """K and V (pages, slots, heads, dim) with rows of two sizes, in a random layout, all NaN."""
+    rng: np.random.Generator, shape: tuple[int, ...], dims: tuple[int, int], dtype: Any,
+    aligned: bool,
+) -> list[np.ndarray]:  # fmt: skip
+    """K and V (pages, slots, heads, dim) with rows of two sizes, in a random layout, all NaN.
+    `aligned`: rows begin at multiples of 16 bytes and strides are positive, if dims allow it."""
     pages, slots, heads = shape
     dim = max(dims)
     if dims[0] != dims[1]:
         k, v = (np.full((*shape, n), np.nan, dtype) for n in dims)
         return [k, k[..., : dims[1]]] if dims[1] < dims[0] and rng.random() < 0.5 else [k, v]
-    kind, shape = rng.integers(0, 6), (*shape, dim)
+    kind = rng.choice([0, 1, 4, 5]) if aligned else rng.integers(0, 6)
+    shape = (*shape, dim)
     if kind == 0:  # heads before slots
         return [np.full((pages, heads, slots, dim), np.nan, dtype).swapaxes(1, 2) for _ in "kv"]
     if kind == 1:  # K and V of a page together
@@ -258,8 +267,8 @@ def draw_positions(rng: np.random.Generator, lengths: list[int], kind: str) -> d
     return {name: drawn[name] for name in names}
 
 
-def draw(seed: int, number: int) -> Case:
-    """Case `number` of a seed."""
+def draw(seed: int, number: int, fits: str = "") -> Case:
+    """Case `number` of a seed; `fits`: a family of kernels for GPUs that should take it."""
     kernel = np.random.default_rng([seed, number // CASES_OF_A_KERNEL])
     rng = np.random.default_rng([seed, number, 1])
     n = number // CASES_OF_A_KERNEL
@@ -268,16 +277,25 @@ def draw(seed: int, number: int) -> Case:
     group, dim = int(kernel.integers(1, 17)), int(kernel.choice([1, 5, 16, 33, 64, 80, 128, 256]))
     dim_vo = int(kernel.choice([dim, dim, dim, 8, 48, 192]))
     q_type, kv_type = (DTYPES[kernel.integers(0, 3)] for _ in "qk")
+    if fits:
+        q_type = kv_type = DTYPES[1 + kernel.integers(0, 2)]
+        dim, dim_vo = FITS[fits][kernel.integers(len(FITS[fits]))]
     requests, kv_heads = int(rng.integers(0, 5)), int(rng.integers(1, 4 if group < 6 else 2))
     page_size = int(rng.choice([1, 2, 7, 16, 64]))
+    page_size += fits == "hopper" and page_size == 7  # a power of two
     depth = int(np.random.default_rng([seed, n, 2]).choice([0, 0, 1, 2, 3]))
+    depth *= fits != "hopper"
     requests += 3 * (depth > 0)
     shared = draw_levels(rng, requests, depth)
     nodes = requests + sum(len(x) - 1 for x in shared)
     lengths = [int(rng.integers(0, rng.choice([6, 100, 500, 3001]))) for _ in range(nodes)]
     qo_lengths = [int(rng.integers(0, rng.choice([2, 8, 71]))) for _ in range(requests)]
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 and fits != "hopper":
         qo_lengths = [1] * requests
+    if fits == "decode":
+        qo_lengths = [n % (DECODE_ROWS // group + 1) for n in qo_lengths]
+    elif fits and requests:
+        qo_lengths[0] += DECODE_ROWS // group + 1
     form = FORMS[(n + n // len(FORMS)) % len(FORMS)]
     if form == "ragged":
         page_size = 1
@@ -289,7 +307,7 @@ def draw(seed: int, number: int) -> Case:
         kv_indptr = np.arange(nodes + 1, dtype=np.int32)
     else:
         kv_indptr, kv_indices, pages = pages_of(rng, lengths, page_size)
-    k, v = strided(rng, (pages, page_size, kv_heads), (dim, dim_vo), kv_type)
+    k, v = strided(rng, (pages, page_size, kv_heads), (dim, dim_vo), kv_type, bool(fits))
     qo_indptr = np.cumsum([0, *qo_lengths]).astype(np.int32)
     wide = rng.standard_normal((int(qo_indptr[-1]), group * kv_heads + 1, dim))
     q = (wide * rng.choice([1, 1, 8])).astype(q_type)[:, 1:]
@@ -300,6 +318,7 @@ def draw(seed: int, number: int) -> Case:
         (requests, int(qo_indptr[-1]), columns),
     )  # fmt: skip
     scale = [None, None, 0.0, -0.2, 1.0][rng.integers(0, 5)]
+    scale = None if fits == "hopper" and scale in (0.0, -0.2) else scale
     workers = int(rng.integers(1, 133))
     case = Case(
         f"{seed}:{number}", mask, logits, sink, scale, values, q, qo_indptr,
@@ -431,18 +450,22 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--fits", nargs="*", choices=FITS, default=[])
     args = parser.parse_args()
-    failed, families = 0, Counter[str]()
-    for number in range(args.first, args.first + args.cases):
-        case = draw(args.seed, number)
+    failed, families, number = 0, Counter[str](), args.first
+    while families.total() - families["refused"] < args.cases:
+        fits = args.fits or [""]
+        case = draw(args.seed, number, fits[number // CASES_OF_A_KERNEL % len(fits)])
+        number += 1
         try:
-            families["cpu" if args.device == "cpu" else check_on_gpu(case)] += 1
             if args.device == "cpu":
                 check(case)
+            families["cpu" if args.device == "cpu" else check_on_gpu(case)] += 1
         except Exception as error:
             failed += 1
+            families["failed"] += 1
             print(f"{case}\n  {type(error).__name__}: {str(error).strip()[:600]}", flush=True)
-    print(f"{args.cases} cases, {failed} failed; {dict(families)}")
+    print(f"{args.cases} cases from {args.first} on, {failed} failed; {dict(families)}")
     return int(failed > 0)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.attention.cases import ALL_VARIANTS, TYPES, arrays_of, paged, queries, values_of
+from tests.attention.cases import ALL_VARIANTS, TYPES, arrays_of, csr, paged, queries, values_of
 from tests.attention.cases import spec_of as cases_spec
 from tests.attention.test_flash_cuda import _bits, on_device
 
@@ -27,6 +28,11 @@ SHAPES = [  # group, kv_heads, head_dim, dtype, variant
     (1, 5, 80, "float16", "window"),
     (8, 2, 8, "bfloat16", "strange"),
     (5, 4, 72, "float16", "window"),
+    (8, 2, 256, "bfloat16", "causal"),
+    (16, 1, 256, "float16", "softcap_alibi"),
+    (4, 3, 136, "bfloat16", "window"),
+    (3, 2, 200, "float16", "strange"),
+    (16, 2, 192, "bfloat16", "full"),
 ]
 IDS = ["-".join(map(str, s)) for s in SHAPES]
 
@@ -36,17 +42,21 @@ def spec_of(shape, o="") -> Spec:
     return cases_spec(group, head_dim, name, name, ALL_VARIANTS[variant], o)
 
 
+# Each shape with the blocks of 8 packed rows that the family takes, and values shorter than keys.
+KERNELS = [(s, s[2], b) for s in SHAPES for b in (1, 2, 4)[: 3 if s[2] <= decode.SHORT_ROW else 2]]
+KERNELS += [(SHAPES[-1], 128, blocks) for blocks in (1, 2)]
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
-@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_cubin_without_spills(arch, shape, blocks):
+@pytest.mark.parametrize(("shape", "dim_vo", "blocks"), KERNELS)
+def test_cubin_without_spills(arch, shape, dim_vo, blocks):
     """The numbers that Python launches with are those of the kernel, too: assertions make no code,
     and a kernel takes a second to compile."""
-    spec = spec_of(shape)
+    spec = replace(spec_of(shape), head_dim_vo=dim_vo)
     wanted = {
         "SMEM_BYTES": decode.smem_bytes(spec, blocks), "THREADS": decode.THREADS,
-        "2 * attention::PARTIAL": decode.partial_floats(spec.head_dim, blocks, 1),
+        "2 * attention::PARTIAL": decode.partial_floats(dim_vo, blocks, 1),
         "TILE": ranges.TILE, "KEYS": decode.KEYS, "NARROW_ROWS": 8 * blocks,
         "WIDE_ROWS": ranges.WIDE_ROWS,
     }  # fmt: skip
@@ -62,7 +72,7 @@ def test_cubin_without_spills(arch, shape, blocks):
 def test_reasons():
     causal = ALL_VARIANTS["causal"]
     spec = cases_spec(4, 128, "bfloat16", "bfloat16", causal)
-    assert decode.refuses(spec, 16, None) == "" and "20 rows" in decode.refuses(spec, 20, None)
+    assert decode.refuses(spec, 32, None) == "" and "36 rows" in decode.refuses(spec, 36, None)
     k = np.zeros(4096, TYPES["bfloat16"])
     k = k[(-k.ctypes.data // 2) % 8 :]  # aligned to 16 bytes
     pages = k[: 2 * 4 * 2 * 128].reshape(2, 4, 2, 128)
@@ -73,10 +83,15 @@ def test_reasons():
         assert "16 bytes" in decode.refuses(spec, 16, unaligned)
     for args, reason in (
         ((4, 128, "float32", "bfloat16"), "float16"),
-        ((4, 136, "float16", "float16"), "head_dim"),
+        ((4, 264, "float16", "float16"), "head_dim"),
         ((4, 100, "float16", "float16"), "head_dim"),
     ):
         assert reason in decode.refuses(cases_spec(*args, causal), 4, None)
+    long = cases_spec(4, 256, "float16", "float16", causal)
+    assert decode.refuses(long, 16, None) == "" and "20 rows" in decode.refuses(long, 20, None)
+    assert "longer" in decode.refuses(replace(long, head_dim=192), 4, None)
+    shared = cases_spec(4, 136, "float16", "float16", causal, shared=1)
+    assert "shared" in decode.refuses(shared, 4, None)
 
 
 # ---------------------------------------------------------------------------- on a GPU
@@ -118,6 +133,31 @@ def test_against_the_reference(rng, shape, page_size, workers):
     for _ in range(20):  # the counters are as they were, and the order of arrival changes no bit
         bound()
     assert np.array_equal(first.view(np.uint32), out.to_numpy().view(np.uint32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 2, 128, 128, 8), (5, 3, 80, 72, 6), (2, 2, 192, 128, 8)])
+@pytest.mark.parametrize("name", ["window", "softcap_alibi"])
+def test_many_queries_and_short_values(rng, shape, name):
+    """Up to 32 packed rows of a request; values shorter than keys."""
+    from tilewright.runtime.cuda import DeviceArray
+
+    group, kv_heads, dim, dim_vo, most = shape
+    variant = ALL_VARIANTS[name]
+    attn = Attention(group * kv_heads, kv_heads, dim, variant, head_dim_vo=dim_vo)
+    kv = paged(rng, [0, 5, 700, 64, 2111], (16, kv_heads, dim), TYPES["float16"])
+    k, v, *table = arrays_of(kv)
+    kv = csr(k, v[..., :dim_vo], table[1], table[2], table[0])
+    q, indptr = queries(rng, [1, most, most - 1, 0, most], group * kv_heads, dim, TYPES["float16"])
+    values = values_of(rng, variant, group * kv_heads, kv_heads)
+    there = csr(*map(DeviceArray.from_numpy, (k, np.ascontiguousarray(v[..., :dim_vo]), table[1],
+                                              table[2], table[0])))  # fmt: skip
+    on_card: dict[str, Any] = {n: DeviceArray.from_numpy(x) for n, x in values.items()}
+    for workers in (1, 7, None):
+        plan = attn.plan(indptr, there, workers=workers)
+        bound = attn.bind(DeviceArray.from_numpy(q), there, plan=plan, **on_card)
+        assert "decode.cuh" in bound.source
+        close(bound(), reference.attention(q, kv, indptr, variant, **values))
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -36,14 +37,13 @@ def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray,
     kv = tw.KV(table, tw.Pool(case.k, case.v))
     traced = attn.variant.traced
     kind = dtypes.ALL[case.q.dtype.name]
-    spec = Spec(attn.group, attn.head_dim, attn.head_dim, kind, kind, dtypes.ALL["float32"], traced,
-                table.form)  # fmt: skip
+    spec = Spec(attn.group, *case.dims, kind, kind, dtypes.ALL["float32"], traced, table.form)
     known = {n: x for n, x in attn.variant.fixed if np.isscalar(x)}
     shape = plans.Shape("decode", attn.kv_heads, attn.group, traced.mask, known,
                         decode.FAMILY.qo_tile(spec), "", decode.CTAS_PER_SM)  # fmt: skip
     lengths = kv.lengths()
     plan = plans.make(case.qo_indptr, lengths, shape, workers, table.tree(lengths))
-    o = np.full(case.q.shape, np.nan, np.float32)
+    o = np.full((*case.q.shape[:2], case.dims[1]), np.nan, np.float32)
     lse = np.full(case.q.shape[:2], np.nan, np.float32)
     sizes = {"qo_head": attn.qo_heads, "kv_head": attn.kv_heads, "request": kv.requests,
              "q_token": plan.tokens}  # fmt: skip
@@ -78,6 +78,23 @@ def check(case: Case, workers: int) -> tw.Plan:
 
 def test_flat(rng):
     check(cascade(rng, SHAPES[0], [3, 0, 1], [], [130, 5, 400]), 40)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim_vo", "counts"),
+    [
+        ((2, 1, 256, np.float16, "window", "scores", "per head"), 256, [1, 0, 4, 1]),
+        ((5, 2, 200, ml_dtypes.bfloat16, "causal", "softcap", ""), 192, [2, 1, 0, 3]),
+        ((8, 1, 192, np.float16, "causal", "scores", ""), 128, [1, 1, 1, 0]),
+        ((4, 1, 128, ml_dtypes.bfloat16, "first and last", "alibi", ""), 128, [8, 1, 5, 7]),
+        ((3, 2, 40, np.float16, "window", "scores", "per head"), 24, [10, 2, 0, 3]),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 20])
+def test_long_rows_and_many(rng, shape, dim_vo, counts, workers):
+    """Keys and values of one stage; q in shared memory; values shorter than keys."""
+    case = cascade(rng, shape, counts, [], [330, 0, 70, 129], page_size=int(rng.choice([1, 7, 16])))
+    check(replace(case, v=case.v[..., :dim_vo]), workers)
 
 
 @pytest.mark.parametrize("cost", [-(1 << 30), 1, 1 << 30])

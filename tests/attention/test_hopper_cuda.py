@@ -105,9 +105,9 @@ def test_what_ptxas_makes_of_it(case, narrow, tmp_path):
     ops = [m[0] for m in found]
     assert "LDL" not in ops and "STL" not in ops
     pending = [i for i, op in enumerate(ops) if op.endswith("0x1")]
-    assert len(pending) == 2  # at the start of an item, and in the loop
+    assert 2 <= len(pending) <= 3  # in the first one or two steps of an item, and in the loop
     weights = hopper.tiles_of(kernel_of(case)[0]).keys // 2
-    loop = ops[pending[1] + 1 :]
+    loop = ops[pending[-1] + 1 :]
     end = next(i for i, op in enumerate(loop) if op.startswith("WARP"))
     assert loop[:end].count("MUFU.EX2") >= weights // 2 and "HGMMA" not in loop[:end]
     assert loop[:end].count("MUFU.TANH") == weights * ("softcap" in case[3])
@@ -178,6 +178,10 @@ def test_reasons(monkeypatch):
     assert "16 bytes" in reason(k=np.zeros((2, 16, 2, 132), np.float16)[..., :128])
     assert "power of two" in reason(k=np.zeros((2, 24, 2, 128), np.float16))
     assert "negative" in reason(k=np.zeros((2, 16, 2, 128), np.float16)[:, ::-1])
+    far = np.lib.stride_tricks.as_strided(
+        np.zeros(8, np.float16), (2, 4, 2, 128), (1 << 32, 512, 256, 2)
+    )
+    assert "4 GiB" in reason(k=far)
     assert "no pages" in reason(k=np.zeros((0, 16, 2, 128), np.float16))
     assert "plan with the cache" in hopper.refuses(spec, 400, None)
 
@@ -438,7 +442,7 @@ def test_more_tiles_than_a_segment_has(card, rng):
     """A request whose tiles of keys come in several segments, and one whose first sees nothing."""
     from tilewright.runtime.cuda import DeviceArray
 
-    keys = hopper.MAX_TILES * hopper.TILES[64, 64].keys * 2 + 77
+    keys = hopper.TILES[64, 64].segment * hopper.TILES[64, 64].keys * 2 + 77
     attn = Attention(2, 1, 64, ALL_VARIANTS["causal"])
     kv = ragged(rng, [keys, 5], 1, 64, TYPES["bfloat16"])
     q, indptr = queries(rng, [70, 200], 2, 64, TYPES["bfloat16"])

@@ -221,7 +221,7 @@ def test_masks_that_read_tensors(card, rng, kind, page_size):
 @pytest.mark.gpu
 def test_segments_whose_first_sees_nothing(card, rng):
     """Keys of more than a segment's tiles, of which a window leaves the last; and all of them."""
-    keys = hopper.MAX_TILES * hopper.TILES[128, 128].keys + 300
+    keys = hopper.TILES[128, 128].segment * hopper.TILES[128, 128].keys + 300
     kv = ragged(rng, [keys, 9], 1, 128, np.float16)
     q, indptr = queries(rng, [40, 40], 1, 128, np.float16)
     for variant in (tw.SlidingWindow(window=200), tw.Full()):

@@ -12,7 +12,7 @@ from tilewright.toolchain import compilers
 
 
 @pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
-@pytest.mark.parametrize("first", range(0, 120, oracle.CASES_OF_A_KERNEL))
+@pytest.mark.parametrize("first", range(0, 304, oracle.CASES_OF_A_KERNEL))
 def test_random_cases(first):
     for number in range(first, first + oracle.CASES_OF_A_KERNEL):
         oracle.check(oracle.draw(1, number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from tests.attention.cases import TYPES
 from tests.attention.test_decode_cuda import close
+from tests.compiler import cta
+from tests.compiler.cases import executed
 from tests.shipped import lesson
 
 import tilewright as tw
@@ -16,9 +19,24 @@ from tilewright import dtypes
 from tilewright.attention import reference, select, spec
 from tilewright.attention.merge import State
 from tilewright.errors import ArgumentError, ProgramError
+from tilewright.target import target
 from tilewright.toolchain import compilers, nvrtc
 
 programs = lesson("08_select.py")
+
+
+@tw.select
+def quest_apart(
+    q=tw.dense("r h g d"), low=tw.sparse("r p h d"), high=tw.sparse("r p h d", like="low")
+):
+    """The scores of Quest from two arrays, without products that tiles could compute."""
+    r, h, p, g, d = tw.indices("r h p g d")
+    x = q[r, h, g, d]
+    most = tw.sum(tw.maximum(x * low[r, p, h, d], x * high[r, p, h, d]), over=d)
+    return tw.out.typed("float32")[r, h, p](tw.max(most, over=g))
+
+
+programs.quest_apart = quest_apart
 HEADS, GROUP, DIM, PAGE = 2, 2, 16, 16  # as in test_table.py: one kernel for both
 LENGTHS = (16 * 9 - 3, 0, 16, 17, 1, 16 * 12, 5 * 16)
 WIDTH = 13
@@ -61,6 +79,8 @@ class Batch:
 
     def arguments(self, name: str) -> dict[str, Any]:
         if name == "quest":
+            return {"q": self.grouped, "ends": np.stack((self.high, self.low), 2)}
+        if name == "quest_apart":
             return {"q": self.grouped, "low": self.low, "high": self.high}
         if name == "indexer":
             return {"q": self.small, "w": self.w, "k": self.index}
@@ -70,7 +90,7 @@ class Batch:
         """The scores of the pages in front of the last one, in float64."""
         rows = self.table[r, : max(self.counts[r] - 1, 0)]
         q, mean = self.grouped[r, head].astype(float), self.mean[rows, head].astype(float)
-        if name == "quest":
+        if name.startswith("quest"):
             ends = (q[None] * x[rows, head][:, None] for x in (self.low, self.high))
             return np.maximum(*ends).sum(-1).max(-1)
         if name == "block_mean":
@@ -133,7 +153,7 @@ def check_pages(table: Any, batch: Batch, chosen: list[list[np.ndarray]]) -> Non
         assert table.host("kv_len")[r] == kept + left
 
 
-NAMES = ["quest", "block_mean", "block_weight", "indexer"]
+NAMES = ["quest", "quest_apart", "block_mean", "block_weight", "indexer"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -275,8 +295,8 @@ def test_refusals(rng):
         ("A107", lambda: quest(alibi, kv, pages=2)),
         ("A103", lambda: tw.KV(tw.Table(batch.lengths, by_head), pool)),
         ("A107", lambda: tw.Table(batch.lengths, by_head).tensor(batch.keys)),
-        ("A101", lambda: right.run(q=batch.grouped, low=batch.low)),
-        ("A103", lambda: right.run(**named | {"low": batch.low[1:], "high": batch.high[1:]})),
+        ("A101", lambda: right.run(ends=named["ends"])),
+        ("A103", lambda: right.run(**named | {"ends": named["ends"][1:]})),
     ]
     for code, call in refused:
         with pytest.raises(ArgumentError, match=code):
@@ -295,10 +315,36 @@ def test_cubins_without_spills(arch):
     used = spec.compile_cuda(select.cuda_source(), arch, name="select").resources["choose_pages"]
     assert used.spill_bytes == 0 and used.registers <= 64
     if arch == "sm_90a":
-        shapes = {"q": (64, 8, 4, 128), "low": (64, 9, 8, 128), "high": (64, 9, 8, 128)}
+        shapes = {"q": (64, 8, 4, 128), "ends": (64, 9, 8, 2, 128)}
         types = tuple((n, dtypes.bfloat16, shape) for n, shape in shapes.items())
         kernel = select._scores(programs.quest.args[0], types, f"cuda:{arch}")
         assert all(used.spill_bytes == 0 for used in kernel.resources.values())
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_tiles_of_pages_on_a_cta(rng, count):
+    """What a GPU runs for 16-bit numbers: blocks of pages copied ahead, scores stored by row."""
+    batch = Batch(rng)
+    grouped = rng.integers(-2, 3, (len(LENGTHS), HEADS, count, DIM)).astype(np.float32)
+    ends = np.stack((batch.high, batch.low), 2)
+    bits = {n: dtypes.bfloat16_bits(x).reshape(x.shape) for n, x in (("q", grouped), ("e", ends))}
+    indptr = np.arange(len(LENGTHS) + 1, dtype=np.int32) * WIDTH
+    rivals = np.maximum(batch.counts - 1, 0).astype(np.int32)
+    pages = tw.Table.csr(rivals, indptr, batch.table.reshape(-1))
+    typed = programs.quest.args[0].typed(q="bfloat16", ends="bfloat16")
+    sizes = {"h": HEADS, "g": count, "e": 2, "d": DIM}.items()
+
+    def recipe(s: Any) -> Any:
+        return typed.recipe(functools.reduce(lambda s, x: s.specialize(*x), sizes, s))
+
+    scores = typed.decompose(ends=tw.Table.format(1, 5)).schedule(recipe)
+    args = {"q": bits["q"], "ends": pages.tensor(bits["e"][:, None], longest=WIDTH)}
+    got = executed(scores, scores.lower(target("cuda")), args, cta.execute)["out"]
+    for r, n in enumerate(rivals):
+        own = ends[batch.table[r, :n]].astype(float)  # pages, heads, ends, d
+        x = grouped[r].transpose(1, 0, 2)[:, None].astype(float)
+        wanted = np.maximum(x * own[:, :, 0], x * own[:, :, 1]).sum(-1).max(0)
+        np.testing.assert_array_equal(got[r, :, :n], wanted.T)
 
 
 # ---------------------------------------------------------------------------- on a GPU

@@ -8,6 +8,17 @@ using std::min;
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline void __threadfence() {}
+inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
+template <class T>
+inline T reduced(T x, T (*f)(T, T)) {
+  T all[32];
+  simulated::collective(x, all);
+  for (T one : all) x = f(x, one);
+  return x;
+}
+inline int __reduce_min_sync(uint32_t, int x) { return reduced<int>(x, [](int a, int b) { return min(a, b); }); }
+inline uint32_t __reduce_or_sync(uint32_t, uint32_t x) { return reduced<uint32_t>(x, [](uint32_t a, uint32_t b) { return a | b; }); }
+inline uint32_t __reduce_and_sync(uint32_t, uint32_t x) { return reduced<uint32_t>(x, [](uint32_t a, uint32_t b) { return a & b; }); }
 
 namespace simulated {
 
@@ -95,6 +106,8 @@ inline void copy_box(uint32_t to, const void* map, uint32_t barrier, int c0, int
 inline void store_box(const void*, uint32_t, int, int, int) {}
 inline void stores_read() {}
 inline void fence_async() {}
+inline void copy_row_async(uint32_t, const void*, int) { abort(); }  // pages of fewer than 8 rows: none here
+inline void copy_async_arrive(uint32_t) { abort(); }
 template <int> inline void more_registers() {}
 template <int> inline void fewer_registers() {}
 inline void wgmma_fence() {}
@@ -104,7 +117,7 @@ template <class T, int N> inline void tie(T (&)[N]) {}
 inline uint64_t wgmma_descriptor(uint32_t, int, int) { return 0; }
 template <class Kind, int N, bool Adds, bool Turned>
 struct wgmma {
-  template <class A> static void of(float (&)[N / 2], A, uint64_t) {}
+  template <class A> static void of(float (&)[N / 2], A, uint64_t, bool = true) {}
 };
 inline void store_matrices(uint32_t, uint32_t, uint32_t, uint32_t, uint32_t) {}
 

@@ -15,7 +15,7 @@ import pytest
 from bench.harness import Contender
 
 import tilewright as tw
-from bench import blocks, gemm, graphs, harness, host, model, peers, plot, sparse
+from bench import blocks, gemm, graphs, harness, host, host_attention, model, peers, plot, sparse
 from tilewright import ops
 from tilewright.errors import ArgumentError
 from tilewright.toolchain import compilers
@@ -267,12 +267,16 @@ def test_bench_host_measures_calls_and_builds(capsys, monkeypatch):
     monkeypatch.setattr(host, "_IMPORTS", 1)
     monkeypatch.setattr(host, "_BUILDS", 1)
     monkeypatch.setattr(host, "_TILES", {})  # a second a build
+    monkeypatch.setattr(host_attention, "_REPEATS", 1)
+    monkeypatch.setattr(host_attention, "_BUILDS", 1)
     assert harness.main(["host", "--json"]) == 0
     printed = capsys.readouterr()
     rows = rows_of(printed.out)
     ops = {r["op"] for r in rows}
     assert {"import", "host.call", "build.csr", "build.hyb", "build.hyb.any"} <= ops
-    assert all(r["value"] > 0 for r in rows)
+    assert {"attention.host", "attention.llama"} <= ops
+    assert all(r["value"] > 0 for r in rows if r["metric"] != "bytes")
+    assert [r["value"] for r in rows if r["metric"] == "bytes"] == [0]  # a bound run keeps nothing
     assert len([r for r in rows if r["op"].startswith("build")]) in (9, 18)
     assert "another kind of cache" not in printed.err
 
@@ -356,8 +360,9 @@ def test_the_oracle_of_products(rng, monkeypatch):
     right[3, 2] = torch.nan
     assert wrong(right).startswith("1 of 216")
     x = torch.from_numpy(rng.standard_normal((128, 16))).half()
-    matrix = blocks.random_blocks(128, 32, 0.75)
+    matrix = blocks.random_blocks(128, (32, 32), 0.75)
     assert 0.25 - (matrix != 0).mean() < 1e-3
+    assert np.count_nonzero(blocks.random_blocks(128, (8, 1), 0.5, 0.5).any(1)) == 64
     assert (matrix.reshape(4, 32, 4, 32).any((1, 3))).sum() == 4
     if compilers.has_compiler():
         arrays = (y.numpy() for y in (a, b, bias))

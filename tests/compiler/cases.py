@@ -211,6 +211,7 @@ FORMATS: dict[str, Any] = {
     "bsr": tw.bsr(2),
     "bsr3": tw.bsr(3),
     "dbsr": tw.dbsr(2),
+    "sr_bcrs": tw.sr_bcrs(2),
     "hyb": tw.hyb(buckets=(1, 2, 4)),
     "hyb split": tw.hyb(buckets=(1, 2), long_rows="split"),
     "hyb 2": tw.hyb(2, (1, 3)),

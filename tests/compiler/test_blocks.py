@@ -131,20 +131,40 @@ def test_a_dropped_barrier_or_wait_is_reported(kind):
         executed(definition, program, args, cta.execute)
 
 
-def test_other_statements_on_shared_tiles_are_refused():
+def sum_of_products(nested: bool = False) -> Any:
     @tw.program
     def product_of_sums(A=tw.dense("m k"), B=tw.dense("n k"), w=tw.dense("n")):
         i, j, k = tw.indices("i:m j:n k:k")
         s = tw.temp.named("s")[i, j](tw.sum(A[i, k] * B[j, k], over=k))
-        return tw.out[i](tw.sum(s[i, j] * w[j], over=j))
+        factor = tw.sum(B[j, k], over=k) if nested else w[j]
+        return tw.out[i](tw.sum(s[i, j] * factor, over=j) + 1.0)
 
     def recipe(s):
         s = s.compute_at("s", "j").split("i", 16, into=("i_o", "i_v"))
         s = s.split("j", 16, into=("j_o", "j_v")).split("k", 16, into=("k_o", "k_v"))
         return s.reorder("i_o", "j_o", "i_v", "j_v").mma("i_v", "j_v", "k_v").bind("i_o", "cta.x")
 
-    with pytest.raises(ScheduleError, match=r"S102.*shares the loops of a tile and is stored"):
-        product_of_sums.typed(A="float16", B="float16").schedule(recipe).lower(target("cuda"))
+    return product_of_sums.typed(A="float16", B="float16").schedule(recipe)
+
+
+@pytest.mark.parametrize("shape", ((16, 16, 16), (33, 50, 20), (1, 1, 1), (5, 0, 3)))
+def test_a_value_of_each_row_is_stored_once(shape):
+    """The tiles' columns are summed up; a second store would be a race on the CTA."""
+    m, n, k = shape
+    rng, definition = np.random.default_rng(m), sum_of_products()
+    A, B = (rng.standard_normal(s).astype(np.float16) for s in ((m, k), (n, k)))
+    args = {"A": A, "B": B, "w": rng.standard_normal(n).astype(np.float32)}
+    wanted = A.astype(float) @ B.astype(float).T @ args["w"] + 1
+    for kind, machine in (("cuda", cta.execute), ("cpp", execute)):
+        got = executed(definition, definition.lower(target(kind)), args, machine)["out"]
+        np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_other_statements_on_shared_tiles_are_refused():
+    with pytest.raises(
+        ScheduleError, match=r"S102.*shares the loops of a tile and has other loops"
+    ):
+        sum_of_products(nested=True).lower(target("cuda"))
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")

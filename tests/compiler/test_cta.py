@@ -48,6 +48,8 @@ def pattern(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.n
     if "csc" in name:
         return pattern("", shape[::-1], rng).T
     lengths = np.array(LONG if "by_length" in name else ROWS)[:, None]
+    if "dbsr" in name:
+        lengths = np.concatenate([np.zeros((shape[0] - len(ROWS), 1), int), lengths])
     if "ell" in name:
         lengths = np.minimum(lengths, 8)
     return rng.permuted(np.arange(shape[1]) < lengths, axis=1)
@@ -58,6 +60,8 @@ def arguments(name: str, program: ir.Program, rng: np.random.Generator) -> Array
     definition, sizes, out = SHIPPED[name].definition, {**SIZES, **dict(program.sizes)}, {}
     if "by_length" in name:
         sizes["n"] = max(LONG)
+    if "dbsr" in name:
+        sizes["m"] += 16  # a row of blocks that is empty
     if name.startswith("gemm"):
         sizes["m"] = 30  # rows of each tile operation of a warp
     if "csc" in name:

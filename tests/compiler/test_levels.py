@@ -37,7 +37,7 @@ from tests.compiler.legality import accepted
 
 import tilewright as tw
 from tilewright.errors import FormatError, ProgramError
-from tilewright.ir.levels import Band, Compressed, Dense, Level, NofM, Paged, coordinates
+from tilewright.ir.levels import Band, Compressed, Dense, Fixed, Level, NofM, Paged, coordinates
 from tilewright.ir.rewrite import add, mul
 from tilewright.ops import schedules
 from tilewright.reference.evaluate import evaluate
@@ -136,6 +136,20 @@ def test_positions_of_bitmaps_are_dense_or_counted_and_metadata_is_packed(rng):
         fmt = tw.n_m(n, m)
         wide = fitted(fmt, matrix("random", 5, 405, rng))
         np.testing.assert_array_equal(fmt.pack(wide).dense(), wide)
+
+
+@pytest.mark.parametrize("most", [1, 3, 50])
+def test_rows_of_blocks_are_cut_by_the_number_of_blocks(most, rng):
+    dense = np.kron(rng.random((5, 9)) < 0.6, np.ones((4, 3))) * matrix("random", 20, 27, rng)
+    blocks = (dense.reshape(5, 4, 9, 3) != 0).any((1, 3)).sum(1)
+    bsr = Dense(0, block=4, inner=True), Dense(1, block=3, inner=True)
+    for level in (Compressed(1, block=3), Fixed(1, block=3, width=most)):
+        fmt = tw.Format("pieces", (Compressed(0, block=4, chunk=most), level, *bsr))
+        a = fmt.pack(dense)
+        rows = a.structure.parts[0].arrays[0]["indices"]
+        np.testing.assert_array_equal(rows, np.arange(5).repeat(-(-blocks // most)))
+        np.testing.assert_array_equal(a.dense(), dense)
+    assert len(a.values[0]) == len(rows) * most * 12
 
 
 # ---------------------------------------------------------------------------- programs

@@ -39,6 +39,20 @@ def rows_of_lanes(most: int, x: int = 8, y: int = 8) -> Any:
     return schedule
 
 
+def rows_of_blocks(most: int) -> Any:
+    """A row for each group of 4 lanes, 8 of a row of blocks or stripe a CTA."""
+
+    def schedule(s: Any) -> Any:
+        inner = "j_i" if s.format_of(0).blocks[1] > 1 else "j"
+        for name in ("top", "weight", "total"):
+            s = s.compute_at(name, "i", most=most)
+        for n in ("top", "weight", "total", "out"):
+            s = s.split(f"{n}.{inner}", 4, into=(f"{n}_o", f"{n}_x")).bind(f"{n}_x", "thread.x")
+        return s.bind(s.rows, "cta.x").bind("i_i", "thread.y")
+
+    return schedule
+
+
 def row_of_a_cta(most: int, loop: str = "h", threads: int = 32) -> Any:
     """A row of a CTA; with `loop` h its heads one after the other in the same memory."""
 
@@ -132,6 +146,23 @@ def test_rows_of_lanes_agree_with_numpy_after_every_pass(rng, fmt, most):
         cases.after_every_pass(definition, args, schedule, CUDA)
     args["A"] = cases.filled_padding(args["A"])
     got = cases.executed(definition, lowered(definition, schedule), args, cta.execute)["out"]
+    np.testing.assert_allclose(got, softmax_rows(args["A"]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 16, 64])
+@pytest.mark.parametrize("fmt", [tw.bsr(8), tw.dbsr(8), tw.sr_bcrs(8)], ids=str)
+def test_rows_of_blocks_agree_with_numpy_after_every_pass(rng, fmt, most):
+    """`most` counts elements; what is kept is a number of blocks, one at least."""
+    definition, schedule = softmax.decompose(A=fmt), rows_of_blocks(most)
+    args = uneven(definition, rng, m=19, n=37)
+    with knobs.scope(verify=True):
+        cases.after_every_pass(definition, args, schedule, CUDA)
+    program = lowered(definition, schedule)
+    (kept,) = (x.buffer for x in nodes(program, ir.Alloc) if x.buffer.name == "weight.row")
+    sizes = [int(e.value) for e in kept.shape]
+    assert sizes == ([8, max(most // 8, 1), 8] if fmt.blocks[1] > 1 else [8, most])
+    args["A"] = cases.filled_padding(args["A"])
+    got = cases.executed(definition, program, args, cta.execute)["out"]
     np.testing.assert_allclose(got, softmax_rows(args["A"]), rtol=1e-5)
 
 
@@ -278,7 +309,8 @@ def test_rows_that_take_turns_need_no_barrier_more():
 @pytest.mark.parametrize(("definition", "schedule", "code", "names"), [
     (attend, row_of_a_cta(0), "S102", ("score", "A.indptr1[i + 1]", "most=1024", 'scope="global"')),
     (spread, in_threads(0, 0), "S102", ("mixed", "f.size", "specialize()")),
-    (attend.decompose(A=tw.bsr(2)), row_of_a_cta(4), "S102", ("rows lie in blocks", "global")),
+    (softmax.decompose(A=tw.bitmap(counted=True)), rows_of_lanes(4), "S102",
+        ("not side by side", "global")),
     (attend, lambda s: s.compute_at("score", "h", "global", 8), "S102", ("most is 8", "global")),
     (attend, lambda s: s.compute_at("score", "h", most=-1), "S102", ("most is -1",)),
     (attend, row_of_a_cta(100_000), "S103", ("bytes of shared memory", "smaller")),
@@ -295,6 +327,16 @@ def test_a_refusal_names_what_to_call_instead(definition, schedule, code, names)
 
 
 # ---- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most", [1, 64, 512])
+@pytest.mark.parametrize("fmt", [tw.bsr(8), tw.dbsr(8), tw.sr_bcrs(8)], ids=str)
+def test_rows_of_blocks_on_a_gpu(rng, fmt, most):
+    definition = softmax.decompose(A=fmt)
+    a = cases.filled_padding(uneven(definition, rng, m=301, n=3001)["A"])
+    out = definition.schedule(rows_of_blocks(most)).build("cuda")(a.to("cuda"))
+    np.testing.assert_allclose(out.unpack()[1], softmax_rows(a), rtol=2e-5)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 from tests.shipped import CUDA, SHIPPED
 
 from tilewright.ops.rope import append_kernel, rope_append_kernel, rope_kernel
-from tilewright.ops.rowwise import gelu_mul_kernel, rmsnorm_add_kernel, scaled_kernel
+from tilewright.ops.rowwise import gated_kernel, rmsnorm_add_kernel, scaled_kernel
 from tilewright.target import target
 from tilewright.toolchain import nvrtc
 
@@ -25,10 +25,12 @@ def test_cubin_without_spills(name: str, arch: str):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("build", [gelu_mul_kernel, scaled_kernel, rmsnorm_add_kernel])
-def test_kernels_of_the_model_families(build: Any, arch: str):
+def test_kernels_of_the_model_families(arch: str):
     """Element-wise kernels, whose texts are like those of `silu_mul` and `rmsnorm`."""
-    check(build(f"cuda:{arch}"), arch)
+    of = f"cuda:{arch}"
+    for kernel in (gated_kernel(of, True), scaled_kernel(of), rmsnorm_add_kernel(of)):
+        check(kernel, arch)
+    check(gated_kernel(of, True, "bfloat16", 9216), arch)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -17,6 +17,7 @@ LINES = {
     "03_graph_softmax.py": 20,
     "04_band_attention.py": 20,
     "09_flash_attention.py": 60,
+    "10_blocks.py": 80,
 }
 
 

@@ -7,13 +7,7 @@ import pytest
 from tests.ops.cases import TOKENS, close, normal, poisoned
 
 from tilewright.errors import ArgumentError
-from tilewright.ops.rowwise import (
-    gelu_mul_kernel,
-    rmsnorm_add_kernel,
-    rmsnorm_kernel,
-    scaled_kernel,
-    silu_mul_kernel,
-)
+from tilewright.ops.rowwise import gated_kernel, rmsnorm_add_kernel, rmsnorm_kernel, scaled_kernel
 
 WIDTHS = (1, 7, 16, 33, 100)
 
@@ -40,7 +34,7 @@ def test_rmsnorm_of_zeros_and_of_large_numbers():
 def test_silu_mul(rng, k):
     for t in TOKENS:
         g, u, y = 4 * normal(rng, t, k), normal(rng, t, k), poisoned(t, k)
-        silu_mul_kernel()(g, u, out=y)
+        gated_kernel()(g, u, out=y)
         wide = g.astype(np.float64)
         close(y, wide / (1 + np.exp(-wide)) * u, np.abs(wide * u) + 1e-6)
 
@@ -49,7 +43,7 @@ def test_silu_mul(rng, k):
 def test_gelu_mul_and_scaled(rng, k):
     for t in TOKENS:
         g, u, y = 4 * normal(rng, t, k), normal(rng, t, k), poisoned(t, k)
-        gelu_mul_kernel()(g, u, out=y)
+        gated_kernel(gelu=True)(g, u, out=y)
         wide = g.astype(np.float64)
         bent = np.tanh((2 / np.pi) ** 0.5 * (wide + 0.044715 * wide**3))
         close(y, wide / 2 * (1 + bent) * u, np.abs(wide * u) + 1e-6)
@@ -70,20 +64,20 @@ def test_rmsnorm_add(rng, k):
 def test_silu_far_out():
     """Where exp overflows or vanishes: the limits, and no NaN."""
     g = np.array([[-1000.0, -104, -88.7, 0, 88.7, 1000, -0.0]], np.float32)
-    y = silu_mul_kernel()(g, np.ones_like(g))
+    y = gated_kernel()(g, np.ones_like(g))
     np.testing.assert_allclose(y, [[0, 0, 0, 0, 88.7, 1000, 0]], rtol=1e-6, atol=1e-30)
 
 
 def test_wrong_arguments(rng):
     a = normal(rng, 3, 8)
     for code, call in (
-        ("A103", lambda: silu_mul_kernel()(a, a[:, :7])),
-        ("A103", lambda: silu_mul_kernel()(a, a[:2])),
-        ("A108", lambda: silu_mul_kernel()(a, a.copy(), out=a)),
+        ("A103", lambda: gated_kernel()(a, a[:, :7])),
+        ("A103", lambda: gated_kernel()(a, a[:2])),
+        ("A108", lambda: gated_kernel()(a, a.copy(), out=a)),
         ("A103", lambda: rmsnorm_kernel()(a, a[0, :7], 1e-5)),
         ("A107", lambda: rmsnorm_kernel()(a, a[0], "small")),
         ("A102", lambda: rmsnorm_kernel()(a, a[0].astype(np.float16), 1e-5)),
-        ("A103", lambda: silu_mul_kernel()(a, a, out=poisoned(3, 9))),
+        ("A103", lambda: gated_kernel()(a, a, out=poisoned(3, 9))),
     ):
         with pytest.raises(ArgumentError) as caught:
             call()

@@ -12,7 +12,13 @@ import tilewright as tw
 from tilewright import ops
 from tilewright.errors import ArgumentError, BuildError, FormatError
 from tilewright.ir.levels import Compressed, Dense, Fixed
-from tilewright.ops.spmm import by_length, choose_format, gpu_recipe, spmm_program
+from tilewright.ops.spmm import (
+    by_length,
+    choose_format,
+    gpu_recipe,
+    spmm_definition,
+    spmm_program,
+)  # fmt: skip
 from tilewright.sparse.pack import Packed
 
 FORMATS = {
@@ -206,12 +212,14 @@ def test_packing_for_an_operator(rng, pack):
         assert packed.nnz == len(coo[0]) and packed.format == tw.csr()
 
 
-@pytest.mark.parametrize("fmt", FORMATS | PIECES)
+@pytest.mark.parametrize(
+    ("fmt", "many"), [*((fmt, False) for fmt in FORMATS | PIECES), ("by_length", True)]
+)
 @pytest.mark.parametrize("d", WIDTHS)
-def test_the_schedule_of_a_gpu_run_on_the_cpu(rng, fmt, d):
+def test_the_schedule_of_a_gpu_run_on_the_cpu(rng, fmt, many, d):
     """Its loops, guards and indices, one thread after the other."""
     made = spmm_program.decompose(A=(FORMATS | PIECES)[fmt])
-    kernel = made.schedule(lambda s: gpu_recipe(s.specialize("d", d))).build("cpp")
+    kernel = made.schedule(lambda s: gpu_recipe(s.specialize("d", d), many=many)).build("cpp")
     for m, n in ((50, 40), (3, 100)):
         a, x, y = matrix(rng, m, n), normal(rng, n, d), poisoned(m, d)
         kernel((FORMATS | PIECES)[fmt].pack(a), x, out=y)
@@ -228,6 +236,21 @@ def test_on_a_gpu(rng, d):
         a = matrix(rng, m, n)
         x, y = normal(rng, n, d), DeviceArray.from_numpy(poisoned(m, d))
         ops.spmm(ops.pack_for_spmm(a, "cuda"), DeviceArray.from_numpy(x), out=y)
+        wanted, size = a.astype(np.float64) @ x, np.abs(a).astype(np.float64) @ np.abs(x)
+        close(y.to_numpy(), wanted, size + 1, 2.0**-19)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", WIDTHS)
+def test_threads_with_several_rows_on_a_gpu(rng, d):
+    from tilewright.runtime.cuda import DeviceArray
+
+    fmt = FORMATS["by_length"]
+    kernel = spmm_definition(fmt, "float32", "float32", d, many=True).build("cuda")
+    for m, n in ((50, 40), (3, 3000), (2000, 30)):
+        a = matrix(rng, m, n)
+        x, y = normal(rng, n, d), DeviceArray.from_numpy(poisoned(m, d))
+        kernel(fmt.pack(a).to("cuda"), DeviceArray.from_numpy(x), out=y)
         wanted, size = a.astype(np.float64) @ x, np.abs(a).astype(np.float64) @ np.abs(x)
         close(y.to_numpy(), wanted, size + 1, 2.0**-19)
 

@@ -17,7 +17,10 @@
 namespace {
 
 struct Axpy { float* y; const float* x; float a; int64_t n; };
-struct Step { unsigned threads; Axpy params; bool runs, overlaps; };
+struct Step {
+  unsigned threads; Axpy params; bool runs, overlaps;
+  void* to = nullptr; const void* from = nullptr; int value = 0; size_t bytes = 0;  // fill or copy
+};
 struct Graph { std::vector<Step> steps; };
 
 constexpr int kDevices = 2;
@@ -35,9 +38,39 @@ const CUfunction kOther = reinterpret_cast<CUfunction>(0x78);
 const CUmodule kModule = reinterpret_cast<CUmodule>(0x66);
 
 void execute(const Step& step) {
+  if (step.to && step.from) memcpy(step.to, step.from, step.bytes);
+  else if (step.to) memset(step.to, step.value, step.bytes);
   if (!step.runs) return;
   for (int64_t i = 0; i < step.params.n && i < step.threads; ++i) {
     step.params.y[i] += step.params.a * step.params.x[i];
+  }
+}
+
+CUresult take(const Step& step, CUstream stream) {
+  if (!active) return CUDA_ERROR_INVALID_CONTEXT;
+  if (capturing && stream == capture_stream) capturing->steps.push_back(step);
+  else execute(step);
+  return CUDA_SUCCESS;
+}
+
+// What an attribute asks of a grid: CTAs of a cluster divide it, those that wait for each other fit.
+CUresult checked(const CUlaunchConfig& c, const CUlaunchAttribute& a, bool runs, bool* overlaps) {
+  switch (a.id) {
+    case CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION:
+      *overlaps = true;
+      return !runs && a.value.programmaticStreamSerializationAllowed == 1
+          ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+    case CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION: {
+      const auto& d = a.value.clusterDim;
+      const unsigned count = d.x * d.y * d.z;
+      return count > 0 && count <= 8 && c.gridDimX % d.x == 0 &&
+          c.gridDimY % d.y == 0 && c.gridDimZ % d.z == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+    }
+    case CU_LAUNCH_ATTRIBUTE_COOPERATIVE:
+      return a.value.cooperative != 1 ? CUDA_ERROR_INVALID_VALUE
+          : c.gridDimX * c.gridDimY * c.gridDimZ <= 132 * 32 ? CUDA_SUCCESS
+          : CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
+    default: return CUDA_ERROR_INVALID_VALUE;
   }
 }
 
@@ -59,6 +92,8 @@ CUresult cuGetErrorName(CUresult error, const char** name) {
   *name = error == CUDA_ERROR_INVALID_VALUE ? "CUDA_ERROR_INVALID_VALUE"
         : error == CUDA_ERROR_NOT_FOUND ? "CUDA_ERROR_NOT_FOUND"
         : error == CUDA_ERROR_NO_DEVICE ? "CUDA_ERROR_NO_DEVICE"
+        : error == CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE
+            ? "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"
         : error == CUDA_ERROR_INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT" : nullptr;
   return *name ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
@@ -118,21 +153,16 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
                           void** extra) {
   unsigned grid = config->gridDimX * config->gridDimY * config->gridDimZ;
   unsigned block = config->blockDimX * config->blockDimY * config->blockDimZ;
-  CUstream stream = config->hStream;
-  const bool runs = function == kAxpy, overlaps = config->numAttrs == 1;
+  const bool runs = function == kAxpy;
+  bool overlaps = false;
   if ((!runs && function != kOther) || !grid || !block || block > 1024 || extra ||
-      (config->numAttrs && (runs || !overlaps ||
-        config->attrs[0].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION ||
-        config->attrs[0].value.programmaticStreamSerializationAllowed != 1)) ||
       static_cast<int>(config->sharedMemBytes) > smem_allowed) return CUDA_ERROR_INVALID_VALUE;
-  if (!active) return CUDA_ERROR_INVALID_CONTEXT;
-  Step step{grid * block, runs ? *static_cast<Axpy*>(params[0]) : Axpy{}, runs, overlaps};
-  if (capturing && stream == capture_stream) {
-    capturing->steps.push_back(step);
-  } else {
-    execute(step);
+  for (unsigned n = 0; n < config->numAttrs; ++n) {
+    CUresult code = checked(*config, config->attrs[n], runs, &overlaps);
+    if (code != CUDA_SUCCESS) return code;
   }
-  return CUDA_SUCCESS;
+  Step step{grid * block, runs ? *static_cast<Axpy*>(params[0]) : Axpy{}, runs, overlaps};
+  return take(step, config->hStream);
 }
 
 CUresult cuMemAlloc(CUdeviceptr* address, size_t bytes) {
@@ -155,9 +185,12 @@ CUresult cuMemcpyDtoHAsync(void* to, CUdeviceptr from, size_t bytes, CUstream) {
   memcpy(to, reinterpret_cast<void*>(from), bytes);
   return CUDA_SUCCESS;
 }
-CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream) {
-  memset(reinterpret_cast<void*>(to), value, bytes);
-  return CUDA_SUCCESS;
+CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
+  return take({0, {}, false, false, reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), 0,
+               bytes}, stream);
+}
+CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream stream) {
+  return take({0, {}, false, false, reinterpret_cast<void*>(to), nullptr, value, bytes}, stream);
 }
 CUresult cuPointerGetAttribute(void* value, CUpointer_attribute what, CUdeviceptr) {
   if (what != CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL) return CUDA_ERROR_INVALID_VALUE;

@@ -36,6 +36,24 @@ extern "C" __global__ void axpy(const __grid_constant__ Axpy p) {
 }
 """
 )
+TOGETHER = Struct("Together", [("out", "ptr", "int*"), ("count", "ptr", "int*")])
+NEIGHBOURS = """
+extern "C" __global__ void neighbours(const __grid_constant__ Together p) {
+  __shared__ int mine;
+  if (threadIdx.x == 0) mine = blockIdx.x;
+  unsigned at = (unsigned)__cvta_generic_to_shared(&mine), other = blockIdx.x % 2 ^ 1;
+  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(other));
+  asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+  int theirs;
+  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(theirs) : "r"(at) : "memory");
+  asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+  if (threadIdx.x == 0) {
+    atomicAdd(p.count, 1);
+    while (atomicAdd(p.count, 0) < (int)gridDim.x) {}
+    p.out[blockIdx.x] = atomicAdd(p.count, 0) * 100 + theirs;
+  }
+}
+"""
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 
 
@@ -256,6 +274,61 @@ def test_graph_replays(axpy: cuda.Function, rng: np.random.Generator) -> None:
         graph.launch()
     cuda.synchronize()
     assert np.allclose(yd.to_numpy(), 20 * x, rtol=1e-5)
+
+
+def test_graph_fills_and_copies(axpy: cuda.Function, rng: np.random.Generator) -> None:
+    """A replay clears the sum, adds to it and copies it: nodes of memory between launches."""
+    x = rng.standard_normal(100).astype(np.float32)
+    xd, yd, zd = (cuda.DeviceArray.from_numpy(a) for a in (x, x + 1, x + 2))
+    add = axpy.prepare((1, 1, 1), (128, 1, 1), 0, _params(yd, xd, 3.0))
+    half = cuda.Copy(zd.pointer, yd.pointer, yd.nbytes // 2)
+    graph = cuda.Graph([cuda.Fill(yd.pointer, yd.nbytes), add, half])
+    assert np.array_equal(yd.to_numpy(), x + 1)  # recording runs nothing
+    for _ in range(3):
+        graph.launch()
+    cuda.synchronize()
+    assert np.allclose(yd.to_numpy(), 3 * x, rtol=1e-6)
+    assert np.array_equal(zd.to_numpy(), np.r_[yd.to_numpy()[:50], (x + 2)[50:]])
+    cuda.Fill(zd.pointer, 8, 255).run(cuda.current_stream())
+    assert np.isnan(zd.to_numpy()[:2]).all() and np.isfinite(zd.to_numpy()[2:]).all()
+
+
+def test_attributes_of_a_launch(axpy: cuda.Function) -> None:
+    """Clusters must divide the grid, and CTAs that wait for each other must all fit."""
+    x = cuda.DeviceArray.from_numpy(np.ones(8, np.float32))
+    params, size = _params(x, x, 1.0), (128, 1, 1)
+    if axpy.module.device.arch == "sm_90a":
+        axpy.prepare((4, 1, 1), size, 0, params, cluster=(2, 1, 1)).run(0)
+        axpy.prepare((4, 1, 1), size, 0, params, cluster=(4, 1, 1), cooperative=True).run(0)
+        with pytest.raises(BuildError, match=r"B104.*launching axpy"):
+            axpy.prepare((3, 1, 1), size, 0, params, cluster=(2, 1, 1)).run(0)
+    with pytest.raises(BuildError, match=r"B104.*TOO_LARGE"):
+        axpy.prepare((100_000, 1, 1), size, 0, params, cooperative=True).run(0)
+    axpy.prepare((4, 1, 1), size, 0, params, cooperative=True).run(0)
+    cuda.synchronize()
+    assert np.array_equal(x.to_numpy(), np.full(8, 8 if axpy.module.device.arch == "sm_90a" else 2))
+
+
+@needs_nvrtc
+def test_neighbours_compile() -> None:
+    assert nvrtc.compile_cuda(TOGETHER.c_decl + NEIGHBOURS, arch="sm_90a").image
+
+
+@pytest.mark.gpu
+@needs_nvrtc
+def test_clusters_and_cooperative_grids() -> None:
+    """Each CTA reads the shared memory of its neighbour, then waits for all CTAs of the grid."""
+    device = cuda.device()
+    if not device.arch.startswith("sm_9"):
+        pytest.skip("clusters need sm_90")
+    cubin = nvrtc.compile_cuda(TOGETHER.c_decl + NEIGHBOURS, arch=device.arch)
+    out = cuda.DeviceArray.from_numpy(np.full(8, -1, np.int32))
+    count = cuda.DeviceArray.from_numpy(np.zeros(1, np.int32))
+    params = TOGETHER.pack(out=out.pointer, count=count.pointer)
+    function = cuda.Module(cubin.image).function("neighbours")
+    function.prepare((8, 1, 1), (32, 1, 1), 0, params, cluster=(2, 1, 1), cooperative=True).run(0)
+    cuda.synchronize()
+    assert out.to_numpy().tolist() == [8 * 100 + (n ^ 1) for n in range(8)]
 
 
 def test_failed_recording_leaves_nothing(axpy: cuda.Function) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tilewright.attention.batch import BoundAttention
-from tilewright.runtime.pool import address_of
+from tilewright.runtime.pool import address_of, pool
 from tilewright.runtime.view import view
 from tilewright.serve import sampler
 from tilewright.serve.engine import Engine, Options
@@ -108,7 +108,17 @@ class HostSeats(Seats):
             drawn=tokens + 4 * self._tokens.shape[1],
         )  # fmt: skip
         self.keep.append(block)
-        return address_of(library.step), ctypes.addressof(block), 1, 1, False
+        return HostLaunch((address_of(library.step), ctypes.addressof(block), 1, 1, False))
+
+
+class HostLaunch:
+    """A launch that can also be called by itself."""
+
+    def __init__(self, launch: Any) -> None:
+        self.launch = launch
+
+    def __call__(self) -> None:
+        pool().prepare([self.launch])()
 
 
 def sampling_in_the_step(engine: Engine) -> None:

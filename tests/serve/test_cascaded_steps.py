@@ -19,9 +19,9 @@ from tests.runtime.test_step import missing
 from tests.serve.test_ahead import sampling_in_the_step
 from tests.serve.test_decode_step import A_LAYER, AROUND, BFLOAT16, CONFIG, Spelled, model_file
 
-from tilewright.serve import engine, groups
+from tilewright.serve import cascade, engine
+from tilewright.serve.cascade import Groups
 from tilewright.serve.engine import Engine, Options
-from tilewright.serve.groups import Groups
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama
 from tilewright.serve.request import Request, Sampling
@@ -36,7 +36,7 @@ TARGETS = ["cpp", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(autouse=True)
 def pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "JOIN_BYTES", 0)
+    monkeypatch.setattr(cascade, "JOIN_BYTES", 0)
     monkeypatch.setattr(engine, "load_tokenizer", lambda file: Spelled())
     monkeypatch.setattr(engine, "cost_key", lambda *_: "")
 

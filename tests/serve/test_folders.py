@@ -79,7 +79,7 @@ def test_tokenizer_json(library: tokenizers.Tokenizer, tmp_path: Path, rng: np.r
     (tmp_path / "config.json").write_text('{"eos_token_id": [1, 2, 999]}', encoding="utf-8")
     ours = from_folder(tmp_path, 400)
     begin, end = (library.token_to_id(t) for t in ("<s>", "</s>"))
-    assert (ours.bos, ours.add_bos, len(ours)) == (begin, True, library.get_vocab_size())
+    assert (ours.bos, ours.add_bos, len(ours.pieces)) == (begin, True, library.get_vocab_size())
     assert {1, 2} <= ours.ends and 999 not in ours.ends and end in ours.control
     for text in [*TEXTS, *(random_text(rng) for _ in range(200)), "a</s>b <think>x"]:
         assert ours.encode(text) == library.encode(text).ids

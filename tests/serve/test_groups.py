@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tilewright.serve import groups
-from tilewright.serve.groups import JOIN_BYTES, Groups, group
+from tilewright.serve import cascade
+from tilewright.serve.cascade import JOIN_BYTES, Groups, group
 
 PAGE = 64 << 10  # bytes of a page of 16 tokens: 8 heads × 128, bfloat16; 256 of them pay for a row
 
@@ -73,7 +73,7 @@ def test_random_answers(monkeypatch: pytest.MonkeyPatch, seed: int):
     begin alike are together; all that is joined pays."""
     rng = np.random.default_rng(seed)
     join = float(rng.choice([0.0, 0.4, 1.0, 2.5]))
-    monkeypatch.setattr(groups, "JOIN_BYTES", join * 1000)
+    monkeypatch.setattr(cascade, "JOIN_BYTES", join * 1000)
     count = int(rng.integers(0, 8))
     pages = [rng.integers(0, 2, rng.integers(1, 12)).tolist() for _ in range(count)]
     full = [int(rng.integers(0, len(own) + 1)) for own in pages]
@@ -114,6 +114,6 @@ def test_the_source_of_the_threshold():
     by the constant was slower; of the others the first saved too little to be sure of."""
     assert JOIN_BYTES == 16 << 20
     rows = ((16, 2048, 56, 36), (64, 8192, 126, 393), (256, 8192, 370, 1541))
-    for requests, tokens, cascade, flat in (*rows, (64, 32768, 321, 1728), (16, 512, 44, 17)):
+    for requests, tokens, joined, flat in (*rows, (64, 32768, 321, 1728), (16, 512, 44, 17)):
         made = grouped([prefix(1, tokens // 16) + prefix(2 + i, 17) for i in range(requests)])
-        assert bool(made.nodes) == (cascade < flat)
+        assert bool(made.nodes) == (joined < flat)

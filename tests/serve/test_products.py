@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.serve.test_decode_step import BFLOAT16, CONFIG, Answer, advance, model_file
+from tests.serve.test_ahead import SAMPLED, sampling_in_the_step
+from tests.serve.test_decode_step import BFLOAT16, CONFIG, Answer, Spelled, advance, model_file
 
-from tilewright.serve import runner
+from tilewright.serve import engine, runner
 from tilewright.serve.memory import Memory
 from tilewright.serve.models import llama
 from tilewright.serve.products import Products
+from tilewright.serve.request import Request, Sampling
 from tilewright.serve.scheduler import Limits
-from tilewright.serve.weights import ModelFile, Weight
+from tilewright.serve.weights import ModelFile, Weight, dequantize
 
+gguf = pytest.importorskip("gguf", reason="weights are quantised by it")
 torch = pytest.importorskip("torch", reason="the products are torch's")
 
 MODELS = {
@@ -23,11 +26,25 @@ MODELS = {
     "norms of heads": replace(CONFIG, qk_norm=True),
     "biases": replace(CONFIG, qkv_bias=True),
     "halves, a head of its own": replace(CONFIG, rope_interleaved=False, kv_heads=2),
-}
+    "as Gemma": replace(
+        CONFIG, post_norms=True, gelu=True, scaled_embedding=True, qk_norm=True, score_cap=20.0,
+        windowed=(True, False), window=12,
+    ),
+}  # fmt: skip
+QUANTISED = ("plain", "norms of heads", "biases")
 
 
 def file_of(name: str) -> ModelFile:
-    return model_file(MODELS[name])
+    """The file of a model; "q8_0 NAME": its matrices in blocks."""
+    file = model_file(MODELS[name.removeprefix("q8_0 ")])
+    if name in MODELS:
+        return file
+    kind = gguf.GGMLQuantizationType.Q8_0
+    tensors = {
+        n: Weight(n, "q8_0", w.shape, gguf.quants.quantize(w.data, kind)) if w.data.ndim == 2 else w
+        for n, w in file.tensors.items()
+    }
+    return replace(file, tensors=tensors | {"lm_head": tensors["embed"]})
 
 
 def logits_of(of: runner.Runner, prompts: list[list[int]], steps: int) -> list[Answer]:
@@ -45,7 +62,7 @@ def runner_of(file: ModelFile, invariant: bool = True, seats: int = 20) -> runne
     return runner.Runner(llama.Llama(file, "cpp", 1201), limits, 1200)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *(f"q8_0 {name}" for name in QUANTISED)])
 @pytest.mark.parametrize("invariant", [True, False])
 def test_logits_are_those_of_our_layers(
     monkeypatch: pytest.MonkeyPatch, name: str, invariant: bool
@@ -70,7 +87,9 @@ def rounded(file: ModelFile) -> ModelFile:
     tensors = dict(file.tensors)
     for name, w in file.tensors.items():
         if len(w.shape) == 2:
-            bits = torch.from_numpy(w.data).bfloat16().view(torch.int16).numpy().view(np.uint16)
+            bits = (
+                torch.from_numpy(dequantize(w)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+            )
             tensors[name] = Weight(name, "bf16", w.shape, bits)
     tensors["lm_head"] = tensors["embed"]
     return replace(file, tensors=tensors)
@@ -79,11 +98,11 @@ def rounded(file: ModelFile) -> ModelFile:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("invariant", [True, False])
 def test_bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str, invariant: bool):
-    """Weights, inputs of products, queries, keys and values in bfloat16: logits of the same tokens
-    within what that rounding leaves."""
+    """Weights, inputs of products, queries, keys and values in bfloat16: greedy answers
+    of as many steps as prompts, and twelve, within what that rounding leaves."""
     file, rng = rounded(file_of(name)), np.random.default_rng(5)
     prompts = [rng.integers(0, CONFIG.vocab, n).tolist() for n in (40, 1, 17, *[9] * 15)]
-    wanted = logits_of(runner_of(file), prompts, 0)
+    wanted = logits_of(runner_of(file), prompts, 12)
 
     def empty(self: Memory, *shape: int, dtype: str = "float32") -> Any:
         is_wide = dtype == "bfloat16"
@@ -98,19 +117,70 @@ def test_bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str, invari
     monkeypatch.setattr(
         llama.Llama, "kv_dtype", property(lambda self: "bfloat16", lambda *_: None), raising=False
     )
-    found = logits_of(runner_of(file, invariant), prompts, 0)
+    check_greedy(wanted, logits_of(runner_of(file, invariant), prompts, 12))
+
+
+def check_greedy(wanted: list[Answer], found: list[Answer]) -> None:
+    """Logits near those wanted as long as the tokens are the same; the first one that is another is
+    as likely, up to rounding to bfloat16."""
+    compared = 0
     for one, other in zip(wanted, found, strict=True):
-        for a, b in zip(one.logits[:1], other.logits, strict=False):
-            assert 0 < np.abs(b - a).max() <= BFLOAT16
+        tokens = one.request.answer, other.request.answer
+        for a, b, token, same in zip(one.logits, other.logits, *tokens, strict=True):
+            compared += 1
+            assert np.abs(b - a).max() <= BFLOAT16
+            assert a[token] - a[same] <= 2 * BFLOAT16
+            if token != same:
+                break
+    assert compared > 150
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_answers_beside_prompts_are_sampled_there(monkeypatch: pytest.MonkeyPatch, invariant: bool):
+    """First tokens too. Those that need the host it draws, and all are those of an engine whose
+    host draws all. Steps that are recorded before are not recorded again."""
+    monkeypatch.setattr(llama, "products_of", lambda file, where: Products("cpu", "float32"))
+    monkeypatch.setattr(engine, "load_tokenizer", lambda file: Spelled())
+    monkeypatch.setattr(engine, "cost_key", lambda *_: "")
+    sizes = {"context": 96, "running": 6, "step_tokens": 70, "share": False}
+    options = engine.Options(kv_tokens=600, invariant=invariant, **sizes)
+    made = [([*range(3, 4 + n)], how) for n, how in enumerate(SAMPLED * 2)]
+    said, left = [], set[Request]()
+    for in_step in (False, True):
+        one = engine.Engine(file_of("plain"), "cpp", options)
+        if in_step:
+            sampling_in_the_step(one)
+            one.runner.warm()
+            monkeypatch.setattr(one.runner, "_record", None)
+        run, requests = one.runner.run, list[Request]()
+        left.clear()
+
+        def kept(chunks: Any, run: Any = run) -> Any:
+            logits = run(chunks)
+            left.update(logits.left)
+            return logits
+
+        one.runner.run = kept
+        while len(requests) < len(made) or one.scheduler.has_work:
+            if len(requests) < len(made):
+                prompt, how = made[len(requests)]
+                sampling = Sampling(max_tokens=20, ignore_eos=True, **how)
+                requests.append(one.submit(prompt, replace(sampling, seed=len(requests))))
+            one.step()
+        said.append([(r.answer, r.logprobs) for r in requests])
+    assert said[0] == said[1]
+    if not invariant:
+        assert [r.sampling.logprobs for r in left] == [2, 2]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["f32", "bf16"])
+@pytest.mark.parametrize("name", ["norms of heads", "q8_0 norms of heads", "as Gemma"])
+@pytest.mark.parametrize("kind", ["stored", "bf16"])
 @pytest.mark.parametrize("invariant", [True, False])
-def test_on_a_gpu(kind: str, invariant: bool):
+def test_on_a_gpu(name: str, kind: str, invariant: bool):
     """Prompts alone and beside answers, up to 18 answers, by cuBLAS in recorded steps: logits near
     those of a CPU, as long as the tokens are the same."""
-    file, rng = file_of("norms of heads"), np.random.default_rng(5)
+    file, rng = file_of(name), np.random.default_rng(5)
     file = rounded(file) if kind == "bf16" else file
     prompts = [rng.integers(0, CONFIG.vocab, n).tolist() for n in (40, 1, 17, *[9] * 15)]
     wanted = logits_of(runner_of(file), prompts, 12)
@@ -120,15 +190,4 @@ def test_on_a_gpu(kind: str, invariant: bool):
     found = logits_of(of, prompts, 12)
     assert set(of._parts) == {(0, 64)} | (set() if invariant else {(64, 128)})
     assert max(of._steps) == 24
-    compared = 0
-    for one, other, prompt in zip(wanted, found, prompts, strict=True):
-        said = zip(
-            one.request.tokens[len(prompt) :], other.request.tokens[len(prompt) :], strict=True
-        )
-        for a, b, (token, same) in zip(one.logits, other.logits, said, strict=True):
-            compared += 1
-            assert np.abs(b - a).max() <= BFLOAT16
-            assert a[token] - a[same] <= 2 * BFLOAT16
-            if token != same:
-                break
-    assert compared > 150
+    check_greedy(wanted, found)

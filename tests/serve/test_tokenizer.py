@@ -163,14 +163,14 @@ def test_stream_holds_back_part_of_a_character(tiny: ModelFile):
     for i in tokenizer.encode("🙂")[:3]:
         assert stream.push(i) == ""
     assert stream.finish() == "\ufffd" and stream.finish() == ""
-    assert stream.push(len(tokenizer) + 5) == ""  # a padded vocabulary has ids without text
+    assert stream.push(len(tokenizer.pieces) + 5) == ""  # a padded vocabulary has ids without text
 
 
 def test_stream_joins_to_decode(tiny: ModelFile, rng: np.random.Generator):
     """Also for tokens in any order, which are rarely UTF-8."""
     tokenizer = load_tokenizer(tiny)
     for _ in range(100):
-        ids = rng.integers(0, len(tokenizer), 40).tolist()
+        ids = rng.integers(0, len(tokenizer.pieces), 40).tolist()
         stream, text = AnswerText(tokenizer), tokenizer.decode(ids, special=False)
         assert "".join(map(stream.push, ids)) + stream.finish() == text
 

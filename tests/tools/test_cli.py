@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -49,10 +48,10 @@ def test_standard_output_may_be_closed():
 
 
 def test_what_can_be_written(tmp_path):
-    cli.check_output("--html", tmp_path / "new.html")
-    (tmp_path / "old.html").touch()
-    cli.check_output("--html", tmp_path / "old.html")
-    for path in (tmp_path, tmp_path / "none" / "x.html", tmp_path / "old.html" / "x.html"):
+    cli.check_output("--html", tmp_path / "new.json")
+    (tmp_path / "old.json").touch()
+    cli.check_output("--html", tmp_path / "old.json")
+    for path in (tmp_path, tmp_path / "none" / "x.json", tmp_path / "old.json" / "x.json"):
         with pytest.raises(errors.ArgumentError, match="A109") as e:
             cli.check_output("--html", path)
         assert e.value.where == "--html"
@@ -86,13 +85,6 @@ def test_env_reports_every_section(capsys):
     printed = capsys.readouterr().out
     for section in ("Python", "CPU target", "Kernel cache", "Packages", "CUDA target"):
         assert f"{section}\n" in printed
-
-
-def test_env_json_is_one_finding_a_line(capsys):
-    cli.main(["env", "--json"])
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {"section", "name", "value", "state", "hint"} == set(found[0])
-    assert any(f["name"] == "numpy" and f["state"] == "ok" for f in found)
 
 
 def test_a_missing_package_comes_with_its_pip_line(monkeypatch):
@@ -148,12 +140,10 @@ def test_cache_lists_and_clears(tmp_path, capsys):
     with knobs.scope(cache_dir=tmp_path / "kernels"):
         disk_cache.put("so", disk_cache.key_of("one"), b"library")
         assert cli.main(["cache", "ls"]) == 0
-        assert "1 entries" in capsys.readouterr().out
-        cli.main(["cache", "ls", "--json"])
-        listed = json.loads(capsys.readouterr().out)
-        assert [e["kind"] for e in listed["entries"]] == ["so"]
-        assert cli.main(["cache", "clear", "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["removed"] == 1
+        listed = capsys.readouterr().out
+        assert "1 entries" in listed and "shared library" in listed
+        assert cli.main(["cache", "clear"]) == 0
+        assert "removed 1 entries" in capsys.readouterr().out
         assert list(disk_cache.current().entries()) == []
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from tilewright.attention.table import Table, TableForm
 from tilewright.attention.variant import Causal, Full, traced_of
 from tilewright.build import Definition, program
 from tilewright.errors import ArgumentError, ProgramError
-from tilewright.ir.nodes import Index
-from tilewright.ir.rewrite import free_vars
+from tilewright.ir.nodes import Access, Binary, Cast, Index, Reduce
+from tilewright.ir.rewrite import free_vars, walk
 from tilewright.ops import recipes
 from tilewright.ops.paging import pages_before_kernel
 from tilewright.runtime.kernel import Kernel
@@ -34,6 +35,7 @@ from tilewright.schedule import Schedule
 from tilewright.sparse.pack import Packed, Structure
 
 THREADS, LOADS = 512, 8  # of a CTA that chooses pages; under way in a thread that scores them
+BLOCK_BYTES, WALK, STAGES = 32 << 10, 4, 2  # of pages; blocks of a CTA, and in shared memory
 PARAMS = Struct("SelectParams", [
     ("scores", "ptr", "const float*"),
     *((name, "ptr", "const int32_t*") for name in ("kv_len", "table_entries")),
@@ -49,20 +51,43 @@ def _coords(program: Any) -> Any:
 
 def by_page(s: Schedule) -> Schedule:
     """The schedule of scores out[r, h, p] or out[r, p]: requests in parallel, sums over the last
-    dimension of the first sparse parameter in vectors; on a GPU a few threads for each page."""
+    dimension of the first sparse parameter in vectors; on a GPU a few threads for each page, or
+    tiles where a score is the greatest of sums of products of 16-bit numbers."""
     *rows, page = (c.name for c in _coords(s.program))
     tensor = next(t for t in s.program.tensors if t.is_sparse)
     lane = str(tensor.dims[-1])
     if not s.target.is_cuda:
         return recipes.vectors(s.parallel(rows[0]), lane)
     s = functools.reduce(lambda s, row: s.bind(row, "cta.y"), rows, s)
-    size = dict(s.program.sizes)[lane]
     for n in range(len(s.nests)):
-        if s.has(lane, n):
-            s = recipes.dot_products(s.on(n), page, lane, size, tensor.dtype.itemsize, LOADS)
-        else:  # what reads no page
-            s = s.on(n).split(page, 32, into=("p_o", "p_x")).bind("p_x", "thread.x")
+        s = s.on(n)
+        if s.has(page, n) and s.has(lane, n):
+            s = _sums(s, page, lane, tensor)
+        else:
+            s = s.split(page if s.has(page, n) else lane, 32, into=("o", "x")).bind("x", "thread.x")
     return s.everywhere()
+
+
+def _sums(s: Schedule, page: str, lane: str, tensor: Any) -> Schedule:
+    sizes, values = dict(s.program.sizes), [x.value for x in s.program.body[-2:]]
+    match values:
+        case [Reduce("sum", deep, Binary("*", Cast(a), Cast(b))), Reduce("max", (column,))]:
+            most = BLOCK_BYTES // (a.dtype.itemsize * prod(sizes[x.name] for x in deep))
+            if a.dtype == b.dtype and a.dtype.itemsize == 2 and sizes[lane] % 16 == 0 and most > 15:
+                operands = [x.tensor for x in walk(values[0], Access)]
+                return _tiles(s, (page, column.name, lane), min(64, most // 16 * 16), operands)
+    return recipes.dot_products(s, page, lane, sizes[lane], tensor.dtype.itemsize, LOADS)
+
+
+def _tiles(s: Schedule, loops: tuple[str, str, str], block: int, operands: list[Any]) -> Schedule:
+    """A CTA copies blocks of pages ahead to shared memory, 16 pages for each of its warps."""
+    other, pages = sorted(operands, key=lambda t: t.is_sparse)
+    s = s.split(loops[1], 8, into=("c_u", "c_v")).split(loops[2], 16, into=("k_u", "k_v"))
+    s = s.split(loops[0], block, into=("p_b", "p_i")).split("p_b", WALK, into=("p_cta", "p_o"))
+    s = s.split("p_i", 16, into=("p_y", "p_v")).reorder("p_cta", "p_o", "p_y", "p_v", "c_u", "c_v")
+    s = s.unroll("c_u").unroll("k_u").mma("p_v", "c_v", "k_v").bind("p_cta", "cta.x")
+    s = s.bind("p_y", "thread.y").cache(other.name, "p_cta", "shared")
+    return s.cache(pages.name, "p_o", "shared").pipeline("p_o", STAGES)
 
 
 def select(

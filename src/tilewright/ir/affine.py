@@ -91,11 +91,11 @@ def is_multiple(e: Expr, n: int, known: Callable[[Var], bool] = lambda v: False)
 
 
 def terms(e: Expr) -> list[Expr]:
-    """Splits an integer expression into terms that add up to it: (a + b) * 4 into a * 4, b * 4."""
+    """Splits an integer expression into terms that add up to it: (a + b) * n into a * n, b * n."""
     if isinstance(e, Cast) and e.a.dtype.is_int:
         return [cast(t, e.dtype) for t in terms(e.a)]
     if isinstance(e, Binary) and e.op == "+":
         return terms(e.a) + terms(e.b)
-    if isinstance(e, Binary) and e.op == "*" and isinstance(e.b, Const):
+    if isinstance(e, Binary) and e.op == "*" and isinstance(e.b, (Const, Var)):
         return [mul(t, e.b) for t in terms(e.a)]
     return [e]

@@ -209,13 +209,14 @@ class Alloc(Stmt):
 
     `extents`: the shape of a row buffer, which is known at run time only. `kept`: that of the part
     which a GPU keeps. The elements behind its first dimension are in an array: a row starts at
-    `rest`, and its dimension n runs along dimension `along[n]`."""
+    `rest`, and its dimension n runs along dimension `along[n]` in steps of `steps[n]`."""
 
     buffer: Buffer
     extents: tuple[Expr, ...] = ()
     kept: tuple[Expr, ...] = ()
     rest: tuple[Load, ...] = ()
     along: tuple[int, ...] = ()
+    steps: tuple[Expr, ...] = ()
 
 
 @node

@@ -9,7 +9,7 @@ from tilewright.ir.names import COUNT, SIZE, is_generated
 from tilewright.lower.reductions import framed
 from tilewright.target import CTA_THREADS, WARP
 
-UNROLLED = 8  # rounds of a copy to shared memory that are written out
+UNROLLED = 16  # rounds of a copy to shared memory that are written out
 THREAD_X, THREAD_Y = ir.Var("thread_x"), ir.Var("thread_y")
 
 
@@ -77,7 +77,7 @@ def serialize_threads(program: ir.Program) -> ir.Program:
         if isinstance(s, barriers):
             return ir.seq()
         if isinstance(s, ir.Alloc):
-            return replace(s, rest=(), along=())  # a CPU keeps all of a row
+            return replace(s, rest=(), along=(), steps=())  # a CPU keeps all of a row
         if isinstance(s, ir.For) and s.kind in (*ir.THREADS, "threads"):
             s = replace(s, kind="serial")
         return ir.rebuild(s, visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s

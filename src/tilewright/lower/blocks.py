@@ -168,8 +168,8 @@ class _Block:
 
     def reduction(self, c: ir.Compute) -> None:
         name, ((op, value), *more) = c.out.buffer.name, c.sums
-        if c.out.buffer.scope != "register" or more:
-            raise self.refuse(c, "is stored, or several sums")
+        if more:
+            raise self.refuse(c, "has several sums")
         x = self.state(name, ir.identity_of(op, dtypes.float32))
         if c.online is not None:
             return self.online(c, x, value)
@@ -181,6 +181,10 @@ class _Block:
         self.steps.append(self.element(x, value, op, guarded=factor is None))
         final = ir.seq(_set(x, _over_quad(op, x)), _set(x, self.total(c, [x])))
         self.after.append(self.each(final, self.all_rows, self.rows))
+        if c.out.buffer.scope != "register":  # the lane of a row's first column stores it
+            store = ir.If(ir.binary("==", self.cols.var, 0), ir.Store(c.out.buffer, c.out.index, x))
+            conds = [ir.If(g, ir.seq()) for g in self.guards if not ir.free_vars(g) & self.reduced]
+            self.after.append(self.each(framed(store, conds), self.all_rows, self.rows, self.cols))
 
     def total(self, c: ir.Compute, totals: Sequence[ir.Load]) -> Any:
         """The value of a statement whose sums are complete."""

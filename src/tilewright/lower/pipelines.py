@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any
 
 from tilewright.ir import core as ir
@@ -33,7 +32,7 @@ def pipeline_loops(program: ir.Program) -> ir.Program:
 def _visit(s: Any, repeated: bool) -> Any:
     """`repeated`: a loop around `s` runs it again in the same CTA."""
     if isinstance(s, ir.For):
-        repeated_below = repeated or s.kind not in (*ir.GRID, *ir.THREADS)
+        repeated_below = repeated or (s.kind not in (*ir.GRID, *ir.THREADS) and s.extent != 1)
         s = ir.rebuild(s, lambda x: _visit(x, repeated_below))
         return _pipelined(s, repeated) if s.kind == "pipeline" else s
     return ir.rebuild(s, lambda x: _visit(x, repeated)) if isinstance(s, (ir.Seq, ir.If)) else s
@@ -126,8 +125,7 @@ def _ahead(f: Any) -> Any:
         return f
     loads = [[ir.LoadTile(*x) for x in step] for step in sides]
     after, last = ir.add(f.var, 1), ir.add(f.end, -1)
-    pairs = [pair for n, step in enumerate(steps[:-1]) for pair in zip_longest(loads[n + 1], step)]
-    new = [x for pair in pairs for x in pair if x]
+    new = [x for n, step in enumerate(steps[:-1]) for x in (*loads[n + 1], *step)]
     new += [at(body[:2], after), at(loads[0], ir.binary("min", after, last))]
     new += [at(body[2:start], after), *steps[-1]]
     first = at((*body[:start], *loads[0]), f.begin)

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import nodes as ir
+from tilewright.ir.affine import affine
 from tilewright.ir.rewrite import indices_of, rebuild, simplify, transform, walk
 from tilewright.lower.epilogues import values_of
 from tilewright.lower.scope import Scope
@@ -93,20 +95,33 @@ class Row:
         most = {name: most for name, *_, most in tables.program.placed}.get(tensor.name, 0)
         if not most or all(isinstance(e, ir.Const) for e in self.extents):
             return ir.Alloc(self.buffer, self.extents, self.extents)
-        if len(self.levels) > 1:
-            raise refuse(tensor.name, "its rows lie in blocks", 'scope="global"')
+        inner = [
+            int(e.value) for e in self.extents[1 : len(self.levels)] if isinstance(e, ir.Const)
+        ]
+        if len(inner) + 1 < len(self.levels):
+            raise refuse(tensor.name, "its rows have rows of their own", 'scope="global"')
         first = len(out.stored_coords) if tensor.is_sparse else 0
         own = indices_of(*out.coords)[first:]
         at = [scope.coordinates.get(x.name, ir.Const(0, tables.index)) for x in own]
-        array, along = tables.buffer(tensor), self.dims
+        array, along, steps = tables.buffer(tensor), self.dims, [ir.as_expr(1) for _ in self.dims]
         if tensor.is_sparse:
             start, last = scope.copy(), len(tables.levels(tensor.structure)) - 1
-            start.walks[tensor.structure].variables |= {d: begin for d, begin, _ in self.levels}
+            walk = start.walks[tensor.structure]
+            names = {d: ir.Var(f"at{d}", tables.index) for d, *_ in self.levels}
+            walk.variables |= names
+            form = affine(
+                start.position(tensor.structure, last), frozenset(map(str, names.values()))
+            )
+            if form is None:
+                raise refuse(tensor.name, "its rows are not side by side", 'scope="global"')
+            steps = [*(form.steps[x.name] for x in names.values()), *steps]
+            walk.variables |= {d: begin for d, begin, _ in self.levels}
             at.insert(0, start.position(tensor.structure, last))
-            array, along = tables.values(tensor), (0, *(n - first + 1 for n in self.dims))
-        kept = (ir.as_expr(most), *self.extents[1:])
+            array = tables.values(tensor)
+            along = (*(0 for _ in names), *(n - first + 1 for n in self.dims))
+        kept = (ir.as_expr(max(most // prod(inner), 1)), *self.extents[1:])
         rest = (ir.Load(array, tuple(at), tensor.dtype),)
-        return ir.Alloc(self.buffer, self.extents, kept, rest, along[-len(kept) :])
+        return ir.Alloc(self.buffer, self.extents, kept, rest, along, tuple(steps))
 
     def element(self, scope: Scope, e: ir.Access, coords: Sequence[ir.Expr]) -> ir.Load:
         """The element at coordinates. Raises ScheduleError[S102] where no loop follows them."""

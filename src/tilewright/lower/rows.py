@@ -84,8 +84,8 @@ def _access(x: Any, around: tuple[ir.For, ...], alloc: ir.Alloc, buffer: ir.Buff
     if not alloc.rest:
         return kept
     at = list(alloc.rest[0].index)
-    for n, i in zip(alloc.along, x.index, strict=True):
-        at[n] = ir.add(at[n], i)
+    for n, i, step in zip(alloc.along, x.index, alloc.steps, strict=True):
+        at[n] = ir.add(at[n], ir.mul(i, step))
     behind = replace(x, buffer=alloc.rest[0].buffer, index=tuple(at))
     is_kept, is_behind = (ir.binary(op, x.index[0], alloc.kept[0]) for op in ("<", ">="))
     if isinstance(x, ir.Load):

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import core as ir
-from tilewright.ir.affine import Affine, affine
+from tilewright.ir.affine import affine
 from tilewright.ir.atoms import ATOMS
 from tilewright.lower.flatten import flat_offset
 from tilewright.lower.reductions import frame_of, framed, reduced_names, with_totals
@@ -100,8 +99,9 @@ class Product:
 
     `outer`: loops, lets and guards from the outermost loop that reduces to the tile. `inner`: lets
     and guards of the tile that depend on none of its loops; `known`: the values of its other lets.
-    `limits`: the number of valid iterations of each loop of the tile. `reduced`: names that differ
-    from one reduced iteration to the next. `region`: all that is inside the tile."""
+    `limits`: the number of valid iterations of each loop of the tile; `gaps`: other guards on such
+    a loop, which an operand may have that is 0 where they fail: a copy in shared memory. `reduced`:
+    names that differ from one reduced iteration to the next. `region`: all inside the tile."""
 
     compute: ir.Compute
     first: ir.For
@@ -110,6 +110,7 @@ class Product:
     inner: tuple[Any, ...]
     known: dict[str, ir.Expr]
     limits: dict[str, ir.Expr]
+    gaps: tuple[ir.Expr, ...]
     reduced: frozenset[str]
     region: tuple[Any, ...]
 
@@ -132,13 +133,15 @@ class Product:
             raise illegal("a tile operation has no atomic updates", hint)
         at = next(n for n, s in enumerate(path) if s is loops[0])
         outer, region = tuple(path[:at]), path[at:]
-        inner, known, limits = _region(region, frozenset(c.mma))
+        inner, known, limits, gaps = _region(region, frozenset(c.mma))
         _check_serial(outer, c)
         reduced = reduced_names((*outer, *inner), c)
-        p = cls(c, loops[0], c.mma, outer, inner, known, limits, reduced, tuple(region))
+        p = cls(c, loops[0], c.mma, outer, inner, known, limits, gaps, reduced, tuple(region))
         for name in c.mma[:2]:
             # Beyond a limit one operand alone is 0, and 0 · ∞ would enter a sum that goes on.
-            if name in limits and ir.free_vars(limits[name]) & reduced and not p.escapes:
+            ends = (limits[name],) if name in limits else ()
+            ends = (*ends, *(g for g in gaps if name in ir.free_vars(g)))
+            if any(ir.free_vars(e) & reduced for e in ends) and not p.escapes:
                 raise _not_affine(
                     f"how many iterations of {name} there are depends on a reduced loop"
                 )
@@ -238,12 +241,15 @@ class Product:
                 raise _not_affine(f"{x} is no tile of rows {rows} and columns {cols}")
             high, wide = ir.as_expr(m), ir.as_expr(n)
             return ir.Tile(x.buffer, slot, wide, ir.as_expr(1), high, wide)
+        for gap in self.gaps if x.buffer.scope != "shared" else ():
+            if ir.free_vars(gap) & {rows, cols}:
+                raise _not_affine(f"the guard {gap} does not end one loop of the tile")
         x = replace(x, index=tuple(ir.substitute(i, self.known) for i in x.index))
         names = frozenset(self.names)
         offset = flat_offset(x)
-        base, step = _affine(offset, names, offset.dtype)
-        if set(step) - {rows, cols}:
-            raise _not_affine(f"{x} depends on {', '.join(sorted(set(step) - {rows, cols}))} too")
+        base, step = affine(offset, names, offset.dtype) or (None, {})
+        if base is None or set(step) - {rows, cols}:
+            raise _not_affine(f"{x} is at {offset}, no sum of multiples of {rows} and {cols}")
         zero = ir.Const(0, offset.dtype)
         down, right = (ir.simplify(step.get(n, zero)) for n in (rows, cols))
         ends = ((rows, m), (cols, n))
@@ -278,12 +284,13 @@ def slot_of(slots: Sequence[ir.For]) -> ir.Expr:
 
 def _region(
     region: list[Any], names: frozenset[str]
-) -> tuple[tuple[Any, ...], dict[str, ir.Expr], dict[str, ir.Expr]]:
+) -> tuple[tuple[Any, ...], dict[str, ir.Expr], dict[str, ir.Expr], tuple[ir.Expr, ...]]:
     """The inside of a tile: (lets and guards that depend on none of its loops, the values of the
-    other lets, the limits of its loops)."""
+    other lets, the limits of its loops, the guards that are no limits)."""
     inner: list[Any] = []
     known: dict[str, ir.Expr] = {}
     limits: dict[str, ir.Expr] = {}
+    gaps: list[ir.Expr] = []
     for s in region:
         if isinstance(s, ir.Let):
             value = ir.substitute(s.value, known)
@@ -297,24 +304,25 @@ def _region(
                 if not ir.free_vars(cond) & names:
                     inner.append(ir.If(cond, ir.Seq(())))
                     continue
-                name, limit = _limit(cond, names)
+                name, limit = _limit(cond, names) or ("", cond)
+                if not name:
+                    gaps.append(cond)
+                    continue
                 limits[name] = ir.binary("min", limits[name], limit) if name in limits else limit
-    return tuple(inner), known, limits
+    return tuple(inner), known, limits, tuple(gaps)
 
 
-def _limit(cond: ir.Expr, names: frozenset[str]) -> tuple[str, ir.Expr]:
-    """(loop, n) such that the condition holds for the first n iterations of the loop."""
+def _limit(cond: ir.Expr, names: frozenset[str]) -> tuple[str, ir.Expr] | None:
+    """(loop, n) such that the condition holds for the first n iterations of the loop; or None."""
     if isinstance(cond, ir.Binary) and cond.op in ("<", "<=", ">", ">="):
         low, high = (cond.a, cond.b) if cond.op in ("<", "<=") else (cond.b, cond.a)
-        if not low.dtype.is_int:
-            raise _not_affine(f"the guard {cond} compares no integers")
-        base, step = _affine(low, names, low.dtype)
-        if len(step) == 1 and not ir.free_vars(high) & names:
-            ((name, by),) = step.items()
+        form = affine(low, names, low.dtype) if low.dtype.is_int else None
+        if form and len(form.steps) == 1 and not ir.free_vars(high) & names:
+            ((name, by),) = form.steps.items()
             if ir.is_const(by, 1):
                 more = 1 if cond.op in ("<=", ">=") else 0
-                return name, ir.simplify(ir.add(ir.binary("-", high, base), more))
-    raise _not_affine(f"the guard {cond} does not end one loop of the tile")
+                return name, ir.simplify(ir.add(ir.binary("-", high, form.base), more))
+    return None
 
 
 def _check_serial(outer: tuple[Any, ...], c: ir.Compute) -> None:
@@ -324,17 +332,6 @@ def _check_serial(outer: tuple[Any, ...], c: ir.Compute) -> None:
             kind = "private" if s.private else s.kind
             hint = "loops around a tile that reduce are serial"
             raise illegal(f"loop {s.name} reduces outside a tile and is {kind}", hint)
-
-
-# ---------------------------------------------------------------------------- affine addresses
-
-
-def _affine(e: ir.Expr, names: frozenset[str], to: DType) -> Affine:
-    """`e` as an affine form, computed in `to`. Raises ScheduleError[S102] where it has none."""
-    form = affine(e, names, to)
-    if form is None:
-        raise _not_affine(f"{e} is no sum of multiples of {', '.join(sorted(names))}")
-    return form
 
 
 def _not_affine(why: str) -> ScheduleError:

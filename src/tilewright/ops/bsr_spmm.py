@@ -1,8 +1,8 @@
 """SpMM with dense blocks: Y = A X for A in BSR, on tile operations of 16 × 8 × 16.
 
 float16 or bfloat16 in, float32 out. A block of A is contiguous in memory, and it multiplies
-consecutive rows of X. On a GPU the warps of a CTA share a row of blocks, 32 features each, and copy
-each block and its rows of X to shared memory, some blocks ahead.
+consecutive rows of X. On a GPU the warps of a CTA share a row of blocks, 32 or 64 features each,
+and copy each block and its rows of X to shared memory, some blocks ahead.
 Reference: SparseTIR (ASPLOS 2023), its block-sparse kernels on tensor cores.
 """
 
@@ -20,6 +20,7 @@ from tilewright.sparse.trace import dense, indices, out, sparse
 
 ROWS, COLS, DEPTH = 16, 8, 16  # one tile operation
 WARP_COLS = 32  # features that a warp keeps in its registers
+WIDE_COLS, MANY, LOW = 64, 1024, 32  # on a GPU, of `MANY` and for blocks of up to `LOW` rows
 WARP_ROWS = {"cpp": 32, "cuda": 64}  # of a block; taller blocks take several passes
 WARPS = 4  # of a CTA, at most
 LOAD = 8  # elements that a thread copies at once: 16 bytes
@@ -45,10 +46,12 @@ def recipe(s: Schedule, width: int = 0) -> Schedule:
     s = s.specialize("d", width) if width else s
     block = block_of(s.format_of(0))
     d = dict(s.program.sizes).get("d")
+    is_wide = s.target.is_cuda and block <= LOW and d and d >= MANY and d % LOAD == 0
+    cols = WIDE_COLS if is_wide else WARP_COLS
     warps = min(WARPS, -(-d // WARP_COLS)) if d else WARPS
-    across = WARP_COLS * warps if s.target.is_cuda else WARP_COLS
+    across = cols * warps if s.target.is_cuda else cols
     s = s.split("i_i", ROWS, into=("i_u", "i_v")).split("j_i", DEPTH, into=("j_u", "j_v"))
-    s = s.split("k", across, into=("k_o", "k_r")).split("k_r", WARP_COLS, into=("k_y", "k_w"))
+    s = s.split("k", across, into=("k_o", "k_r")).split("k_r", cols, into=("k_y", "k_w"))
     s = s.split("k_w", COLS, into=("k_u", "k_v"))
     few = block <= WARP_ROWS["cuda" if s.target.is_cuda else "cpp"]
     inside, around = (("i_u",), ()) if few else ((), ("i_u",))

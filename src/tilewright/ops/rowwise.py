@@ -53,10 +53,9 @@ def rmsnorm_add(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar(), R=den
     return out[t, k](R[t, k] + _normalised(X[t, k], W, eps, k))
 
 
-RMSNORM = rmsnorm.schedule(WITH_SUM)
 # X / sqrt(mean(X²) + ε) · W. X: (t, k), W: (k,), eps: a number → (t, k); the second adds a
 # residual, R: (t, k).
-rmsnorm_kernel = cache(RMSNORM.build)
+rmsnorm_kernel = cache(rmsnorm.schedule(WITH_SUM).build)
 rmsnorm_add_kernel = cache(rmsnorm_add.schedule(WITH_SUM).build)
 
 
@@ -105,16 +104,14 @@ def scaled(X=dense("t k"), factor=scalar()):
     return out[t, k](X[t, k] * factor[()])
 
 
-SILU_MUL = silu_mul.schedule(BY_ROW)
-# gelu(G) · U with the tanh form of GELU (Hendrycks and Gimpel, 2016): both (t, k).
-gelu_mul_kernel = cache(gelu_mul.schedule(BY_ROW).build)
-
-
 @cache
-def silu_mul_kernel(target: str = "cpp", dtype: str = "float32", width: int = 0) -> Kernel:
-    """G, U (t, k) in `dtype` → silu(G) · U in the same; `width`: k (0: any)."""
+def gated_kernel(
+    target: str = "cpp", gelu: bool = False, dtype: str = "float32", width: int = 0
+) -> Kernel:
+    """G, U (t, k) in `dtype` → silu(G) · U in the same, or with the tanh form of GELU (Hendrycks
+    and Gimpel, 2016); `width`: k (0: any)."""
     of = wide_rows.of(elements=("k",), width=width) if width else BY_ROW
-    return silu_mul.typed(G=dtype, U=dtype).schedule(of).build(target)
+    return (gelu_mul if gelu else silu_mul).typed(G=dtype, U=dtype).schedule(of).build(target)
 
 
 # X (t, k) times a number.

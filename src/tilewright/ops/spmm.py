@@ -39,6 +39,8 @@ def spmm_program(A=sparse("m n"), X=dense("n d")):
 ROWS_PER_UNIT = 16  # rows of one unit on the CPU: a few microseconds of work
 CPU_TILE = 128  # features kept in registers: 8 accumulators of 16 lanes
 L2_BYTES = 40 << 20  # of X; above it a sweep takes fewer features (an H100 has 50 MB)
+REUSED = 32  # entries of a column from which on a row of X is worth to be found there
+MANY = 200_000  # entries; in smaller matrices no thread takes several rows
 ANY_TILE = 64  # for any width: as fast as 128 and 32, and a third less time to compile
 AHEAD_CPU = 16  # entries whose rows of X are prefetched: two or three rows of a citation graph
 AHEAD_TILED = 8  # if a row has several tiles: after its end comes the same row again
@@ -119,10 +121,11 @@ def _rows(s: Schedule, at: _Names, n: int) -> Schedule:
     return s.split(s.stored(at.i), n, into=(f"{at.i}_unit", f"{at.i}_row")).parallel(f"{at.i}_unit")
 
 
-def gpu_recipe(s: Schedule, tile: int = 128) -> Schedule:
+def gpu_recipe(s: Schedule, tile: int = 128, many: bool = False) -> Schedule:
     """Each nest by its format: rows of one length in parallel, a CTA for a long row.
 
-    `tile`: features that one sweep over A takes; a smaller one keeps a slice of X in the L2."""
+    `tile`: features that one sweep over A takes; a smaller one keeps a slice of X in the L2.
+    `many`: there are rows enough for threads that take several short ones."""
     at = _names(s)
     s = s.atomic(at.out) if s.in_place else s
     d = at.width(s)
@@ -141,7 +144,10 @@ def gpu_recipe(s: Schedule, tile: int = 128) -> Schedule:
             sweep = SWEEP if fmt.name in (TALL, GIANT) else SWEEP // 4
             s = _gpu_shared_rows(s, axes, CTA // across, sweep)
         else:
-            s = _gpu_own_rows(s, n, CTA // across, getattr(fmt.levels[-1], "width", 0), axes)
+            width = getattr(fmt.levels[-1], "width", 0)
+            is_short = many and width <= AHEAD and (width > 0 or not s.has(at.j, n))
+            rows = CTA // across, AHEAD // max(width, 1) if is_short else 1
+            s = _gpu_own_rows(s, n, rows, width, axes)
     return s.everywhere()
 
 
@@ -160,11 +166,18 @@ def _gpu_features(s: Schedule, k: str, lanes: int, across: int, axes: tuple[str,
     return s.bind(tile, "cta.y").bind(x, "thread.x").vectorize(v)
 
 
-def _gpu_own_rows(s: Schedule, n: int, rows: int, width: int, axes: tuple[str, str]) -> Schedule:
-    """Threads in y take rows (or columns, if those are stored), `AHEAD` entries in flight."""
+def _gpu_own_rows(
+    s: Schedule, n: int, rows: tuple[int, int], width: int, axes: tuple[str, str]
+) -> Schedule:
+    """Threads in y take rows (or columns, if those are stored), `AHEAD` entries in flight. `rows`:
+    how many threads there are in y, and how many rows each takes."""
     outer, inner = axes
     cta, y, o, u = f"{outer}_cta", f"{outer}_y", f"{inner}_o", f"{inner}_u"
-    s = s.split(outer, rows, into=(cta, y)).bind(cta, "cta.x").bind(y, "thread.y")
+    s = s.split(outer, rows[0] * rows[1], into=(cta, y)).bind(cta, "cta.x")
+    if rows[1] > 1:
+        s = s.split(y, rows[0], into=(f"{outer}_r", f"{outer}_t")).unroll(f"{outer}_r", rows[1])
+        y = f"{outer}_t"
+    s = s.bind(y, "thread.y")
     if not s.has(inner, n):
         return s
     if width:
@@ -182,12 +195,14 @@ def _gpu_shared_rows(s: Schedule, axes: tuple[str, str], rows: int, sweep: int) 
 
 
 @named_recipe
-def recipe(s: Schedule, width: int = 0, gathers_far: bool | None = None) -> Schedule:
+def recipe(
+    s: Schedule, width: int = 0, gathers_far: bool | None = None, many: bool = False
+) -> Schedule:
     """The schedule of SpMM. `width`: of X, 0 for any; `gathers_far`: whether X exceeds the L2
-    cache, None if that is not known."""
+    cache and is read often, None if that is not known; `many`: whether there are many rows."""
     s = s.specialize("d", width) if width else s
     if s.target.is_cuda:
-        return gpu_recipe(s, 64 if gathers_far else 128)
+        return gpu_recipe(s, 64 if gathers_far else 128, many)
     return cpu_recipe(s, gathers_far is not False)
 
 
@@ -256,7 +271,7 @@ def choose_format(nnz: int, target: str) -> Format | Composed:
     if not target.startswith("cuda"):
         return formats.csr()
     if nnz < 8_000_000:
-        return by_length(powers(32 if nnz < 200_000 else 128))
+        return by_length(powers(32 if nnz < MANY else 128))
     return by_length(WIDE, giant=nnz // 2000)
 
 
@@ -293,12 +308,13 @@ _CHOSEN: WeakKeyDictionary[Structure, dict[Any, Kernel]] = WeakKeyDictionary()
 def _chosen(A: Packed, X: Any, width: int) -> Kernel:
     on_cuda = A.device != "cpu"
     x_bytes = A.shape[1] * width * 4
+    far = x_bytes > (L2_BYTES if on_cuda else compilers.l2_bytes() // 2)
+    far &= not on_cuda or A.nnz >= REUSED * A.shape[1]
     x_dtype = operand_dtype(X, "X")
     try:
         return spmm_kernel(
             "cuda" if on_cuda else "cpp", A.format, str(A.dtype), x_dtype,
-            fixed_width(width, A.device), A.structure.index_dtype.name,
-            x_bytes > (L2_BYTES if on_cuda else compilers.l2_bytes() // 2),
+            fixed_width(width, A.device), A.structure.index_dtype.name, far, A.nnz >= MANY,
         )  # fmt: skip
     except (ScheduleError, ProgramError) as e:
         rule = f"A is packed as {A.format}, X is {x_dtype}: {e.message}"
@@ -307,13 +323,13 @@ def _chosen(A: Packed, X: Any, width: int) -> Kernel:
 
 
 def spmm_definition(
-    fmt: Any, a: str, x: str, width: int, index: str = "int32", gathers_far: bool = False
-) -> Definition:
-    """The program with its schedule, for a format, dtypes, a width (0 = any) and an index type.
-
-    `gathers_far`: X does not fit the L2 cache."""
+    fmt: Any, a: str, x: str, width: int, index: str = "int32", gathers_far: bool = False,
+    many: bool = False,
+) -> Definition:  # fmt: skip
+    """The program with its schedule, for a format, dtypes, a width (0 = any) and an index type;
+    `gathers_far` and `many` as of `recipe`."""
     typed = spmm_program.typed(A=a, X=dtypes.dtype(x), index=index).decompose(A=fmt)
-    return typed.schedule(recipe.of(width=width, gathers_far=gathers_far))
+    return typed.schedule(recipe.of(width=width, gathers_far=gathers_far, many=many))
 
 
 spmm_kernel = kernels(spmm_definition)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from ctypes import c_uint, c_void_p
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -97,7 +97,7 @@ def clear(array: View) -> None:
         ctypes.memset(array.pointer, 0, nbytes)
         return
     stream = _active_stream(int(array.device.partition(":")[2]))
-    driver().call("cuMemsetD8Async", array.pointer, 0, nbytes, stream)
+    Fill(array.pointer, nbytes).run(stream)
 
 
 def synchronize(stream: int = 0, ordinal: int = 0) -> None:
@@ -132,19 +132,28 @@ class Function:
     _smem: int = _SMEM_WITHOUT_ASKING
 
     def prepare(
-        self, grid: Dim3, block: Dim3, smem_bytes: int, params: Params, overlaps: bool = False
-    ) -> Launch:
+        self, grid: Dim3, block: Dim3, smem_bytes: int, params: Params, overlaps: bool = False,
+        cluster: Dim3 = (1, 1, 1), cooperative: bool = False,
+    ) -> Launch:  # fmt: skip
         """A launch whose arguments are converted once.
 
         `overlaps`: its CTAs may start before the launch in front has ended, on sm_90 and newer: the
-        kernel waits itself (`tw::wait_for_previous_launch`).
+        kernel waits itself (`tw::wait_for_previous_launch`). `cluster`: CTAs that share an SM group
+        and see each other's shared memory (sm_90). `cooperative`: all CTAs run at the same time, so
+        that they may wait for each other; a grid that does not fit is refused by the launch (B104).
         Raises BuildError[B104] for more shared memory than a CTA can have."""
         if smem_bytes > self._smem:
             self.module.device.activate()
             driver().call("cuFuncSetAttribute", self.handle, _FUNCTION_MAX_DYNAMIC_SMEM, smem_bytes)
             self._smem = smem_bytes
-        overlaps = overlaps and self.module.device.attribute(ATTRIBUTE_MAJOR) >= 9
-        return Launch(self, grid, block, smem_bytes, params, overlaps)
+        asked = []
+        if overlaps and self.module.device.attribute(ATTRIBUTE_MAJOR) >= 9:
+            asked.append((_PROGRAMMATIC_SERIALIZATION, 1))
+        if cluster != (1, 1, 1):
+            asked.append((_CLUSTER_DIMENSION, *cluster))
+        if cooperative:
+            asked.append((_COOPERATIVE, 1))
+        return Launch(self, grid, block, smem_bytes, params, _attributes(*asked))
 
 
 class _Config(ctypes.Structure):
@@ -157,13 +166,19 @@ class _Config(ctypes.Structure):
 
 
 class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute of the driver's API, with an int as its value."""
+    """CUlaunchAttribute of the driver's API; its value is up to three ints."""
 
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
 
 
-_PROGRAMMATIC_SERIALIZATION = 6
-_OVERLAPS = _Attribute(_PROGRAMMATIC_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+_COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_SERIALIZATION = 2, 4, 6
+
+
+@cache
+def _attributes(*asked: tuple[int, ...]) -> ctypes.Array[_Attribute]:
+    """Launch attributes, each a number of the driver's API and its values."""
+    every = (_Attribute(number, 0, (ctypes.c_int * 16)(*values)) for number, *values in asked)
+    return (_Attribute * len(asked))(*every)
 
 
 @dataclass(slots=True, eq=False)
@@ -179,7 +194,7 @@ class Launch:
     block: Dim3
     smem_bytes: int
     params: Params
-    overlaps: bool
+    attributes: ctypes.Array[_Attribute]
     # The native call by stream, never rewritten: two threads may launch on two streams.
     _calls: dict[int, Callable[[], int]] = field(default_factory=dict, init=False)
 
@@ -200,20 +215,47 @@ class Launch:
             driver().fail(f"launching {self.function.name}", code)
 
     def _native_call(self, stream: int) -> Callable[[], int]:
-        attributes = ctypes.addressof(_OVERLAPS) if self.overlaps else None
         size = self.grid, self.block, self.smem_bytes
-        config = ctypes.byref(_Config(*size, stream, attributes, int(self.overlaps)))
+        attributes = ctypes.addressof(self.attributes)
+        config = ctypes.byref(_Config(*size, stream, attributes, len(self.attributes)))
         pointers = (c_void_p * 1)(ctypes.addressof(self.params))
         launch = driver().functions["cuLaunchKernelEx"]
         return partial(launch, config, c_void_p(self.function.handle), pointers, None)
 
 
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Bytes at a device address that become `value`; in a `Graph`, a memset node."""
+
+    pointer: int
+    nbytes: int
+    value: int = 0
+
+    def run(self, stream: int) -> None:
+        """Fill in the order of a stream. Raises BuildError[B104]."""
+        driver().call("cuMemsetD8Async", self.pointer, self.value, self.nbytes, stream)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Bytes of one device address that are copied to another; in a `Graph`, a memcpy node."""
+
+    to: int
+    source: int
+    nbytes: int
+
+    def run(self, stream: int) -> None:
+        """Copy in the order of a stream. Raises BuildError[B104]."""
+        driver().call("cuMemcpyDtoDAsync_v2", self.to, self.source, self.nbytes, stream)
+
+
 class Graph:
     """A recorded step: launches captured once, replayed by one call.
 
-    All launches are on one GPU. A library's, beside ours, have a `run` too, and the one `stream` on
-    which it can be captured. Addresses and parameters are those of the recording; the graph keeps
-    the recorded launches alive, but not the arrays that they point to.
+    All launches are on one GPU. `Fill`, `Copy` and a library's launches, beside ours, have a `run`
+    too, and the last the one `stream` on which it can be captured. Addresses and parameters are
+    those of the recording; the graph keeps the recorded launches alive, but not the arrays that
+    they point to.
     """
 
     def __init__(self, launches: Sequence[Any]) -> None:

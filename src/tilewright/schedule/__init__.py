@@ -194,7 +194,8 @@ class Schedule:
         exp(x - maximum) of its own terms x, and sums of that are rescaled whenever it grows.
         Several elements are a row: on a CPU memory of the unit, on a GPU shared memory, or
         registers if all loops over it are unrolled. If its length is not constant, a GPU keeps the
-        first `most` elements there, the others in a global array, as scope `"global"` does all."""
+        first `most` elements (of blocks: those of whole blocks, one at least) there, the others in
+        a global array, as scope `"global"` does all."""
         return self._coords(coords.compute_at, temporary, loop, scope, most)
 
     @takes(output=A_NAME)

@@ -85,6 +85,7 @@ class _Staging:
     ) -> None:
         self.nest, self.at, self.operand, self.padding = nest, at, operand, padding
         self.scope: CacheScope = scope
+        self.padded = scope == "shared" and not all(c.mma for c in computes(at.body))
         if at.kind == "pipeline":
             raise self.refuse(f"loop {at.name} is a pipeline", "call cache before pipeline")
         self.groups: list[list[ir.For]] = []  # the loops of each dimension of scratch
@@ -160,8 +161,7 @@ class _Staging:
         return names
 
     def result(self) -> ir.For:
-        loops = self._dimensions()
-        scratch = self._scratch()
+        loops, scratch = self._dimensions(), self._scratch()
         source, inside = self.access, ir.Load(scratch, self._index(), self.access.dtype)
 
         def visit(x: Any) -> Any:
@@ -202,8 +202,16 @@ class _Staging:
             group = [f for name, f in self.inner.items() if name in needed and name not in loops]
             self.groups.append(group)
             loops |= {f.name: f for f in group}
+        if len(self.access.index) == 1:  # neighbours in memory are neighbours in scratch
+            form = affine(self._resolved(self.access.index[0]), frozenset(loops))
+            steps = form.steps.items() if form else ()
+            near = [name for name, by in steps if ir.is_const(by, 1)]
+            loops |= {name: loops.pop(name) for name in near}
         if self.scope == "register" or len(self.groups) == 1:  # no rows: a dimension for each loop
             self.groups = [[f] for f in loops.values()]
+            row = [f for f in loops.values() if any(ir.reduces(f, c) for c in computes(self.at))]
+            if self.padded and row and row[-1:] == self.groups[-1]:  # so rows are long
+                self.groups = [g for g in self.groups if g[0] not in row] + [row]
         self.groups = [g for g in self.groups if g]
         for f in loops.values():
             if f.extent is None or not isinstance(f.begin, ir.Const) or f.begin.value != 0:
@@ -235,7 +243,7 @@ class _Staging:
         rows = self.scope == "shared" and len(extents) > 1
         conflicts = rows and extents[-1] * dtype.itemsize % BANK_CONFLICT == 0
         is_power = bool(extents) and extents[-1] & (extents[-1] - 1) == 0
-        swizzled = conflicts and is_power and all(c.mma for c in computes(self.at.body))
+        swizzled = conflicts and is_power and not self.padded
         if conflicts and not swizzled:
             extents[-1] += WIDE // dtype.itemsize
         total = prod(extents)
@@ -265,38 +273,29 @@ class _Staging:
     ) -> ir.Stmt:
         """All threads of the CTA copy scratch: row after row, neighbours by neighbours."""
         dtype = loops[0].var.dtype if loops else dtypes.int32
-        at = ir.Var(f"{scratch.name}_at", dtype)
-        numbers = tuple(ir.Var(f"{scratch.name}_{n}", dtype) for n in range(len(self.groups)))
+        at, lane = (ir.Var(f"{scratch.name}_{name}", dtype) for name in ("at", "lane"))
         lanes = self._lanes(loops, self._guards(set(fresh)))
-        lane, rest = ir.Var(f"{scratch.name}_lane", dtype), at
+        rest: ir.Expr = at
         starts: dict[str, ir.Expr] = {}
-        outside: list[ir.Stmt] = []
-        inside: list[ir.Stmt] = []
-        for n, group in reversed(list(enumerate(self.groups))):
-            by = lanes if n == len(self.groups) - 1 else 1
-            number, rest = _digit(rest, prod(f.extent or 1 for f in group) // by, n == 0)
-            if by > 1:  # the last number is a multiple of a vector, and the lane
-                block = ir.Var(f"{numbers[n].name}_block", dtype)
-                outside.append(ir.Let(block, number))
-                inside.append(ir.Let(numbers[n], ir.add(ir.mul(block, by), lane)))
-                number = block
-            else:
-                outside.append(ir.Let(numbers[n], number))
-                number = numbers[n]
-            for f in reversed(group):
-                wide = by if f is loops[-1] else 1
-                digit, number = _digit(number, (f.extent or 1) // wide, f is group[0])
-                if wide > 1:
-                    starts[f.name] = ir.mul(digit, wide)
-                    inside.append(ir.Let(fresh[f.name], ir.add(starts[f.name], lane)))
-                else:
-                    outside.append(ir.Let(fresh[f.name], digit))
-        element = self._element(scratch, fresh, numbers or (ir.as_expr(0),), starts)
-        body: ir.Stmt = ir.seq(*inside, element)
+        digits: list[ir.Stmt] = []
+        order = [f for group in self.groups for f in group]
+        for f in reversed(order):
+            wide = lanes if f is order[-1] else 1
+            extent = (f.extent or 1) // wide
+            digit = rest if f is order[0] else ir.binary("%", rest, extent)
+            rest = ir.simplify(ir.binary("//", rest, extent))
+            if wide > 1:
+                starts[f.name] = ir.mul(digit, wide)
+                digit = ir.add(starts[f.name], lane)
+            digits.append(ir.Let(fresh[f.name], ir.simplify(digit)))
+        element = self._element(
+            scratch, fresh, tuple(ir.substitute(i, fresh) for i in self._index()), starts
+        )
+        body: ir.Stmt = ir.seq(*digits, element)
         if lanes > 1:
             body = ir.For(lane, ir.as_expr(0), ir.as_expr(lanes), body, "vector")
         total = prod(f.extent or 0 for f in loops) // lanes
-        return ir.For(at, ir.as_expr(0), ir.as_expr(total), ir.seq(*outside, body), "threads")
+        return ir.For(at, ir.as_expr(0), ir.as_expr(total), body, "threads")
 
     def _lanes(self, loops: list[ir.For], guards: list[ir.Expr]) -> int:
         """Elements that one thread copies at once: neighbours of a row, where they are, and where
@@ -399,10 +398,3 @@ def _copied(lines: list[ir.Stmt]) -> int:
         if any(isinstance(x, ir.Store) for x in ir.statements(s)):
             end = n + 1
     return end
-
-
-def _digit(number: ir.Expr, extent: int, first: bool) -> tuple[ir.Expr, ir.Expr]:
-    """The last digit of a number in mixed radix, and the number without it."""
-    if first:
-        return number, number
-    return ir.binary("%", number, extent), ir.binary("//", number, extent)

@@ -42,9 +42,6 @@ from tilewright.toolchain import compilers
 
 LONGEST = 2048  # tokens of a sequence, where the caller names no context
 
-Flight = tuple[Batch, Logits]
-"""A step that is launched: what was decided, and what it computes."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -96,7 +93,7 @@ class Engine:
         self.runs_ahead = self.model.target.is_cuda
         if compilers.has_compiler():
             native()  # compiled here, not while answers wait
-        self._flight: Flight | None = None  # a step whose tokens are not read
+        self._flight: tuple[Batch, Logits] | None = None  # a step whose tokens are not read
         self._began = 0.0  # when it was launched, or the tokens in front were read, seconds
         self._ids = itertools.count()
         self.best_effort = 0  # promises that were dropped
@@ -159,7 +156,7 @@ class Engine:
         self._flight = behind  # forgotten after an exception: the tokens are computed again
         return ready
 
-    def _launch(self, behind: list[Request]) -> Flight | None:
+    def _launch(self, behind: list[Request]) -> tuple[Batch, Logits] | None:
         """Launches the next step, if there is one. Behind a step whose tokens are not read: if it
         has the same requests, whose next tokens are PENDING meanwhile."""
         for request in behind:
@@ -176,7 +173,7 @@ class Engine:
             for request in behind:
                 request.tokens.pop()
 
-    def _commit(self, batch: Batch, logits: Logits) -> tuple[list[Request], Flight | None]:
+    def _commit(self, batch: Batch, logits: Logits) -> tuple[list[Request], Any]:
         """Notes that a step was run. The requests that get a token, and the next step if it was
         launched already, which is where it chooses all tokens itself. Else waits for them."""
         rows = [c for c in batch.chunks if not c.is_prompt and c.wants_token]

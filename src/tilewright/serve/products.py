@@ -7,7 +7,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from tilewright.ops.linear import STORED
 from tilewright.runtime.view import byte_span, view
 from tilewright.serve.weights import ModelFile
 from tilewright.target import Target
@@ -16,16 +15,16 @@ OWN_ROWS = 16  # up to so many rows our own layers keep the bits of each
 
 
 def products_of(file: ModelFile, target: Target) -> Products | None:
-    """What computes products of many rows: None for our own layers, where torch has no GPU, weights
-    are quantised, or results are normalised before they are added."""
+    """What computes products of many rows: None for our own layers, where torch has no GPU. In
+    bfloat16, and in float32 where all weights are."""
     kinds = {w.kind for w in file.tensors.values() if len(w.shape) == 2}
-    if target.is_cuda and kinds in ({"f32"}, {"bf16"}) and not file.config.post_norms:
+    if target.is_cuda:
         with suppress(ImportError, OSError):  # OSError: its own libraries are absent
             import torch
 
             # Products of older ones have no `out_dtype`.
             if torch.__version__ >= "2.9" and torch.cuda.is_available():
-                return Products("cuda:0", STORED[kinds.pop()])
+                return Products("cuda:0", "float32" if kinds == {"f32"} else "bfloat16")
     return None
 
 

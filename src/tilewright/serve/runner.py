@@ -7,12 +7,8 @@ writes what it wants otherwise. Prompts precede it, their chunks packed one afte
 library computes products, what lies between the attentions of prompts is recorded too, and answers
 whose bits may depend on the batch are rows in front of the prompts.
 
-The bits of a row depend on its own request only, and not on how its prompt is cut into chunks:
-linear layers read rows of answers and of prompts by different kernels, each of which computes a row
-alone; attention has a kernel for one query and one for several, and a prompt never takes the first:
-its chunk is read with a row more where a work item would have one query. Keys are divided as if
-every answer were as long as the context, and every prompt short. (On GPUs this holds for answers;
-rows of a prompt may differ in last bits by how it is cut, a library's by what is read beside it.)
+With `invariant` the bits of a row depend on its own request only, and not on how its prompt is cut:
+*The bits of an answer* in docs/design/serving.md has what that takes, and where it holds on GPUs.
 """
 
 from __future__ import annotations
@@ -35,11 +31,11 @@ from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.paging import positions_kernel
 from tilewright.runtime.step import Step
 from tilewright.runtime.transfer import to_host
-from tilewright.serve.cascade import Cascade
-from tilewright.serve.groups import Groups
+from tilewright.serve.cascade import Cascade, Groups
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.products import OWN_ROWS
+from tilewright.serve.request import Request, Sampling
 from tilewright.serve.sampler import Seats
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
@@ -83,7 +79,7 @@ class Runner:
     """
 
     def __init__(self, model: Llama, limits: Limits, context: int) -> None:
-        self.model, self.invariant = model, limits.invariant
+        self.model, self.limits = model, limits
         new, put, config = model.memory.empty, model.memory.put, model.config
         self.joins = bool(model.products) and not limits.invariant  # answers and prompts
         most = limits.running + (BUCKET if self.joins else 8)  # rows may fill a step up
@@ -96,7 +92,7 @@ class Runner:
         self.width = context // PAGE_SIZE + 1
         # The most answers that our kernel of one row reads; more, and prompts, a library if any.
         self.few = OWN_ROWS if model.products else 2**31
-        if not self.invariant:
+        if not limits.invariant:
             self.few = 1 if model.products else FEW - 1
         self.activations = model.activations(OWN_ROWS if model.products else tokens)
         self.wide = model.activations(tokens, wide=True) if model.products else {}
@@ -106,7 +102,7 @@ class Runner:
         self.last["token"] = model.memory.rows(chosen, 0, 1).reshape(most)
         on_gpu = model.memory.on_cuda and not config.logit_cap  # tanh has other bits there
         self.seats: Any = Seats(model.memory, self.last["logits"], chosen) if on_gpu else None
-        self.ints = [new(tokens, dtype="int32") for _ in range(4)]  # of `Rows`
+        self.ints = new(4 * tokens, dtype="int32")  # of `Rows`, one behind the other
         self.ends = new(most, dtype="int32")  # the rows of prompts that want a token
         self.kv_len = put(np.zeros(most, np.int32))
         # Keys are divided as if every answer were as long as the context, and every prompt short.
@@ -114,6 +110,7 @@ class Runner:
         self.longest = put(np.full(most, longest, np.int32))
         self.short = put(np.full(most, min(short, longest), np.int32))
         self.table = np.zeros((most, self.width), np.int32)
+        self._held: list[Any] = [(None,)] * most  # of each row: pages, how far known, how many
         self.cascade = Cascade(model, self.pools, self.table.shape, not limits.invariant)
         self.block_table = self.cascade.block_table
         self._lengths = np.zeros(most, np.int32)  # what memory of the target holds as `kv_len`
@@ -124,6 +121,7 @@ class Runner:
         self._steps: dict[int, Step] = {}  # by rows, where none is sampled
         self._sampling: dict[int, Step] = {}
         self._parts: dict[tuple[int, int], list[Any]] = {}
+        self._drawing: Any = None  # a step that samples behind prompts
         self.rooms: list[Any] = []  # workspaces in which recorded steps plan
         self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
@@ -150,19 +148,49 @@ class Runner:
         tokens = [c.request.tokens[c.start] for c in answers]
         if answers and not joined and PENDING not in tokens:
             self._write_ints(self.last["token"], tokens)
+        ends = [c for c in prompts if c.wants_token]
+        seated = [*answers, *[None] * (rows - len(answers))]
+        seated += ends if joined or not answers else []  # else these are the host's
+        drawn = self.seats.take(seated) if self.seats else set()
         # Prompts first: what is copied for them would wait for the step of the answers.
-        read = self._read_prompts(by_row if joined else prompts, stops, rows) if prompts else []
-        drawn = self.seats.take(answers, rows) if self.seats and not joined else set()
+        if prompts:
+            self._read_prompts(by_row if joined else prompts, stops, rows)
         if answers and not joined:
             of = self.cascade.steps if groups.nodes else (self._steps, self._sampling)
             steps = of[bool(drawn)]
             if rows not in steps:
-                [steps[rows]] = self._record(rows, rows, drawn, groups.nodes)
+                steps[rows] = self._record(rows, rows, drawn, groups.nodes)
             steps[rows]()
             self._lengths[: len(answers)] += 1
             self.cascade.totals += groups[2:]
+        elif drawn:
+            self._drawing = self._drawing or Step([self.seats.bind(len(self.table))])
+            self._drawing()
         own = zip(np.argsort(groups.order).tolist(), chunks, strict=False)  # the row of each answer
-        return Logits(self, chunks, [row for row, c in own if c.wants_token] + read, drawn)
+        of_ends = range(rows, rows + len(ends))
+        return Logits(self, chunks, [row for row, c in own if c.wants_token] + [*of_ends], drawn)
+
+    def warm(self) -> None:
+        """Runs steps of all sizes, so that none is recorded, and no kernel is compiled, while
+        answers wait. Overwrites the first page."""
+        most, longest = self.limits.step_tokens, (self.width - 1) * PAGE_SIZE
+
+        def step(answers: int, start: int = 0, size: int = 0, heat: float = 0.0) -> None:
+            lengths = [1] * answers + [start + size] * bool(size)
+            requests = [Request(0, [0] * n, Sampling(temperature=heat)) for n in lengths]
+            for i, request in enumerate(requests):
+                request.in_chunks, request.pages = (i >= answers) * lengths[i], [0] * self.width
+            starts = [0] * answers + [start]
+            self.run([Chunk(r, at, len(r.tokens)) for r, at in zip(requests, starts, strict=False)])
+
+        for answers in range(1, self.limits.running + 1):
+            step(answers)
+            step(answers, heat=1.0)
+        for answers in range(0, self.limits.running if self.joins else 1, BUCKET):
+            for size in (1, 2, 5, 16, *range(BUCKET, most - answers, BUCKET), most - answers - 1):
+                step(answers + self.joins, 0, min(size, longest))
+                step(0, longest - min(size, longest), min(size, longest))
+        self.read_tokens()()  # waits
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -175,12 +203,15 @@ class Runner:
         """The rows of the page table that have changed, to memory of the target."""
         memory = self.model.memory
         for i, chunk in zip(rows, chunks, strict=True):
-            held = self.table[i, : len(chunk.request.pages)]
-            if held.tolist() != chunk.request.pages:
-                held[:] = chunk.request.pages
+            pages, node = chunk.request.pages, chunk.request.node
+            held, now = self._held[i], (pages, node, len(pages))
+            # A list grows in place, and has other pages once the prefix tree knows the full ones.
+            if not (pages is held[0] and node is held[1] and len(pages) == held[2]):
+                self.table[i, : len(pages)] = pages
                 row = memory.rows(self.block_table, i, i + 1)
                 # Until it is copied pages are added at most: other requests wait for the tokens.
                 memory.write(row, self.table[i : i + 1], waits=False)
+                self._held[i] = now
 
     def _write_ints(self, array: Any, values: Any) -> None:
         """The first values of an int32 array in memory of the target."""
@@ -190,7 +221,7 @@ class Runner:
     def _write(self, placed: Sequence[tuple[Chunk, int, int, int]], rows: int) -> None:
         """Tokens, their positions, pages and slots, to memory of the target. `placed`: chunks, the
         first row of each, its rows, and its row of the page table; other rows have no page."""
-        columns = np.zeros((4, rows), np.int32)
+        columns = np.zeros((4, rows + -rows % BUCKET), np.int32)
         columns[2] = -1
         for chunk, at, size, row in placed:
             ids, position, page, _ = columns[:, at : at + size]
@@ -198,13 +229,13 @@ class Runner:
             position[:] = np.arange(chunk.start, chunk.start + size)
             page[:] = self.table[row, position // PAGE_SIZE]
         columns[3] = columns[1] % PAGE_SIZE
-        for array, column in zip(self.ints, columns, strict=True):
-            self._write_ints(array, column)
+        self._write_ints(self.ints, columns.reshape(-1))
 
     def _rows(self, tokens: int, few: bool) -> Rows:
         of = self.wide if self.model.is_wide(few) else self.activations
         rows = self.model.memory.rows
-        ids, position, page, slot = (rows(array, 0, tokens) for array in self.ints)
+        begins = (i * (tokens + -tokens % BUCKET) for i in range(4))
+        ids, position, page, slot = (rows(self.ints, at, at + tokens) for at in begins)
         activations = {k: rows(a, 0, tokens) for k, a in of.items()}
         return Rows(tokens, few, ids, position, page, slot, activations)
 
@@ -229,9 +260,9 @@ class Runner:
         indptr = np.arange(requests + 1)
         return {x: x.plan(indptr, to_plan, workers=workers) for x in self.attentions}
 
-    def _read_prompts(self, chunks: Sequence[Chunk], stops: list[int], first: int) -> list[int]:
+    def _read_prompts(self, chunks: Sequence[Chunk], stops: list[int], first: int) -> None:
         """Reads prompts up to `stops`, whose rows of the page table begin at `first`, behind the
-        answers in front of them, if any. The rows of the logits of prompts that want a token."""
+        answers in front of them, if any; so do rows of the logits of those that want a token."""
         model, rows, answers = self.model, self.model.memory.rows, len(chunks) - len(stops)
         front = first if answers else 0  # rows of answers, and those that fill them up
         sizes = [stop - c.start for c, stop in zip(chunks[answers:], stops, strict=True)]
@@ -240,9 +271,9 @@ class Runner:
         of = [*range(answers), *range(first, first + len(stops))]
         placed = [*zip(chunks, at, [1] * answers + sizes, of, strict=True)]
         views, total = self._kv(first, first + len(stops)), front + int(indptr[-1])
-        lengths = self.kv_len if self.joins else self.short
-        to_plan = KV(self._table(lengths, first, first + len(stops)), self.pools[0])
-        plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
+        ends = [n + c.stop - c.start - 1 for c, n, *_ in placed[answers:] if c.wants_token]
+        if picked := [*range(front), *ends]:
+            self._write_ints(self.ends, picked)
 
         bound: dict[Attention, Any] = {}  # whose other layers differ in their pages alone
 
@@ -255,29 +286,33 @@ class Runner:
             bound[attention] = one
             return one()
 
-        count = total + (-total % BUCKET if model.products else 0)
+        count, parts = total + (-total % BUCKET if model.products else 0), []
         self._write(placed, count)
         b = self._rows(count, few=False)
         if model.products:
             if (front, count) not in self._parts:
                 self._parts[front, count] = self._record(front, count)
-            for part in self._parts[front, count]:
+            part, *parts = self._parts[front, count]
+            part()  # while the host plans
+        to_plan = views[0]
+        if not self.joins:
+            to_plan = KV(self._table(self.short, first, first + len(stops)), self.pools[0])
+        plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
+        if model.products:
+            for part in parts:
                 attend(*part) if isinstance(part, tuple) else part()
         else:
             model.forward(b, (self.keys, self.values), attend, do=call)
-        ends = [n + c.stop - c.start - 1 for c, n, *_ in placed[answers:] if c.wants_token]
-        if picked := [*range(front), *ends]:
-            self._write_ints(self.ends, picked)
+        if picked:
             count, begin, few = len(picked), first - front, len(picked) <= self.few
             last = {name: rows(a, begin, begin + count) for name, a in self.last.items()}
             if model.is_wide(few):
-                last["normed"] = rows(self.wide["added"], 0, count)
+                last["normed"] = rows(self.wide["normed"], 0, count)
             picks = rows(self.ends, 0, count)
             embedding_kernel("f32", model.name)(picks, b.a["x"], out=last["x"])
             model.finish(last, few, do=call)
-        return list(range(first, first + len(ends)))
 
-    def _record(self, answers: int, count: int, samples: Any = 0, cascaded: Any = 0) -> list[Any]:
+    def _record(self, answers: int, count: int, samples: Any = 0, cascaded: Any = 0) -> Any:
         """The step of one row of each of some answers, of which some are sampled (`samples`) or
         share reads (`cascaded`); or of a `count` of rows, of which those of answers are the first:
         parts, and between them the arguments of the prompts' attention."""
@@ -321,4 +356,4 @@ class Runner:
         model.finish({**b.a, **last}, b.few, do, normed)
         if samples:
             bounds.append(self.seats.bind(count))
-        return [Step(bounds)]
+        return Step(bounds)

@@ -102,19 +102,19 @@ class Seats:
         self._edits: list[Any] = [None] * count
         self._held: list[Any] = [None] * count  # request and position of each row there, or None
 
-    def take(self, answers: Sequence[Any], count: int) -> set[Request]:
-        """Writes the rows of a step of `count`, if the one in front has not left them so. The
-        requests of `answers` (chunks) that it samples: of those that need nothing of the host."""
-        seats: list[Any] = [None] * count
-        for i, c in enumerate(answers):
-            how = c.request.sampling
-            is_left = how.is_plain_greedy or how.schema or how.logprobs is not None
-            if c.wants_token and not is_left:
+    def take(self, chunks: Sequence[Any]) -> set[Request]:
+        """Writes the rows of a step, a chunk or None each, if the one in front has not left them
+        so. The requests that it samples: of those that need nothing of the host."""
+        seats: list[Any] = [None] * len(self._held)
+        for i, c in enumerate(chunks):
+            how = c and c.request.sampling
+            is_left = not c or how.is_plain_greedy or how.schema or how.logprobs is not None
+            if not is_left and c.wants_token:
                 seats[i] = c.request, c.request.answered
         if any(seats):  # a step without samples changes no row there
             for i in (i for i, seat in enumerate(seats) if seat != self._held[i]):
                 self._write(i, seats[i])
-            self._held[:count] = [seat and (seat[0], seat[1] + 1) for seat in seats]
+            self._held = [seat and (seat[0], seat[1] + 1) for seat in seats]
         return {seat[0] for seat in seats if seat}
 
     def _write(self, i: int, seat: Any) -> None:

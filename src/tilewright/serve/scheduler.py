@@ -33,9 +33,9 @@ WINDOW = 64  # waiting requests that the policy sees, the best by rank and arriv
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`pages`: of the pool; `running`: most requests at once; `step_tokens`: most tokens of a step;
-    `share`: whether pages of equal prefixes are shared; `invariant`: an answer that was preempted
-    is read again token by token, as it was written, else in chunks."""
+    """`pages`: of the pool; `running`: most requests at once; `step_tokens`: most tokens of a step,
+    more than requests; `share`: whether pages of equal prefixes are shared; `invariant`: an answer
+    that was preempted is read again token by token, as it was written, else in chunks."""
 
     pages: int
     running: int = 16
@@ -43,9 +43,6 @@ class Limits:
     share: bool = True
     invariant: bool = True
     page_size: int = PAGE_SIZE
-
-    def __post_init__(self) -> None:
-        assert 0 < self.running < self.step_tokens, "a step has no tokens left for prompts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +160,7 @@ class Scheduler:
     def state(self, now: float) -> State:
         """What the policy sees. Of those that wait the best, by rank and arrival."""
         running, answers = self.running, self._answers()
+        read = [r for r in running if r.computed < r.in_chunks]
         waiting = sorted(self.waiting, key=lambda r: (-self._rank(r), r.id))[:WINDOW]
         return State(
             step_tokens=self.limits.step_tokens, quantum=self.limits.page_size,
@@ -172,7 +170,7 @@ class Scheduler:
             gap=min([r.gap for r in running], default=inf),
             growth=sum([self._lacks_page(r) for r in answers]),
             worst=(running[-1].rank, running[-1].id) if running else None,
-            prompts=tuple([self._prompt(r, now) for r in running if r.computed < r.in_chunks]),
+            prompts=tuple([self._prompt(r, now, r.computed, r.rank) for r in read]),
             waiting=tuple([self._candidate(r, now) for r in waiting]),
         )  # fmt: skip
 
@@ -184,19 +182,15 @@ class Scheduler:
         """The rank of a waiting request now."""
         return request.rank + (self.step - request.since) // PATIENCE
 
-    def _prompt(self, r: Request, now: float) -> Prompt:
-        left, age, priority = r.in_chunks - r.computed, self.step - r.since, r.sampling.priority
-        return Prompt(r.id, r.computed, left, r.due - now, r.gap, age, priority, r.rank)
+    def _prompt(self, r: Request, now: float, start: int, rank: int, pages: int = 0) -> Prompt:
+        left, age, priority = r.in_chunks - start, self.step - r.since, r.sampling.priority
+        return Prompt(r.id, start, left, r.due - now, r.gap, age, priority, rank, pages)
 
     def _candidate(self, r: Request, now: float) -> Prompt:
         """A waiting request, with what the prefix tree knows of it."""
         path = self.prefix.match(r.tokens)
-        start = len(path) * self.limits.page_size
         pages = self._needed(r) - sum([self.pages.holders[n.page] > 0 for n in path])
-        seen = self._prompt(r, now)
-        return seen._replace(
-            start=start, left=r.in_chunks - start, rank=self._rank(r), pages=pages
-        )  # fmt: skip
+        return self._prompt(r, now, len(path) * self.limits.page_size, self._rank(r), pages)
 
     def _admit(self, requests: list[Request]) -> None:
         """Moves waiting requests to the running ones, with the pages of their tokens. All hold what

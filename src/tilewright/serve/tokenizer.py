@@ -63,9 +63,6 @@ class Tokenizer:
         self.any_special = _any_of(self.special)
         self._user_defined = _any_of(t for t, i in self.special.items() if i not in self.control)
 
-    def __len__(self) -> int:
-        return len(self.pieces)
-
     def encode(self, text: str, special: bool = True, *, bos: bool | None = None) -> list[int]:
         """The tokens of `text`.
 
@@ -157,8 +154,8 @@ def load_tokenizer(model: ModelFile) -> Tokenizer:
     if model.path.is_dir():
         return from_folder(model.path, vocab)
     tokenizer = from_metadata(model.metadata)
-    if len(tokenizer) > vocab:
-        raise _unusable(f"{len(tokenizer)} tokens for an embedding of {vocab} rows")
+    if len(tokenizer.pieces) > vocab:
+        raise _unusable(f"{len(tokenizer.pieces)} tokens for an embedding of {vocab} rows")
     return tokenizer
 
 

@@ -1,7 +1,7 @@
 """Measures steps of an engine and fits the cost of a step: `tilewright tune serve`."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -58,36 +58,30 @@ def _least_squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         free = free[free != c.argmin()]
 
 
-def measure(
-    engine: Engine, seconds: float, most: int = 1000, seed: int = 0,
-    progress: Callable[[float, int], None] = lambda part, steps: None,
-) -> list[Sample]:  # fmt: skip
+def measure(engine: Engine, seconds: float, most: int = 1000, seed: int = 0) -> Iterator[Sample]:
     """Steps of random states with the time of each, the least of four runs; one thread on a CPU is
     timed while it computes, and not while others have its core. Overwrites the KV cache. Ends after
-    `most` steps, or after `seconds` but not before `FEWEST` steps. `progress` is told the part that
-    is done and the number of steps. Raises ArgumentError[A109] for a context of one token."""
+    `most` steps, or after `seconds` but not before `FEWEST` steps. Raises ArgumentError[A109] for a
+    context of one token."""
     rng = np.random.default_rng(seed)
     for array in (*engine.runner.keys, *engine.runner.values):
         engine.model.memory.write(array, 0)
-    samples: list[Sample] = []
     if engine.context < 2:
         rule = f"a context of {engine.context}: no prompt and no answer"
         raise ArgumentError("A109", rule, where="context", hint="2 or more")
     is_alone = not engine.model.target.is_cuda and pool.wanted_threads() == 1
     clock = time.thread_time if is_alone else time.perf_counter
-    started = time.perf_counter()
-    while len(samples) < most and (
-        (passed := time.perf_counter() - started) < seconds or len(samples) < FEWEST
-    ):
+    ends = time.perf_counter() + seconds
+    for n in range(most):
+        if time.perf_counter() > ends and n >= FEWEST:
+            break
         chunks = _chunks(engine, rng)
         times = []
         for _ in range(4):  # the first also builds and records what steps of this kind need
             began = clock()
             engine.runner.run(chunks).wait()
             times.append(clock() - began)
-        samples.append((work_of(chunks), min(times)))
-        progress(min(1.0, max(passed / seconds, len(samples) / most)), len(samples))
-    return samples
+        yield work_of(chunks), min(times)
 
 
 def _chunks(engine: Engine, rng: np.random.Generator) -> list[Chunk]:

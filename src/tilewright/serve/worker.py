@@ -61,6 +61,8 @@ def main(connection: Connection, path: str, target: str, options: Options) -> No
         signal.signal(number, signal.SIG_IGN)
     try:
         engine = Engine(open_model(path), target, options)
+        if engine.model.target.is_cuda:  # 0.2 s a step, not while answers wait
+            engine.runner.warm()
     except Exception as error:
         known, rule = isinstance(error, TilewrightError), f"the engine cannot start: {error!r:.200}"
         LOG.error("the engine cannot start", exc_info=None if known else error)

@@ -234,7 +234,7 @@ class Composed:
     @property
     def unique_rows(self) -> bool:
         """Whether the loops of only one part visit each row: parts share no rows, and each lists
-        its own. Loops over a dense or blocked level of rows visit those of other parts too."""
+        its own. Loops over a dense level of rows visit those of other parts too."""
         return self.disjoint_rows and all(lists_rows(f.levels[0]) for _, f in self.parts)
 
     @property
@@ -436,6 +436,17 @@ def dbsr(block: int) -> Format:
     block = integer(f"dbsr({block!r})", "block", block, 1)
     outer = Compressed(0, block=block)
     return Format(f"dbsr({block})", (outer, *bsr(block).levels[1:]))
+
+
+def sr_bcrs(rows: int) -> Format:
+    """Columns of `rows` elements, those with an entry, in each stripe of `rows` rows: a matrix tile
+    multiplies rows of the other operand gathered by index. Zeros as in `bsr`; F101 too.
+
+    Reference: SR-BCRS of Magicube (SC 2022), where memory holds whole groups of columns. Here a
+    schedule splits a stripe into groups, and `cache` fills up the last one."""
+    rows = integer(f"sr_bcrs({rows!r})", "rows", rows, 1)
+    stripe, inside = Dense(0, block=rows), Dense(0, block=rows, inner=True)
+    return Format(f"sr_bcrs({rows})", (stripe, Compressed(1), inside))
 
 
 def bucket(width: int, *, split: bool = False) -> Format:

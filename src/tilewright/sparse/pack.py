@@ -291,12 +291,16 @@ def _pack_part(
     if resort is not None:
         keys, numbers = [k[resort] for k in keys], numbers[resort]
     q = np.zeros(len(numbers), np.int64)
+    units = np.ones(len(q), bool)
+    if max(fmt.blocks) > 1:
+        blocks = [k for level, k in zip(fmt.levels, keys, strict=True) if not level.inner]
+        units[1:] = np.any([k[1:] != k[:-1] for k in blocks], axis=0)
     parents, arrays, counts, above = 1, [], [], {}
     for depth, (level, c) in enumerate(zip(fmt.levels, keys, strict=True)):
         extent = level.extent_of(shape)
         _check_positions(fmt, level.positions(parents, extent))
         c = c.astype(np.int64, copy=False)
-        built, q, parents = level.build(q, c, Parents(parents, extent, above))
+        built, q, parents = level.build(q, c, Parents(parents, extent, above, units))
         above = {**above, level.dim: c}
         if depth == 0 and roots is not None and lists_rows(level):
             assert isinstance(level, Compressed)

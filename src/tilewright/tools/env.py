@@ -5,12 +5,11 @@ Every probe is guarded: a broken package is a line of the report and does not en
 
 import argparse
 import importlib.util
-import json
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 
 from tilewright.errors import TilewrightError
@@ -41,25 +40,21 @@ PACKAGES: tuple[tuple[str, str, str, str], ...] = (
 
 
 def env_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object for each finding")
+    """It takes none."""
 
 
-def env(args: argparse.Namespace) -> int:
+def env(_: argparse.Namespace) -> int:
     """Print the report. The exit status is 1 if a part is broken."""
     findings = report()
-    if args.json:
-        for finding in findings:
-            print(json.dumps(asdict(finding)))
-    else:
-        section = ""
-        for f in findings:
-            if f.section != section:
-                section = f.section
-                print(("\n" if f is not findings[0] else "") + section)
-            mark = {"ok": " ", "missing": "-", "bad": "!"}[f.state]
-            print(f" {mark} {f.name:22} {f.value}")
-            if f.hint:
-                print(f"   {'':22} → {f.hint}")
+    section = ""
+    for f in findings:
+        if f.section != section:
+            section = f.section
+            print(("\n" if f is not findings[0] else "") + section)
+        mark = {"ok": " ", "missing": "-", "bad": "!"}[f.state]
+        print(f" {mark} {f.name:22} {f.value}")
+        if f.hint:
+            print(f"   {'':22} → {f.hint}")
     return 1 if any(f.state == "bad" for f in findings) else 0
 
 

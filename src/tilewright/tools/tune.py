@@ -14,7 +14,6 @@ from tilewright.serve.weights import open_model, packaged_model
 from tilewright.tools.chat import add_arguments, engine_options
 from tilewright.tools.cli import check_output
 
-_BAR = 40  # characters
 _ENGINE = ("model", "--running", "--step-tokens", "--fast", "--target", "--context")
 
 
@@ -32,16 +31,13 @@ def tune(args: argparse.Namespace) -> int:
     if not 0 < args.seconds < math.inf:
         raise ArgumentError("A109", f"--seconds {args.seconds}", where="--seconds", hint="150")
     engine = Engine(open_model(args.model or packaged_model()), args.target, engine_options(args))
-    samples = measure(engine, args.seconds, progress=_show)
-    _show(1.0, len(samples))
+    samples = []
+    for sample in measure(engine, args.seconds):
+        samples.append(sample)
+        print(f"\r{len(samples)} steps", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     model = fit(samples, engine.scheduler.model.key)
     model.save(args.out)
     p50, p90 = (100 * float(np.percentile(errors(model, samples), p)) for p in (50, 90))
     print(f"{args.out}: {len(samples)} steps, off by {p50:.1f} % at the median, {p90:.1f} % at p90")
     return 0
-
-
-def _show(part: float, steps: int) -> None:
-    bar = "#" * round(part * _BAR)
-    print(f"\r[{bar:.<{_BAR}}] {steps} steps", end="", file=sys.stderr, flush=True)

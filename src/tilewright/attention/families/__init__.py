@@ -10,7 +10,7 @@ from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
 from tilewright.errors import ArgumentError
 
-FAMILIES: tuple[Family, ...] = (decode.FAMILY, hopper.FAMILY, portable.FAMILY, cpu.FAMILY)
+FAMILIES = (decode.FAMILY, hopper.FAMILY, portable.TILES, portable.FAMILY, cpu.FAMILY)
 """In the order of preference."""
 
 __all__ = ["FAMILIES", "Call", "Family", "Prepared", "Scratch", "by_name", "choose", "reasons"]

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tilewright import dtypes
 from tilewright.attention import spec as specs
-from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
+from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import CUT, NARROW_ROWS, TILE, WIDE_ROWS, head_block
@@ -19,10 +18,12 @@ from tilewright.errors import ArgumentError
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
-KEYS, ROWS = 16, NARROW_ROWS  # keys of a tile for each warp; the most packed rows of a request
+KEYS, ROWS = 16, NARROW_ROWS  # keys of a tile for each warp; packed rows of a request
+MOST_ROWS = 32  # packed rows where a plan says so, keys are not shared and rows are short
 WARPS = TILE // KEYS
-# Stages of a warp's ring: more bytes in flight lengthen the queue at the memory and gain nothing.
-STAGES = 2
+# Stages of a warp's ring, of rows up to SHORT_ROW elements (more bytes in flight lengthen the queue
+# at the memory) and of longer ones, whose K and V come in turns.
+STAGES, SHORT_ROW = (2, 1), 128
 THREADS = WARPS * 32
 # Resident at once: what the registers of a CTA are limited to. Three are no faster.
 CTAS_PER_SM = 2
@@ -32,17 +33,15 @@ WIDE_GROUPS = 4  # of 16 keys that such a warp works on at once
 
 def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
     """Why the kernel cannot run a call, or "" where it can."""
-    if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
-        return "q, k and v are not all float16 or all bfloat16"
-    if spec.head_dim % 8 or spec.head_dim > 128 or spec.head_dim_vo != spec.head_dim:
-        return "head_dim is no multiple of 8 up to 128, the same for K and V"
-    if rows > ROWS:
-        return f"a request has {rows} rows (queries × group), more than {ROWS}"
-    if pool is not None:
-        strides = (*pool.k.strides[:3], *pool.v.strides[:3])
-        if any(a % 16 for a in (pool.k.pointer, pool.v.pointer, *(2 * n for n in strides))):
-            return "rows of k or v are not aligned to 16 bytes"
-    return ""
+    if reason := refusal(spec, rows, pool):
+        return reason
+    if spec.head_dim_vo > spec.head_dim:
+        return "rows of V are longer than those of K"
+    long, shared = spec.head_dim > SHORT_ROW, spec.table.shared
+    if long and shared:
+        return f"keys are shared and head_dim is above {SHORT_ROW}"
+    most = ROWS if long or shared else MOST_ROWS
+    return f"a request has {rows} rows (queries × group), more than {most}" if rows > most else ""
 
 
 # ---------------------------------------------------------------------------- the kernel
@@ -51,7 +50,7 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
 def blocks_of(rows: int, shared: int = 0) -> int:
     """Blocks of 8 packed rows of a narrow unit, for at most `rows` of a request; where requests
     share keys their rows fill two."""
-    return 1 if rows <= 8 and not shared else 2
+    return 4 if rows > ROWS else 1 if rows <= 8 and not shared else 2
 
 
 def _columns(head_dim: int) -> int:
@@ -61,9 +60,13 @@ def _columns(head_dim: int) -> int:
 
 def smem_bytes(spec: Spec, blocks: int) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
+    k, v = _columns(spec.head_dim), _columns(spec.head_dim_vo)
     ring = (
-        WARPS * STAGES * 2 * KEYS * (_columns(spec.head_dim) + 8) * 2 + WARPS * blocks * 8 * 8 + 16
+        WARPS * STAGES[spec.head_dim > SHORT_ROW] * KEYS * (k + v + 16) * 2
+        + WARPS * blocks * 8 * 8
+        + 16
     )
+    ring += (blocks * k > 256) * blocks * 8 * (k + 8) * 2  # q, where it takes too many registers
     return ring + bool(spec.table.shared) * (WARPS * 16 + 20 + 16 * spec.table.shared) * WIDE_ROWS
 
 
@@ -87,9 +90,10 @@ def params_struct(spec: Spec) -> Struct:
 def source(spec: Spec, together: int, blocks: int) -> str:
     """The CUDA C++ of one kernel; `together`: KV heads of one range; `blocks` of 8 packed rows."""
     numbers = {
-        "D": spec.head_dim, "G": spec.group, "BLOCKS": blocks, "WIDE_BLOCKS": WIDE_BLOCKS,
-        "WIDE_GROUPS": WIDE_GROUPS, "HEAD_BLOCK": together, "WARPS": WARPS, "STAGES": STAGES,
-        "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS,
+        "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BLOCKS": blocks,
+        "WIDE_BLOCKS": WIDE_BLOCKS, "WIDE_GROUPS": WIDE_GROUPS, "HEAD_BLOCK": together,
+        "WARPS": WARPS, "STAGES": STAGES[spec.head_dim > SHORT_ROW], "CTAS": CTAS_PER_SM,
+        "MAX_KEYS": MAX_KEYS,
     }  # fmt: skip
     types = f"using Element = uint16_t;\nusing Kind = tw::{spec.kv.name}_bits;"
     text = specs.namespace("attention", *specs.constants(numbers), types)

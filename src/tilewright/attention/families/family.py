@@ -109,6 +109,19 @@ class Family:
         return max(1, self.rows(spec) // spec.group)
 
 
+def refusal(spec: Spec, _rows: int, pool: Pool | None) -> str:
+    """Why a kernel of 16-bit tiles, copied 16 bytes at a time, cannot run a call, or ""."""
+    if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
+        return "q, k and v are not all float16 or all bfloat16"
+    if spec.head_dim % 8 or spec.head_dim_vo % 8 or max(spec.head_dim, spec.head_dim_vo) > 256:
+        return "head_dim is no multiple of 8 up to 256"
+    if pool is not None:
+        strides = (*pool.k.strides[:3], *pool.v.strides[:3])
+        if any(a % 16 for a in (pool.k.pointer, pool.v.pointer, *(2 * n for n in strides))):
+            return "rows of k or v are not aligned to 16 bytes"
+    return ""
+
+
 def check_alignment(values: dict[str, Any], q_bytes: int) -> None:
     """Rows of q (16-bit elements) are aligned to `q_bytes`, o to 16. Raises ArgumentError[A104]."""
     q = (values["q"], 2 * values["q_token"], 2 * values["q_head"])

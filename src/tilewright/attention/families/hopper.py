@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
+from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, loaded, namespace
@@ -26,7 +26,6 @@ from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
 ARCH = "sm_90a"
-MAX_TILES = 512  # of a segment: what the scheduler sorts at once
 MAX_GROUP = 64
 NARROW_ROWS = 8  # packed rows of a narrow item, at most: the columns of a tensor core's result
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
@@ -37,20 +36,22 @@ _SHORT = 512  # queries of a request up to which its items follow each other alw
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """How a kernel divides its work: warpgroups that consume, 64 packed rows of an item each; keys
-    of a tile; tiles of Q, of K and of V in shared memory. With more
-    tiles of Q than one the next item's queries arrive early, and outputs pass through them."""
+    of a tile; tiles of Q, of K and of V in shared memory; keys' tiles of a segment, which the
+    scheduler sorts at once. With more tiles of Q than one the next items' queries arrive early, and
+    outputs pass through them."""
 
     groups: int = 2
     keys: int = 128
     q: int = 2
     k: int = 2
     v: int = 2
+    segment: int = 512
 
 
 TILES = {  # by head_dim and head_dim_vo
-    (64, 64): Tiles(groups=3, keys=96),
-    (96, 96): Tiles(),
-    (128, 128): Tiles(),
+    (64, 64): Tiles(groups=3, keys=96, q=3),
+    (96, 96): Tiles(q=3, segment=96),
+    (128, 128): Tiles(q=3, segment=96),
     (192, 128): Tiles(keys=96),
     (256, 256): Tiles(keys=64, q=1),
 }
@@ -65,10 +66,10 @@ def rows_of(spec: Spec) -> int:
     return tiles_of(spec).groups * 64
 
 
-def refuses(spec: Spec, _rows: int, pool: Pool | None) -> str:
+def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
     """Why the kernel cannot run a call, or "" where it can."""
-    if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
-        return "q, k and v are not all float16 or all bfloat16"
+    if reason := refusal(spec, rows, pool):
+        return reason
     if (spec.head_dim, spec.head_dim_vo) not in TILES:
         return f"head_dim and head_dim_vo are none of {', '.join(map(str, TILES))}"
     if spec.group > MAX_GROUP:
@@ -83,10 +84,10 @@ def refuses(spec: Spec, _rows: int, pool: Pool | None) -> str:
     if spec.table.table_entries and pool.page_size & (pool.page_size - 1):
         return f"page_size {pool.page_size} is no power of two"
     strides = (*pool.k.strides[:3], *pool.v.strides[:3])
-    if any(a % 16 for a in (pool.k.pointer, pool.v.pointer, *(2 * n for n in strides))):
-        return "rows of k or v are not aligned to 16 bytes"
     if min(strides) < 0:
         return "k or v has a negative stride"
+    if spec.table.table_entries and pool.page_size < 8 and max(strides) >> 31:
+        return "pages below 8 rows have strides of 4 GiB or more"
     return "" if pool.pages else "the cache has no pages"
 
 
@@ -134,11 +135,8 @@ def smem_bytes(spec: Spec, narrow: bool = False) -> int:
     rows = tiles.q * rows_of(spec) * k + tiles.keys * (tiles.k * k + tiles.v * v)
     rows += rows_of(spec) * 128 * (tiles.q == 1)  # outputs on their way
     barriers = 2 * tiles.k + 3 * tiles.v + 2 * tiles.q + 4
-    rows += 2 * (18 + MAX_TILES) * 4 + barriers * 8
-    if narrow:
-        rows = -(-(rows + barriers * 8) // 1024) * 1024
-        rows += 16 * k + 4 * 8 * (spec.head_dim_vo + 4) * 4 + 4 * 8 * 8
-    return rows + 1024
+    rows += 8 * tiles.segment * bool(key_array(spec))  # extremes of its elements
+    return rows + 2 * (22 + tiles.segment) * 4 + barriers * 8 * (1 + narrow) + 1024
 
 
 def params_struct(spec: Spec) -> Struct:
@@ -168,15 +166,16 @@ def box_keys(spec: Spec, page_size: int) -> int:
 
 
 ONE, ZERO = Const(1.0, dtypes.float32), Const(0, dtypes.int32)
+REQUEST = Var("at.request", dtypes.int32)
 _KEYS = {"at.kv", "at.key", "s"}  # what differs between the keys of a row
 
 
 def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
     """Constants and methods of what a kernel computes beside its products (prefill_hopper.cuh): a
-    score or outer · tanh(score / inner), plus slope · (key − row); keys up to the limit of a row.
-    Other hooks are computed as they are written, with nothing under way."""
+    score or outer · tanh(score / inner), plus slope · (key − row); keys up to a row's limit, behind
+    its newest − width. Others are computed as they are written, with nothing under way."""
     e, outer, inner, slope, distance = spec.traced.logits, ONE, ONE, ONE, ZERO
-    lies, below, rest = not spec.table.kv_base, [], []
+    lies, below, uppers, rest, newest, width = not spec.table.kv_base, [], [], [], ZERO, ZERO
     match e:
         case Binary("+", x, Binary("*", a, Cast(Binary("-", Var("at.kv" | "at.key"), row) as d))):
             if lies and _KEYS.isdisjoint(_names(a) | _names(row)):
@@ -189,20 +188,34 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
         match x:
             case Binary("<=", Var("at.kv" | "at.key"), b) if lies and _KEYS.isdisjoint(_names(b)):
                 below.append(x)
+                uppers.append(b)
+            case Binary("<", Binary("-", a, Var("at.kv" | "at.key")), b) if (
+                lies and width is ZERO and _KEYS.isdisjoint(_names(a) | _names(b))
+            ):
+                below.append(x)
+                newest, width = a, b
             case _:
                 rest.append(x)
-    limit = functools.reduce(functools.partial(binary, "min"), [x.b for x in below] or [ZERO])
+    limit = functools.reduce(functools.partial(binary, "min"), uppers or [ZERO])
     numbers = {
-        "DIRECT": e == SCORE, "BENDS": outer is not ONE, "LIMITED": below != [],
-        "LEANS": e == SCORE and distance is not ZERO,
+        "DIRECT": e == SCORE, "BENDS": outer is not ONE, "LIMITED": uppers != [],
+        "TRAILS": width is not ZERO, "LEANS": e == SCORE and distance is not ZERO,
         "READS": any(x.index for x in walk(spec.traced.mask, Load)),
         "BY_HEAD": "at.qo_head" in _names(spec.traced.mask),
     }  # fmt: skip
     return {name: int(x) for name, x in numbers.items()}, {
         "float inner()": inner, "float outer()": outer, "float slope(const At& at)": slope,
         "int distance(const At& at)": distance, "int limit(const At& at)": limit,
+        "int newest(const At& at)": newest, "int width(const At& at)": width,
         "bool below(const At& at)": all_of(below), "bool rest(const At& at)": all_of(rest),
     }  # fmt: skip
+
+
+def key_array(spec: Spec) -> str:
+    """The first integer tensor by key that the mask reads, or "": its extremes are learnt."""
+    found = (x for x in walk(spec.traced.mask, Load) if len(x.index) == 2)
+    names = (x.buffer.name for x in found if x.dtype == dtypes.int32 and x.index[0] == REQUEST)
+    return next(names, "")
 
 
 def _names(e: Expr) -> set[str]:
@@ -218,12 +231,13 @@ def source(spec: Spec, box: int, chunked: bool = False, narrow: bool = False) ->
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BN": tiles.keys, "BOX": box,
         "CONSUMERS": tiles.groups,
         "IN_PAGES": IN_PAGES, "IN_ROWS": IN_ROWS, "KEYS_LIE": keys_lie(spec), "Q_TILES": tiles.q,
-        "K_STAGES": tiles.k, "V_STAGES": tiles.v, "MAX_TILES": MAX_TILES, "MAX_KEYS": MAX_KEYS,
-        "CHUNKED": int(chunked), "NARROW": int(narrow),
+        "K_STAGES": tiles.k, "V_STAGES": tiles.v, "MAX_TILES": tiles.segment, "MAX_KEYS": MAX_KEYS,
+        "CHUNKED": int(chunked), "NARROW": int(narrow), "EXTREMES": int(key_array(spec) != ""),
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
     out = f"using Out = {'uint16_t' if spec.o.itemsize == 2 else 'float'};"
-    text = namespace("attention", *constants(numbers), kinds, out)
+    array = f"#define KEY_ARRAY v_{key_array(spec)}"
+    text = namespace("attention", *constants(numbers), kinds, out, *[array] * numbers["EXTREMES"])
     files = ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh")
     params = params_struct(spec)
     return cuda_text(spec, files, text, ITEM, params, "prefill_hopper.cuh", **methods)
@@ -259,7 +273,7 @@ def _lists(spec: Spec, plan: Plan, box: int) -> tuple[int, int]:
     """How many items come in front of the narrow ones, and how many CTAs begin with those."""
     wide = np.diff(plan.qo_indptr)[plan.items["request"]] * spec.group > NARROW_ROWS
     count = int(wide.sum())
-    hosts = tiles_of(spec) == Tiles() and box >= 8 and wide[:count].all()
+    hosts = tiles_of(spec).keys == 128 and box >= 8 and wide[:count].all()
     return (count, min(plan.narrow, len(wide) - count)) if hosts and plan.narrow else (len(wide), 0)
 
 
@@ -294,5 +308,5 @@ def _prepare(call: Call) -> Prepared:
 
 FAMILY = Family(
     "hopper", "cuda", rows_of, "batch", 0, refuses, _prepare, order,
-    few=lambda spec: NARROW_ROWS * (tiles_of(spec) == Tiles()),
+    few=lambda spec: NARROW_ROWS * (tiles_of(spec).keys == 128),
 )  # fmt: skip

@@ -1,29 +1,44 @@
-"""The family of every GPU from sm_80 on: CUDA cores in float32, any dtype, any head_dim.
+"""The families of every GPU from sm_80 on, which divide no keys: plain.
 
-Template: kernels/flash_portable.cuh."""
+Templates: kernels/flash_tiles.cuh, tensor cores for 16-bit types, and kernels/flash_portable.cuh,
+CUDA cores in float32 for any dtype and any head_dim."""
 
 import functools
 
-from tilewright.attention.families.family import Call, Family, Prepared
+from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import ITEM, ITEMS, Plan
 from tilewright.attention.spec import Spec, cuda_text, flash_constants, loaded, params_struct
+from tilewright.attention.tracing import SCORE
 
 THREADS = 128
 ROWS = 8  # ROWS of flash_portable.cuh
 
 
+def tiles_of(spec: Spec) -> tuple[int, int]:
+    """Packed rows of an item of tensor cores, and keys of a tile: what the registers hold."""
+    return 128 if spec.head_dim_vo <= 128 else 64, 64 if spec.head_dim <= 64 else 32
+
+
 @functools.lru_cache(256)
-def source(spec: Spec, aligned: bool = True) -> str:
-    """The CUDA C++ of one kernel; `aligned` allows loads of 16 bytes."""
-    numbers = flash_constants(spec, {"MAX_TOKENS": FAMILY.qo_tile(spec)})
-    params, files = params_struct(spec, ITEMS), ("gpu.cuh", "async.cuh")
-    text = cuda_text(spec, files, numbers, ITEM, params, "flash_portable.cuh")
+def source(spec: Spec, aligned: bool = True, tiles: bool = False) -> str:
+    """The CUDA C++ of one kernel, by `tiles` that of tensor cores; `aligned` allows loads of 16
+    bytes."""
+    (rows, keys), direct = tiles_of(spec), int(spec.traced.logits == SCORE)
+    numbers = {"BLOCKS": rows // 64, "KEYS": keys, "DIRECT": direct} if tiles else {}
+    files = ("gpu.cuh", *(["mma.cuh"] if tiles else []), "async.cuh")
+    body = "flash_tiles.cuh" if tiles else "flash_portable.cuh"
+    params, constants = params_struct(spec, ITEMS), flash_constants(spec, numbers)
+    text = cuda_text(spec, files, constants, ITEM, params, body)
     return text if aligned else "#define TW_UNALIGNED\n" + text
 
 
-def smem_bytes(spec: Spec) -> int:
-    """Dynamic shared memory of a CTA: SMEM_BYTES of flash_portable.cuh."""
-    k, v = (-(-n // 32) * 32 for n in (spec.head_dim, spec.head_dim_vo))
+def smem_bytes(spec: Spec, tiles: bool = False) -> int:
+    """Dynamic shared memory of a CTA: SMEM_BYTES of the kernel."""
+    dims = spec.head_dim, spec.head_dim_vo
+    if tiles:
+        (rows, keys), (k, v) = tiles_of(spec), (-(-n // 16) * 32 + 16 for n in dims)
+        return rows * k + keys * (k + v)
+    k, v = (-(-n // 32) * 32 for n in dims)
     return 4 * (ROWS * k + THREADS // 32 * ROWS * (v + 2))
 
 
@@ -33,14 +48,17 @@ def _prepare(call: Call) -> Prepared:
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     assert isinstance(plan, Plan)  # a workspace is of the decode family
     indptr, items, _ = plan.on_device(ordinal)
-    strides = [values[n] for n in ("k_page", "k_slot", "k_head")]
+    tiles, strides = plan.family == TILES.name, [values[n] for n in ("k_page", "k_slot", "k_head")]
     addresses = [values["k"], *(s * call.pool.dtype.itemsize for s in strides)]
-    text = source(spec, all(a % 16 == 0 for a in addresses))
+    if tiles:
+        check_alignment(values, 2)
+    text = source(spec, all(a % 16 == 0 for a in addresses), tiles)
     block = params_struct(spec, ITEMS).pack(**values, qo_indptr=indptr.pointer, items=items.pointer)
-    grid, cta = (len(plan.items), 1, 1), (THREADS, 1, 1)
-    launch = loaded(text, ordinal).prepare(grid, cta, smem_bytes(spec), block, overlaps=True)
+    grid, cta, smem = (len(plan.items), 1, 1), (THREADS, 1, 1), smem_bytes(spec, tiles)
+    launch = loaded(text, ordinal).prepare(grid, cta, smem, block, overlaps=True)
     keep = (indptr, items, block)
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
 
 
 FAMILY = Family("portable", "cuda", lambda spec: ROWS, "", 0, lambda spec, n, pool: "", _prepare)
+TILES = Family("tiles", "cuda", lambda spec: tiles_of(spec)[0], "", 0, refusal, _prepare)

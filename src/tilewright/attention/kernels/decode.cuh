@@ -15,17 +15,20 @@
 // order of arrival. The plan decides which shared keys are units of their own.
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, variant.h, the constants of
-// `attention` (D head_dim, G query heads of a KV head, BLOCKS of 8 packed rows of a narrow unit and
+// `attention` (DK and DV: elements of a row of K and of V, G query heads of a KV head, BLOCKS of 8 packed rows of a narrow unit and
 // WIDE_BLOCKS of a warp in a wide one, WIDE_GROUPS of 16 keys at once there, HEAD_BLOCK, WARPS, STAGES, CTAS of an SM, MAX_KEYS; the types
 // Element and Kind), the structs `Params`, `Cut`, `At` and `Variant`.
 //
 // Launch: grid = ranges × HEAD_BLOCK, THREADS threads, SMEM_BYTES of dynamic shared memory:
-//   [warp][stage][16 rows of K, 16 rows of V][ROW elements]   a row ends in 16 bytes against conflicts
+//   [warp][stage][16 rows of K of ROW_K elements, 16 rows of V of ROW_V]   a row ends in 16 bytes against conflicts
 //   [warp][packed row] (row maximum, row sum); one word: whether this CTA arrived last
+//   where Q_SHARED: [packed row][ROW_K elements] of q
 //   where LEVELS > 1: [warp][row of q] whose it is; [row of q] those whose last state has arrived; [row][level]
 //   where its states are
 // Where a narrow unit ends, the stage that was read last holds the outputs of each warp.
-// Assumes: fewer than 2^32 pages; D a multiple of 8, rows of K and V 16-byte aligned, q rows × G at most 8 · BLOCKS for a request.
+// One stage (rows too long for two): the keys of the next tile are copied when those of this one have been read,
+// and so are its values, so that one of the two is always under way.
+// Assumes: fewer than 2^32 pages; DK and DV multiples of 8, rows of K and V 16-byte aligned, q rows × G at most 8 · BLOCKS for a request.
 
 namespace attention {
 
@@ -37,23 +40,31 @@ constexpr int NARROW_ROWS = BLOCKS * 8;             // the columns of the matrix
 constexpr int WIDE_ROWS = WARPS * WIDE_BLOCKS * 8;  // of a CTA
 constexpr int WIDE_TOKENS = WIDE_ROWS / G;
 constexpr int MOST_ROWS = LEVELS > 1 ? WIDE_ROWS : NARROW_ROWS;
-constexpr int DP = (D + 15) / 16 * 16;
-constexpr int CHUNKS = DP / 8;       // of 16 bytes, in a row
-constexpr int ROW = DP + 8;          // elements of a row in shared memory
-constexpr int STAGE = 2 * KEYS * ROW;  // elements
+template <int N> constexpr int PADDED = (N + 15) / 16 * 16;
+constexpr int DKP = PADDED<DK>, DP = PADDED<DV>;
+constexpr int ROW_K = DKP + 8, ROW_V = DP + 8;    // elements of a row in shared memory
+constexpr int STAGE = KEYS * (ROW_K + ROW_V);     // elements
+constexpr bool APART = STAGES == 1;               // keys and values are waited for one after the other
+constexpr bool Q_SHARED = BLOCKS * DKP > 256;     // q stays in shared memory: its registers are for the outputs
 constexpr int RING_BYTES = WARPS * STAGES * STAGE * 2;
 constexpr int SUMS_BYTES = WARPS * NARROW_ROWS * 8 + 16;
-constexpr int SMEM_BYTES = RING_BYTES + SUMS_BYTES + (LEVELS > 1 ? (WARPS * 16 + 4 + LEVELS * 16) * WIDE_ROWS : 0);
+constexpr int Q_BYTES = Q_SHARED ? NARROW_ROWS * ROW_K * 2 : 0;
+constexpr int SMEM_BYTES = RING_BYTES + SUMS_BYTES + Q_BYTES + (LEVELS > 1 ? (WARPS * 16 + 4 + LEVELS * 16) * WIDE_ROWS : 0);
 constexpr int PITCH = DP + 4;        // floats of a row of outputs in shared memory: no bank conflicts
 constexpr int PARTIAL = MOST_ROWS * (DP + 2);  // floats of a partial state: outputs, then (maximum, sum) a row
 constexpr int STATE = DP + 4;        // floats of the state of a row at one level (see decode_finish.cuh)
 constexpr float LOG2E = 1.4426950408889634f;
-static_assert(STAGE * 2 >= NARROW_ROWS * PITCH * 4, "a stage holds the outputs of a warp");
+constexpr int OUT_AT = APART ? KEYS * ROW_K : 0;  // where a stage holds the outputs of a warp, some rows at a time
+template <int N> constexpr bool OUT_FITS = N * 8 * PITCH * 4 <= (STAGE - OUT_AT) * 2;
+constexpr int OUT_BLOCKS = OUT_FITS<BLOCKS> ? BLOCKS : OUT_FITS<2> ? 2 : 1;
+static_assert(OUT_FITS<OUT_BLOCKS> && BLOCKS % OUT_BLOCKS == 0, "a stage holds outputs of a warp");
+static_assert(LEVELS == 1 || !APART && !Q_SHARED && OUT_BLOCKS == BLOCKS, "long rows are of requests that share no keys");
 static_assert(BLOCKS <= WIDE_BLOCKS || LEVELS == 1, "a wide CTA has room for a narrow one's rows");
 
 }  // namespace attention
 
 #include "decode_walk.cuh"
+#include "decode_query.cuh"
 
 namespace attention {
 
@@ -98,10 +109,25 @@ struct Copier {
     ahead = load_entry(p, first + 2, warp, lane);
   }
 
-  // The keys and values of the next tile on their way to shared memory; zeros beyond the length. Behind a
-  // narrow unit it goes on with the next one.
+  // Copy `i` of a lane, of 16 bytes of some of 16 rows of N elements.
+  template <int N>
+  TW_INLINE void copy_part(int i, Element* to, const Element* rows, int64_t at, int valid, int from, int lane) {
+    constexpr int CHUNKS = PADDED<N> / 8;
+    constexpr bool WHOLE = 32 % CHUNKS == 0;  // rows: addresses are a constant apart
+    if (i * 32 >= KEYS * CHUNKS) return;
+    const int n = i * 32 + lane, row = WHOLE ? lane / CHUNKS + i * (32 / CHUNKS) : n / CHUNKS, chunk = WHOLE ? lane % CHUNKS : n % CHUNKS;
+    const int64_t row_at = __shfl_sync(0xffffffffu, at, from + row % KEYS);
+    if (KEYS * CHUNKS % 32 == 0 || row < KEYS) {
+      const int bytes = row < valid && chunk < N / 8 ? 16 : 0;
+      tw::copy_async_16(to + row * (PADDED<N> + 8) + chunk * 8, rows + row_at + (bytes ? chunk * 8 : 0), bytes);
+    }
+  }
+
+  // The keys and values of the next tile (or first the ones, then the others) on their way to shared memory;
+  // zeros beyond the length. Behind a narrow unit it goes on with the next one.
+  template <bool COPY_K = true, bool COPY_V = true>
   TW_INLINE void issue(const Params& p, const Variant& variant, const Range& range, Element* ring, int member, int warp, int lane) {
-    if (!WIDE && has_unit<WIDE>(w, range) && w.tile >= w.end) {
+    if (COPY_K && !WIDE && has_unit<WIDE>(w, range) && w.tile >= w.end) {
 #pragma unroll 1
       do {
         if (has_piece(w, range)) next_piece(w, p, variant, range);
@@ -121,19 +147,15 @@ struct Copier {
       const Element* v = p.v + w.head * p.v_head;
       Element* to = ring + stage * STAGE;
 #pragma unroll
-      for (int i = 0; i < (KEYS * CHUNKS + 31) / 32; ++i) {
-        constexpr bool WHOLE = 32 % CHUNKS == 0;  // rows: addresses are a constant apart
-        const int n = i * 32 + lane, row = WHOLE ? lane / CHUNKS + i * (32 / CHUNKS) : n / CHUNKS, chunk = WHOLE ? lane % CHUNKS : n % CHUNKS;
-        const int64_t k_at = __shfl_sync(0xffffffffu, k_row, from + row % KEYS);
-        const int64_t v_at = __shfl_sync(0xffffffffu, v_row, from + row % KEYS);
-        if (KEYS * CHUNKS % 32 == 0 || row < KEYS) {
-          const int bytes = row < valid && chunk < D / 8 ? 16 : 0;
-          const int column = bytes ? chunk * 8 : 0;
-          tw::copy_async_16(to + row * ROW + chunk * 8, k + k_at + column, bytes);
-          tw::copy_async_16(to + (KEYS + row) * ROW + chunk * 8, v + v_at + column, bytes);
-        }
+      for (int i = 0; i < (KEYS * (DKP > DP ? DKP : DP) / 8 + 31) / 32; ++i) {
+        if constexpr (COPY_K) copy_part<DK>(i, to, k, k_row, valid, from, lane);
+        if constexpr (COPY_V) copy_part<DV>(i, to + KEYS * ROW_K, v, v_row, valid, from, lane);
       }
-      next_tile(p, warp, lane);
+      if constexpr (COPY_V) next_tile(p, warp, lane);
+    }
+    if constexpr (!COPY_V) {
+      tw::copy_async_commit();
+      return;
     }
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     tw::copy_async_commit();
@@ -158,28 +180,6 @@ TW_INLINE void reset(Rows<BLOCKS>& r) {
       for (int i = 0; i < 4; ++i) r.o[n][j][i] = 0.0f;
     r.row_max[n][0] = r.row_max[n][1] = lowest();
     r.row_sum[n][0] = r.row_sum[n][1] = 0.0f;
-  }
-}
-
-// Fragments of q: the rows of a warp, from `row0` of the unit on; in place of those behind its last any other.
-template <int BLOCKS>
-struct Query { uint32_t b[BLOCKS][DP / 16][2]; };
-
-template <int BLOCKS>
-TW_INLINE void load_query(Query<BLOCKS>& q, const Params& p, const Walk& w, int row0, int lane) {
-#pragma unroll
-  for (int n = 0; n < BLOCKS; ++n) {
-    const int own = row0 + n * 8 + (lane >> 2), row = own < w.rows ? own : 0;
-    const int column0 = (lane & 3) * 2;
-    const Element* from = p.q + (w.token + row / G) * p.q_token + (w.head * G + row % G) * p.q_head + column0;
-#pragma unroll
-    for (int j = 0; j < DP / 16; ++j)
-#pragma unroll
-      for (int low = 0; low < 2; ++low) {
-        constexpr int PADDED = DP != D;  // the last columns of a row do not exist
-        const int column = j * 16 + low * 8;
-        q.b[n][j][low] = w.rows > 0 && (!PADDED || column + column0 < D) ? *reinterpret_cast<const uint32_t*>(from + column) : 0u;
-      }
   }
 }
 
@@ -242,25 +242,34 @@ TW_INLINE void add_values(Rows<MOST>& rows, const float (&s)[BLOCKS][4], const b
 
 // GROUPS of 16 keys for one warp, from key0 on, and BLOCKS of 8 rows from `row0` on. `stages`: the keys and
 // values of the first group; those of the others lie a ring further each.
-template <int GROUPS, int BLOCKS, int MOST>
-TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Query<MOST>& q, const tw::Row* whose, const Element* stages, int row0, int key0, Rows<MOST>& rows, int lane) {
+// `keys_read` is called when the keys are, `values_ready` in front of the first value; both where no row sees a key, too.
+template <int GROUPS, int BLOCKS, int MOST, class Q, class Read, class Ready>
+TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Q& q, const tw::Row* whose, const Element* stages, int row0, int key0, Rows<MOST>& rows, int lane, bool exists, Read keys_read, Ready values_ready) {
   constexpr int ALL = GROUPS * KEYS, RING = STAGES * STAGE;
   const int last = key0 + ALL < w.keys.length ? key0 + ALL - 1 : w.keys.length - 1;
   const tw::Bound kv{w.keys.position(key0), w.keys.position(last)}, number{w.keys.number(key0), w.keys.number(last)};
-  const int kind = last < key0 || row0 >= w.rows ? tw::EMPTY : variant.tile_class(tile_of(p, w, kv, number));
-  if (kind == tw::EMPTY) return;
+  const int kind = last < key0 || row0 >= w.rows || !exists ? tw::EMPTY : variant.tile_class(tile_of(p, w, kv, number));
+  if (kind == tw::EMPTY) {
+    keys_read();
+    values_ready();
+    return;
+  }
   const bool full = last == key0 + ALL - 1 && kind == tw::FULL;
   float s[GROUPS][BLOCKS][4] = {};
-  const Element* k = stages + (lane & 15) * ROW + (lane >> 4) * 8;
+  const Element* k = stages + (lane & 15) * ROW_K + (lane >> 4) * 8;
 #pragma unroll
-  for (int j = 0; j < DP / 16; ++j)
+  for (int j = 0; j < DKP / 16; ++j) {
+    uint32_t b[BLOCKS][2];
+    q.load(b, j);
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       uint32_t a[4];
       tw::load_matrices(a, k + g * RING + j * 16);
 #pragma unroll
-      for (int n = 0; n < BLOCKS; ++n) tw::mma<Kind>(s[g][n], a, q.b[n][j][0], q.b[n][j][1]);
+      for (int n = 0; n < BLOCKS; ++n) tw::mma<Kind>(s[g][n], a, b[n][0], b[n][1]);
     }
+  }
+  keys_read();
   bool visible[GROUPS][2] = {};  // keys lane / 4 and 8 later, to any row of this lane
   float largest[BLOCKS][2], rescale[BLOCKS][2];
   auto each_score = [&](auto value) {  // x = value(x, where it is)
@@ -315,7 +324,8 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
 #pragma unroll
         for (int i = 0; i < 4; ++i) rows.o[n][j][i] *= rescale[n][i & 1];
   }
-  const Element* v = stages + (KEYS + (lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
+  values_ready();
+  const Element* v = stages + KEYS * ROW_K + ((lane & 7) + (lane >> 4) * 8) * ROW_V + (lane >> 3 & 1) * 8;
   if (full) {
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) add_values<false>(rows, s[g], visible[g], v + g * RING);
@@ -338,10 +348,22 @@ TW_INLINE void run_narrow(const Params& p, const Variant& variant, Walk& w, cons
   tw::Row* whose = rows_of_warp(smem, warp);
   Copier<false> copier(p, w);
   copier.start_unit(p, warp, lane);
-  Query<BLOCKS> q;
+  typename QueryOf<Q_SHARED>::type q(reinterpret_cast<Element*>(smem + RING_BYTES + SUMS_BYTES));
   load_query(q, p, w, 0, lane);
   load_rows(p, w, whose, lane);
   int stage = 0, issued = 0;
+  auto keys_read = [&] {
+    if constexpr (APART) {
+      __syncwarp();
+      copier.template issue<true, false>(p, variant, range, ring, member, warp, lane);
+    }
+  };
+  auto values_ready = [&] {
+    if constexpr (APART) {
+      tw::copy_async_wait<1>();
+      __syncwarp();
+    }
+  };
 #pragma unroll 1
   while (has_unit<false>(w, range)) {
     Rows<BLOCKS> rows;
@@ -350,17 +372,28 @@ TW_INLINE void run_narrow(const Params& p, const Variant& variant, Walk& w, cons
     for (;; next_piece(w, p, variant, range)) {
 #pragma unroll 1
       for (; w.tile < w.end; ++w.tile) {
+        if constexpr (!APART) {
 #pragma unroll 1
-        do {  // one place that issues copies: a few tiles of them in front of the first
-          if (issued >= STAGES - 1) {
-            tw::copy_async_wait<STAGES - 2>();
-            __syncwarp();
-          }
-          copier.issue(p, variant, range, ring, member, warp, lane);
-        } while (++issued < STAGES);
+          do {  // one place that issues copies: a few tiles of them in front of the first
+            if (issued >= STAGES - 1) {
+              tw::copy_async_wait<STAGES - 2>();
+              __syncwarp();
+            }
+            copier.issue(p, variant, range, ring, member, warp, lane);
+          } while (++issued < STAGES);
+        }
         const int key0 = w.seen.at(w.tile) * TILE + warp * KEYS;
-        if (LEVELS > 1 && w.rows <= 8) attend<1, 1>(p, variant, w, q, whose, ring + stage * STAGE, 0, key0, rows, lane);
-        else attend<1, BLOCKS>(p, variant, w, q, whose, ring + stage * STAGE, 0, key0, rows, lane);
+#pragma unroll 1
+        do {  // where they are copied apart: once for the first keys, then for each tile
+          if (APART && issued) {
+            __syncwarp();
+            copier.template issue<false, true>(p, variant, range, ring, member, warp, lane);
+            values_ready();  // the keys, too, by the order of the copies
+          }
+          const bool exists = !APART || issued;
+          if (LEVELS > 1 && w.rows <= 8) attend<1, 1>(p, variant, w, q, whose, ring + stage * STAGE, 0, key0, rows, lane, exists, keys_read, values_ready);
+          else attend<1, BLOCKS>(p, variant, w, q, whose, ring + stage * STAGE, 0, key0, rows, lane, exists, keys_read, values_ready);
+        } while (APART && issued++ == 0);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
       }
       if (!has_piece(w, range)) break;
@@ -383,7 +416,7 @@ TW_INLINE void run_wide(const Params& p, const Variant& variant, Walk& w, const 
   while (has_unit<true>(w, range)) {
     Copier<true> copier(p, w);
     copier.start_unit(p, warp, lane);
-    Query<WIDE_BLOCKS> q;
+    Query<WIDE_BLOCKS> q(nullptr);
     load_query(q, p, w, row0, lane);
     load_rows(p, w, whose, lane);
     Rows<WIDE_BLOCKS> rows;
@@ -401,7 +434,7 @@ TW_INLINE void run_wide(const Params& p, const Variant& variant, Walk& w, const 
       const int key0 = w.seen.at(w.tile) * TILE;
 #pragma unroll 1
       for (int k = 0; k < WARPS; k += WIDE_GROUPS)
-        attend<WIDE_GROUPS, WIDE_BLOCKS>(p, variant, w, q, whose, all + (k * STAGES + stage) * STAGE, row0, key0 + k * KEYS, rows, lane);
+        attend<WIDE_GROUPS, WIDE_BLOCKS>(p, variant, w, q, whose, all + (k * STAGES + stage) * STAGE, row0, key0 + k * KEYS, rows, lane, true, [] {}, [] {});
       stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
     finish<true>(p, w, rows, smem, 0, range, cta, thread);
@@ -411,17 +444,17 @@ TW_INLINE void run_wide(const Params& p, const Variant& variant, Walk& w, const 
 
 TW_INLINE void body(const Params& p, unsigned cta, unsigned thread, char* smem) {
   const Variant variant(p);
-  if constexpr (LEVELS == 1) {
+  if constexpr (LEVELS == 1 && !Q_SHARED) {
     const Range range = range_of(p, cta);
     Walk w = start(p, variant, range, cta % HEAD_BLOCK);
     if (in_range(w, range)) run_narrow(p, variant, w, range, smem, cta, thread);
   } else {
-    __shared__ Range range;  // wide tiles take all registers
+    __shared__ Range range;  // the tiles take all registers
     if (thread == 0) range = range_of(p, cta);
     tw::bar_sync(1, THREADS);
     Walk w = start(p, variant, range, cta % HEAD_BLOCK);
     while (in_range(w, range)) {
-      if (w.wide) run_wide(p, variant, w, range, smem, cta, thread);
+      if (LEVELS > 1 && w.wide) run_wide(p, variant, w, range, smem, cta, thread);
       else run_narrow(p, variant, w, range, smem, cta, thread);
     }
   }

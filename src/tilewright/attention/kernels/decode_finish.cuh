@@ -17,7 +17,7 @@ TW_INLINE void write_result(const Params& p, const Walk& w, const tw::Row* whose
   const bool none = row_sum == 0.0f;
   const float scale = none ? 0.0f : keep / row_sum;
   const int64_t at = static_cast<int64_t>(w.token + row / G) * p.qo_heads + w.head * G + row % G;
-  if (column < D) store_four(p.o + at * D + column, o[0] * scale, o[1] * scale, o[2] * scale, o[3] * scale);
+  if (column < DV) store_four(p.o + at * DV + column, o[0] * scale, o[1] * scale, o[2] * scale, o[3] * scale);
   if (column == 0) p.lse[at] = none ? lowest() : largest + log2f(row_sum) * (1.0f / LOG2E);
 }
 
@@ -67,26 +67,40 @@ TW_INLINE void add(Sum& sum, const float2 (&sums)[PARTS], const float4 (&x)[PART
 
 TW_INLINE float* slot_of(const Params& p, int cta, bool head_part) { return p.partials + (2 * static_cast<int64_t>(cta) + (head_part ? 0 : 1)) * PARTIAL; }
 
-// Partial states `first` … `last` of a unit, in the order of their CTAs; PARTS are read at once.
-template <int PARTS>
+// Partial states `first` … `last` of a unit, in the order of their CTAs; PARTS of TOGETHER rows are read at once,
+// so that few reads wait for others.
+template <int PARTS, int TOGETHER>
 TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int first, int last, int member, unsigned thread) {
-  for (unsigned i = thread; i < w.rows * (DP / 4u); i += THREADS) {
-    const int row = i / (DP / 4u), column = i % (DP / 4u) * 4;
-    Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+  const unsigned ends = w.rows * (DP / 4u);
+  for (unsigned i0 = thread; i0 < ends; i0 += THREADS * TOGETHER) {
+    int row[TOGETHER], column[TOGETHER];
+    Sum all[TOGETHER];
+#pragma unroll
+    for (int t = 0; t < TOGETHER; ++t) {
+      const unsigned i = i0 + t * THREADS < ends ? i0 + t * THREADS : i0;
+      row[t] = i / (DP / 4u), column[t] = i % (DP / 4u) * 4;
+      all[t] = Sum{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+    }
     for (int k0 = first; k0 <= last; k0 += PARTS) {
-      float2 sums[PARTS];
-      float4 x[PARTS];
+      float2 sums[TOGETHER][PARTS];
+      float4 x[TOGETHER][PARTS];
 #pragma unroll
       for (int j = 0; j < PARTS; ++j) {
         const int k = k0 + j <= last ? k0 + j : last;
         const float* part = slot_of(p, k * HEAD_BLOCK + member, k != first);
-        sums[j] = __ldcg(reinterpret_cast<const float2*>(part + MOST_ROWS * DP + row * 2));
-        x[j] = __ldcg(reinterpret_cast<const float4*>(part + row * DP + column));
-        if (k0 + j > last) sums[j].x = lowest();
+#pragma unroll
+        for (int t = 0; t < TOGETHER; ++t) {
+          sums[t][j] = __ldcg(reinterpret_cast<const float2*>(part + MOST_ROWS * DP + row[t] * 2));
+          x[t][j] = __ldcg(reinterpret_cast<const float4*>(part + row[t] * DP + column[t]));
+          if (k0 + j > last) sums[t][j].x = lowest();
+        }
       }
-      add(all, sums, x);
+#pragma unroll
+      for (int t = 0; t < TOGETHER; ++t) add(all[t], sums[t], x[t]);
     }
-    write(p, w, whose, row, column, all.o, all.row_max, all.row_sum);
+#pragma unroll
+    for (int t = 0; t < TOGETHER; ++t)
+      if (i0 + t * THREADS < ends) write(p, w, whose, row[t], column[t], all[t].o, all[t].row_max, all[t].row_sum);
   }
 }
 
@@ -196,7 +210,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
   int* arrived = reinterpret_cast<int*>(sums + WARPS * NARROW_ROWS);
   const tw::Row* whose = rows_of_warp(smem, warp);
   Element* ring = reinterpret_cast<Element*>(smem);
-  float* mine = reinterpret_cast<float*>(ring + (warp * STAGES + stage) * STAGE);
+  float* mine = reinterpret_cast<float*>(ring + (warp * STAGES + stage) * STAGE + OUT_AT);
   const bool head_part = range.begin.tile > 0 && w.node == range.begin.node && w.unit == range.begin.unit;
   const bool tail_part = is_last(w, range), part = head_part || tail_part;
   const int first = head_part ? range.begin.first : cta / HEAD_BLOCK, last = tail_part ? range.end.last : cta / HEAD_BLOCK;
@@ -206,49 +220,55 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
     if constexpr (LEVELS > 1) *reinterpret_cast<int4*>(state_of(p, w, tw::node_at(p, w.node).level, row) + DP) = make_int4(row, 0, first, last);
   };
   __syncwarp();  // all lanes have read the stage that outputs are written to
+  constexpr int STEP = WIDE ? BLOCKS : OUT_BLOCKS;
 #pragma unroll
-  for (int n = 0; n < BLOCKS; ++n)
+  for (int n0 = 0; n0 < BLOCKS; n0 += STEP) {
+    if (n0) tw::bar_sync(1, THREADS);  // the rows before them have been read
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = row0 + n * 8 + (lane & 3) * 2 + i, column = lane >> 2;
-      const float sum = sum_over_keys(rows.row_sum[n][i]);
-      if (row < w.rows) {
-        float* to = mine + row * PITCH;
-        float2* sum_to = sums + warp * NARROW_ROWS + row;
-        if constexpr (WIDE) {
-          to = part ? slot + row * DP : state_of(p, w, tw::node_at(p, w.node).level, row);
-          sum_to = reinterpret_cast<float2*>(slot + MOST_ROWS * DP + row * 2);
-          if (column == 0 && part) share(row);
-          if (column == 0 && !part) store_sums(to, rows.row_max[n][i], sum);
-        }
-        if (column == 0 && !(WIDE && !part)) *sum_to = make_float2(rows.row_max[n][i], sum);
+    for (int n = n0; n < n0 + STEP; ++n)
 #pragma unroll
-        for (int j = 0; j < DP / 16; ++j) {
-          to[j * 16 + column] = rows.o[n][j][i];
-          to[j * 16 + column + 8] = rows.o[n][j][2 + i];
+      for (int i = 0; i < 2; ++i) {
+        const int row = row0 + n * 8 + (lane & 3) * 2 + i, column = lane >> 2;
+        const float sum = sum_over_keys(rows.row_sum[n][i]);
+        if (row < w.rows) {
+          float* to = mine + (row - n0 * 8) * PITCH;
+          float2* sum_to = sums + warp * NARROW_ROWS + row;
+          if constexpr (WIDE) {
+            to = part ? slot + row * DP : state_of(p, w, tw::node_at(p, w.node).level, row);
+            sum_to = reinterpret_cast<float2*>(slot + MOST_ROWS * DP + row * 2);
+            if (column == 0 && part) share(row);
+            if (column == 0 && !part) store_sums(to, rows.row_max[n][i], sum);
+          }
+          if (column == 0 && !(WIDE && !part)) *sum_to = make_float2(rows.row_max[n][i], sum);
+#pragma unroll
+          for (int j = 0; j < DP / 16; ++j) {
+            to[j * 16 + column] = rows.o[n][j][i];
+            to[j * 16 + column + 8] = rows.o[n][j][2 + i];
+          }
         }
       }
-    }
-  if constexpr (!WIDE) {
-    tw::bar_sync(1, THREADS);
-    for (unsigned i = thread; i < w.rows * (DP / 4u); i += THREADS) {
-      const int row = i / (DP / 4u), column = i % (DP / 4u) * 4;
-      float2 weight[WARPS];
-      float4 x[WARPS];
+    if constexpr (!WIDE) {
+      tw::bar_sync(1, THREADS);
+      const int here = n0 + STEP < BLOCKS && w.rows > (n0 + STEP) * 8 ? (n0 + STEP) * 8 : w.rows;
+      for (unsigned i = n0 * 8 * (DP / 4u) + thread; i < here * (DP / 4u); i += THREADS) {
+        const int row = i / (DP / 4u), column = i % (DP / 4u) * 4;
+        float2 weight[WARPS];
+        float4 x[WARPS];
 #pragma unroll
-      for (int k = 0; k < WARPS; ++k) {
-        weight[k] = sums[k * NARROW_ROWS + row];
-        x[k] = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(ring + (k * STAGES + stage) * STAGE) + row * PITCH + column);
-      }
-      Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
-      add(all, weight, x);
-      if (!part) {
-        write(p, w, whose, row, column, all.o, all.row_max, all.row_sum);
-      } else {
-        store_four(slot + row * DP + column, all.o[0], all.o[1], all.o[2], all.o[3]);
-        if (column == 0) {
-          *reinterpret_cast<float2*>(slot + MOST_ROWS * DP + row * 2) = make_float2(all.row_max, all.row_sum);
-          share(row);
+        for (int k = 0; k < WARPS; ++k) {
+          weight[k] = sums[k * NARROW_ROWS + row];
+          x[k] = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(ring + (k * STAGES + stage) * STAGE + OUT_AT) + (row - n0 * 8) * PITCH + column);
+        }
+        Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+        add(all, weight, x);
+        if (!part) {
+          write(p, w, whose, row, column, all.o, all.row_max, all.row_sum);
+        } else {
+          store_four(slot + row * DP + column, all.o[0], all.o[1], all.o[2], all.o[3]);
+          if (column == 0) {
+            *reinterpret_cast<float2*>(slot + MOST_ROWS * DP + row * 2) = make_float2(all.row_max, all.row_sum);
+            share(row);
+          }
         }
       }
     }
@@ -266,8 +286,12 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
     tw::bar_sync(1, THREADS);
     if (*arrived) {
       if (thread == 0) *counter = 0;
-      if (last - first < 4) merge<4>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
-      else merge<16>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
+      // Outputs of two rows for a thread, where there are so many; as many parts as registers hold.
+      constexpr int TOGETHER = G * DP > 4 * THREADS ? 2 : 1, SOME = 16 / TOGETHER, MANY = 32 / TOGETHER + 1;
+      const int member = cta % HEAD_BLOCK;
+      if (last - first < 4) merge<4, TOGETHER>(p, w, whose, first, last, member, thread);
+      else if (last - first < SOME) merge<SOME, TOGETHER>(p, w, whose, first, last, member, thread);
+      else merge<MANY, TOGETHER>(p, w, whose, first, last, member, thread);
     }
   }
   tw::bar_sync(1, THREADS);

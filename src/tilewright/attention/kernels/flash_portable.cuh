@@ -1,7 +1,7 @@
 // Flash attention on any NVIDIA GPU from sm_80 on, by CUDA cores in float32: simple and right.
 //
 // Expects before it: gpu.cuh, the constants of `flash` (DK and DV: elements of a row of K and of V,
-// G query heads of a KV head, MAX_TOKENS of an item, MAX_KEYS of a request; the element types Q, KV and
+// G query heads of a KV head, MAX_KEYS of a request; the element types Q, KV and
 // O), `Params`, `Item`, bounds.h, table.h, variant.h and the struct `Variant`.
 //
 // A CTA runs one item: some queries of one request with one KV head. Its warps take tiles of 32 keys in

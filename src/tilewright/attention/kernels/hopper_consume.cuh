@@ -35,11 +35,13 @@ struct Consumer {
       tw::wgmma<Kind, BN, true, false>::of(s, queries + i / 4 * (Q_BLOCK / 16) + i % 4 * 2, keys + i / 4 * (KV_BLOCK / 16) + i % 4 * 2);
     tw::wgmma_commit();
   }
-  TW_INLINE void issue_outputs(float (&o)[DV / 2], const uint32_t (&weights)[BN / 4], int stage) const {
+  // `fresh`: instead of o, of which nothing is kept; the products after these add to them.
+  TW_INLINE void issue_outputs(float (&o)[DV / 2], const uint32_t (&weights)[BN / 4], int stage, bool& fresh) const {
     const uint64_t values = v + stage * (V_BYTES / 16);
 #pragma unroll
-    for (int i = 0; i < BN / 16; ++i) tw::wgmma<Kind, DV, true, true>::of(o, weights + i * 4, values + i * 128);
+    for (int i = 0; i < BN / 16; ++i) tw::wgmma<Kind, DV, true, true>::of(o, weights + i * 4, values + i * 128, i > 0 || !fresh);
     tw::wgmma_commit();
+    fresh = false;
   }
 
   // The rows of an item before its first key.
@@ -72,33 +74,44 @@ struct Consumer {
         }
       }
   }
-  TW_INLINE bool rest(const At& at) const { return LIMITED ? variant.rest(at) : variant.mask(at); }
+  // The first of this thread's columns of a row, those below `column` of a tile: a bit each. It has 8 j and 8 j + 1
+  // behind its first.
+  TW_INLINE static uint32_t columns_below(int column) {
+    const int n = max(column, 0) / 8 * 2 + min(max(column, 0) % 8, 2);
+    return static_cast<uint32_t>((uint64_t{1} << min(n, 32)) - 1);
+  }
   // −inf where the mask refuses. Logits that are not DIRECT are computed here too, times log2 e. Returns how many
   // blocks of 32 keys this warp sees any of; where it `skips`, those behind are left as they are.
   TW_INLINE int apply(const Slot& item, int entry, float (&s)[BN / 2], bool skips) const {
     const int column = lane % 4 * 2, tile = entry & ~WHOLE;
     At at[2];
-    int last[2];  // column that a row sees, by what is one comparison
+    uint32_t bits[2];  // of columns that are seen by comparisons, and of all that reads memory
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       at[half] = at_of(item, group * 64 + warp * 16 + half * 8 + lane / 4, 0);
-      last[half] = max(min(item.length - 1, LIMITED ? variant.limit(at[half]) : item.length), -1) - tile * BN;
+      const int last = max(min(item.length - 1, LIMITED ? variant.limit(at[half]) : item.length), -1);
+      bits[half] = columns_below(last - tile * BN + 1 - column);
+      if constexpr (TRAILS) {
+        const int64_t first = int64_t{variant.newest(at[half])} - variant.width(at[half]) + 1 - tile * BN - column;
+        bits[half] &= ~columns_below(static_cast<int>(min(max(first, int64_t{0}), int64_t{BN})));
+      }
     }
-    const int blocks = skips ? min(static_cast<int>(__reduce_max_sync(0xffffffffu, max(max(last[0], last[1]) + 32, 0))) / 32, BN / 32) : BN / 32;
-    uint32_t bits[2] = {};  // of a mask that reads memory, a few keys at a time: all at once would not fit into registers
-    if (READS && entry & WHOLE) bits[0] = bits[1] = ~0u;
-    else if (READS)
+    const uint32_t some = __reduce_or_sync(0xffffffffu, bits[0] | bits[1]);
+    const int blocks = skips ? (39 - __clz(some)) / 8 : BN / 32;
+    if (READS && !(entry & WHOLE))  // a few keys at a time: all at once would not fit into registers
 #pragma unroll 8
       for (int i = 0; i < blocks * 8; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           at[half].key = tile * BN + column + i / 2 * 8 + i % 2;
           at[half].kv = item.position(at[half].key);
-          bits[half] |= static_cast<uint32_t>(rest(at[half])) << i;
+          if (!variant.rest(at[half])) bits[half] &= ~(1u << i);
         }
+    // Most blocks are seen by all rows of this warp, where comparisons decide.
+    const uint32_t all = DIRECT && entry & WHOLE ? __reduce_and_sync(0xffffffffu, bits[0] & bits[1]) : 0;
 #pragma unroll
     for (int block = 0; block < BN / 32; ++block)
-      if (block < blocks)
+      if (block < blocks && (all >> block * 8 & 255) != 255)
 #pragma unroll
         for (int n = 0; n < 16; ++n) {
           const int half = n / 2 & 1, c = block * 32 + n / 4 * 8 + (n & 1);
@@ -106,8 +119,8 @@ struct Consumer {
           at[half].key = tile * BN + column + c;
           at[half].kv = item.position(at[half].key);
           if (!DIRECT) x = variant.logits(x * p.sm_scale, at[half]) * LOG2E;
-          const bool seen = READS ? bits[half] >> (block * 8 + n / 4 * 2 + (n & 1)) & 1 : rest(at[half]);
-          x = (c <= last[half] - column) & seen ? x : lowest();
+          const bool seen = READS || variant.rest(at[half]);
+          x = bits[half] & 1u << (block * 8 + n / 4 * 2 + (n & 1)) && seen ? x : lowest();
         }
     return blocks;
   }
@@ -182,18 +195,19 @@ struct Consumer {
   // with the mask, which may have branches, so nothing is under way meanwhile.
   // `last` of the item: its queries are not read any more. Some exponentials come behind the wait for P·V: they hide what the registers of the weights must wait for.
   template <bool Applies>
-  TW_INLINE void step(const Slot& item, int tile, int done, int buffer, bool last, bool& arrived, float (&o)[DV / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
+  TW_INLINE void step(const Slot& item, int tile, int done, int buffer, bool last, bool& arrived, bool& fresh, float (&o)[DV / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
     constexpr int EARLY = BN / 16;
     float s[BN / 2], sum[2] = {};
     const Rows old = rows;
     shared.trace(WAIT_TILE);
     if (!arrived) arrive(done);
+    if (BY_ROWS) tw::fence_async();
     shared.trace(ISSUE);
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
     issue_scores(s, buffer, done % K_STAGES);
-    issue_outputs(o, weights, done % V_STAGES);
+    issue_outputs(o, weights, done % V_STAGES, fresh);
     shared.trace(WAIT_SCORES);
     tw::wgmma_wait<Applies ? 0 : 1>();
     tw::tie(s);
@@ -221,14 +235,15 @@ struct Consumer {
 
   // The first tile of a segment: starts its scores, behind the outputs of the tile before, maybe of another
   // item, which are there when this returns, as are its `ends`. Those of the scores are not.
-  TW_INLINE void join(int done, int buffer, bool arrived, const Rows& rows, Ends& ends, float (&s)[BN / 2], float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
+  TW_INLINE void join(int done, int buffer, bool arrived, bool& fresh, const Rows& rows, Ends& ends, float (&s)[BN / 2], float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
     shared.trace(WAIT_TILE);
     if (!arrived) arrive(done);
+    if (BY_ROWS) tw::fence_async();
     shared.trace(ISSUE);
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
-    issue_outputs(o, weights, done % V_STAGES);
+    issue_outputs(o, weights, done % V_STAGES, fresh);
     issue_scores(s, buffer, done % K_STAGES);
     shared.trace(WAIT_OUTPUTS);
     if constexpr (EARLY_ENDS) {
@@ -242,12 +257,13 @@ struct Consumer {
   }
 
   // The outputs of the last tile.
-  TW_INLINE void drain(int done, float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
+  TW_INLINE void drain(int done, bool fresh, float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
     tw::barrier_wait(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
+    if (BY_ROWS) tw::fence_async();
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
-    issue_outputs(o, weights, done % V_STAGES);
+    issue_outputs(o, weights, done % V_STAGES, fresh);
     tw::wgmma_wait<0>();
     tw::tie(o);
   }
@@ -404,7 +420,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   Rows rows{};
   Ends ends{};
   Work current{};
-  bool arrived = false;  // whether the next tile has
+  bool arrived = false, fresh = true;  // whether the next tile has, whether nothing of o is kept
   if (!STAGED) consumer.free_queries(0);
   for (int n = 0;; ++n) {
     const Slot& item = next_item<Wide>(shared, n);
@@ -416,14 +432,13 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
       ++items;
     }
     const int buffer = items % Q_TILES, previous = (items + Q_TILES - 1) % Q_TILES;
-    consumer.join(done, buffer, arrived, rows, ends, s, o, weights);
+    consumer.join(done, buffer, arrived, fresh, rows, ends, s, o, weights);
     if (item.begins) {
       shared.trace(WRITE);
       consumer.write(current, previous, o, rows, ends);
       current = item;
       rows = consumer.begin(item);
-#pragma unroll
-      for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
+      fresh = true;
     }
     shared.trace(WAIT_SCORES);
     tw::wgmma_wait<0>();
@@ -433,13 +448,15 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     consumer.bend(s, rows, tile_at(item, 0));
     int blocks = BN / 32;  // that this warp sees: of a first tile it is often a part
     if (applied) blocks = consumer.apply(item, item.partial ? item.tiles[0] : tile_at(item, 0), s, DIRECT && LIMITED);
-    if (STAGED && item.begins) consumer.free_queries(previous);
+    // With two tiles of Q the next item's queries wait for this one.
+    if (STAGED && item.begins && Q_TILES == 2) consumer.free_queries(previous);
     const Rows old = rows;
     shared.trace(MAXIMA);
     const bool grew = consumer.raise(s, rows, blocks);
     shared.trace(WEIGHTS_AND_PACK);
     consumer.weigh_blocks(s, rows, sum, blocks);
     consumer.pack(weights, s);
+    if (STAGED && item.begins && Q_TILES > 2) consumer.free_queries(previous);
     if (grew && !item.begins) consumer.rescale(o, rows, old);
     rows.sum[0] += sum[0];
     rows.sum[1] += sum[1];
@@ -447,12 +464,12 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     ++done;
     arrived = consumer.has_arrived(done);
     int i = 1;
-    for (; i < applied; ++i, ++done) consumer.step<true>(item, DIRECT ? item.tiles[i] : tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
-    for (; DIRECT && i < tiles; ++i, ++done) consumer.step<false>(item, LEANS ? tile_at(item, i) : 0, done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
+    for (; i < applied; ++i, ++done) consumer.step<true>(item, DIRECT ? item.tiles[i] : tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, fresh, o, weights, rows);
+    for (; DIRECT && i < tiles; ++i, ++done) consumer.step<false>(item, LEANS ? tile_at(item, i) : 0, done, buffer, item.ends && i + 1 == tiles, arrived, fresh, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
   shared.trace(WAIT_OUTPUTS);
-  consumer.drain(done, o, weights);
+  consumer.drain(done, fresh, o, weights);
   shared.trace(WRITE);
   if constexpr (EARLY_ENDS) ends = consumer.ends_of(current, rows);
   consumer.write(current, items % Q_TILES, o, rows, ends);

@@ -52,8 +52,62 @@ TW_INLINE Work work_of(const Params& p, const Item& item, const tw::Pages& pages
               pages.base, pages.stride, item.chunk, item.chunks, item.slot, item.counter};
 }
 
+#ifdef KEY_ARRAY
+// Extremes of the elements of KEY_ARRAY that the positions of an item's queries have, and of those that the tiles of its
+// request have, read once for all of its items that a CTA draws one after the other. Outside the tensor elements are 0.
+TW_INLINE void learn(Variant& variant, const Shared& shared, const Work& work, int lane) {
+  constexpr int AT_ONCE = 4, NEAR = 32;  // tiles that are read at once, that are brought near at once
+  auto& array = variant.KEY_ARRAY;
+  const auto extremes = [&](int low, int high) { return int2{__reduce_min_sync(0xffffffffu, low), __reduce_max_sync(0xffffffffu, high)}; };
+  int low = 2147483647, high = -2147483648;
+#pragma unroll
+  for (int i = 0; i < (TOKENS + 31) / 32; ++i) {
+    const int at = i * 32 + lane, x = array.at(work.request, work.first + at);
+    low = at < work.tokens ? min(low, x) : low;
+    high = at < work.tokens ? max(high, x) : high;
+  }
+  if (array.known.row != work.request) {
+    const int tiles = min((work.length + BN - 1) / BN, MAX_TILES);
+    int2* of = reinterpret_cast<int2*>(shared.memory + EXTREMES_AT);
+    __syncwarp();
+    for (int first = 0; first < tiles; first += AT_ONCE) {
+      int lows[AT_ONCE], highs[AT_ONCE];
+      if (first % NEAR == 0) {  // an element of each sector of 32 bytes at once, or tiles would wait for memory one after the other
+        int any = 0;
+#pragma unroll
+        for (int i = 0; i < NEAR * BN / 256; ++i) any ^= array.at(work.request, first * BN + (i * 32 + lane) * 8);
+        of[min(first + lane, MAX_TILES - 1)].x = any;  // so that they are read; tiles from `first` on are written below
+        __syncwarp();
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        lows[i] = 2147483647, highs[i] = -2147483648;
+#pragma unroll
+        for (int j = 0; j < BN / 32; ++j) {
+          const int key = (first + i) * BN + j * 32 + lane, x = array.at(work.request, key);
+          lows[i] = key < work.length ? min(lows[i], x) : lows[i];
+          highs[i] = key < work.length ? max(highs[i], x) : highs[i];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int2 both = extremes(lows[i], highs[i]);
+        if (lane == i && first + i < tiles) of[first + i] = both;
+      }
+    }
+    __syncwarp();
+    array.known.row = work.request;
+    array.known.tiles = tiles;
+    array.known.of = of;
+  }
+  array.known.from = work.first;
+  array.known.to = work.first + work.tokens - 1;
+  array.known.range = extremes(low, high);
+}
+#endif
+
 template <class R>
-TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& shared, int lane) {
+TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, int lane) {
   int segments = 0;
   for (int n = 0;; ++n) {
     shared.trace(SORT_TILES);
@@ -63,6 +117,9 @@ TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& s
     const Item item = p.items[ends ? 0 : number + (FEW ? p.item_count : 0)];
     const tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
     Work work = work_of(p, item, pages);
+#ifdef KEY_ARRAY
+    learn(variant, shared, work, lane);
+#endif
     const auto seen = tw::tiles_seen<BN>(variant, rows_and(work, 0, work.length - 1), pages);
     const int64_t count = seen.count();
     int top = static_cast<int>(CHUNKED ? count * (item.chunk + 1) / item.chunks : count) - 1;
@@ -77,6 +134,8 @@ TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& s
         static_cast<Work&>(s) = work;
         s.begins = first;
         s.ends = top - MAX_TILES < bottom;
+        s.first_page = pages.first;
+        s.page_count = pages.count;
       }
       __syncwarp();
       if (!ends) sort_tiles(variant, s, seen, top, max(bottom, top - MAX_TILES + 1), lane);
@@ -96,9 +155,9 @@ struct Loader {
   int head;
   int entry;
 
-  TW_INLINE void start(const Params& p, const Slot& s, const void* tensor_map) {
+  TW_INLINE void start(const Slot& s, const void* tensor_map) {
     map = tensor_map;
-    pages = tw::pages_of(p, s.request, MAX_KEYS);
+    pages = s.pages();
     head = s.head;
   }
   TW_INLINE void look_up(const Params& p, int tile, int lane) {
@@ -169,7 +228,7 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
     Loader<K_BLOCKS> loader;
-    loader.start(p, s, &p.k_map);
+    loader.start(s, &p.k_map);
     loader.look_up(p, tile_at(s, 0), lane);
     for (int i = 0; i < tiles; ++i, ++done) {
       const int stage = done % K_STAGES;
@@ -183,18 +242,22 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
   }
 }
 
-// Whether no row of the item sees a key.
-TW_INLINE bool is_unseen(const Variant& variant, const Slot& s, int key) {
+// Whether no row of the item sees a key; `whole`: the key's tile is WHOLE, and no element is read.
+TW_INLINE bool is_unseen(const Variant& variant, const Slot& s, int key, bool whole) {
   if (key >= s.length) return true;
   const int last = s.tokens * G - 1;
-  if (variant.mask(at_of(s, last, key)) || variant.mask(at_of(s, 0, key))) return false;  // mostly
+  const auto sees = [&](int row) {
+    const At at = at_of(s, row, key);
+    return variant.below(at) && (whole || variant.rest(at));
+  };
+  if (sees(last) || sees(0)) return false;  // mostly
   tw::Tile tile = rows_and(s, key, key);
   if (READS) tile.request.hi = tile.request.lo + 1;  // no element of a tensor: they are of one request
-  const int kind = variant.tile_class(tile);
+  const int kind = whole ? variant.below_class(tile) : variant.tile_class(tile);
   if (kind != tw::PARTIAL) return kind == tw::EMPTY;
 #pragma unroll 1
   for (int row = BY_HEAD ? 1 : G; row < last; row += BY_HEAD ? 1 : G)
-    if (variant.mask(at_of(s, row, key))) return false;
+    if (sees(row)) return false;
   return true;
 }
 
@@ -202,7 +265,8 @@ TW_INLINE bool is_unseen(const Variant& variant, const Slot& s, int key) {
 TW_INLINE void load_zeros(const Shared& shared, int part, int lane) {
   for (int i = part * 32 + lane; i < V_BYTES / 16; i += LOADERS * 32) reinterpret_cast<int4*>(shared.memory + V_AT)[i] = make_int4(0, 0, 0, 0);
   tw::fence_async();
-  release(shared.barrier(V_FULL), lane);
+  if (BY_ROWS) tw::barrier_arrive(shared.barrier(V_FULL));
+  else release(shared.barrier(V_FULL), lane);
 }
 
 template <class R>
@@ -215,7 +279,7 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
     Loader<V_BLOCKS> loader;
-    loader.start(p, s, &p.v_map);
+    loader.start(s, &p.v_map);
     loader.look_up(p, tile_at(s, 0), lane);
     for (int i = 0; i < tiles; ++i, ++done) {
       const int stage = done % V_STAGES, tile = tile_at(s, i);
@@ -223,7 +287,7 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
       int unseen = 0;  // of keys lane, lane + 32, …, a bit each
       if (i < s.partial) {
 #pragma unroll 1
-        for (int j = 0; j < BN / 32; ++j) unseen |= is_unseen(variant, s, tile * BN + j * 32 + lane) << j;
+        for (int j = 0; j < BN / 32; ++j) unseen |= is_unseen(variant, s, tile * BN + j * 32 + lane, s.tiles[i] & WHOLE) << j;
       }
       const bool patches = __any_sync(0xffffffffu, unseen != 0);
       shared.trace(WAIT_STAGE);
@@ -252,66 +316,66 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
 }
 
 // Pages below 8 rows: TMA takes as long for a box of one row as for one of 64, so LOADERS warps copy rows by cp.async,
-// four at a time, 8 lanes each; of a tile warp `part` copies the fours part, part + LOADERS, … Rows that are no keys of
-// the cache, and values that no row of the item sees, are zeros.
+// four at a time, 8 lanes each; of a tile warp `part` copies the fours part, part + LOADERS, … A page has BOX rows, so
+// each lane's rows have one place in their pages. Copies arrive at the tile's barrier by themselves, so the next tile's
+// rows are requested while a tile's come. Rows that are no keys of the cache, and values that no row of the item sees,
+// are zeros.
 template <bool VALUES>
 TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& shared, int part, int lane) {
   constexpr int DIM = VALUES ? DV : DK, STAGES = VALUES ? V_STAGES : K_STAGES, FULL = VALUES ? V_FULL : K_FULL, EMPTY = VALUES ? V_EMPTY : K_EMPTY;
   constexpr int FOURS = (BN / 4 + LOADERS - 1) / LOADERS, HELD = (FOURS + 7) / 8;
-  // Strides in units of 16 bytes: a product of 32 bits each is one instruction.
-  const uint32_t page_stride = static_cast<uint32_t>((VALUES ? p.v_page : p.k_page) / 8), slot_stride = static_cast<uint32_t>((VALUES ? p.v_slot : p.k_slot) / 8);
-  const uint32_t in_page = (1u << p.page_shift) - 1;
+  const uint32_t page_bytes = static_cast<uint32_t>(2 * (VALUES ? p.v_page : p.k_page));
   const int chunk = lane % 8;
+  // Of the first four that this warp copies; bit 2 of a row turns bit 2 of its chunks.
+  const uint32_t start = shared.base + (VALUES ? V_AT : K_AT) + part * 512 + lane / 8 * 128 + ((chunk ^ lane / 8 ^ part % 2 * 4) << 4);
   if (VALUES) load_zeros(shared, part, lane);
   int done = VALUES;
   for (int n = 0;; ++n) {
     const Slot& s = next_item<Wide>(shared, n);
-    if (s.tokens < 0) return;
+    if (s.tokens < 0) break;
     const int tiles = s.partial + s.full, head = s.head;
-    const tw::Pages pages = tw::pages_of(p, s.request, MAX_KEYS);
-    const char* from = reinterpret_cast<const char*>(VALUES ? p.v + head * p.v_head : p.k + head * p.k_head) + chunk * 16;
-    int page[HELD];  // of row 4 · (part + LOADERS · (8 i + lane / 4)) + lane % 4 of a tile
+    const tw::Pages pages = s.pages();
+    const int64_t row_in_page = lane / 8 % BOX;
+    const char* from = reinterpret_cast<const char*>(VALUES ? p.v + head * p.v_head + row_in_page * p.v_slot : p.k + head * p.k_head + row_in_page * p.k_slot) + chunk * 16;
+    int entry[HELD] = {};  // of row 4 · (part + LOADERS · (8 i + lane / 4)) + lane % 4 of a tile: not looked at before its turn
+    bool exists[HELD] = {};
+    const auto look_up = [&](int i) {
+      const int tile = tile_at(s, i);
+#pragma unroll
+      for (int j = 0; j < HELD; ++j) {
+        const int row = 4 * (part + LOADERS * (8 * j + lane / 4)) + lane % 4, key = tile * BN + row, number = key / BOX;
+        exists[j] = row < BN && number < pages.count;
+        if (VALUES && i < s.partial) exists[j] = exists[j] && !is_unseen(variant, s, key, s.tiles[i] & WHOLE);
+        entry[j] = exists[j] ? static_cast<int>(tw::entry_at(p, pages, head, number)) : 0;
+      }
+    };
     for (int i = -1; i < tiles; ++i) {
+      int page[HELD];  // the sign: zeros
+#pragma unroll
+      for (int j = 0; j < HELD; ++j) page[j] = exists[j] ? static_cast<int>(tw::cached_page(p, entry[j])) : 1 << 31;
+      if (i + 1 < tiles) look_up(i + 1);  // while rows come
+      if (i < 0) continue;
       const int stage = done % STAGES;
-      if (i >= 0) {
-        shared.trace(WAIT_STAGE);
-        tw::barrier_wait(shared.barrier(EMPTY + stage), (done / STAGES & 1) ^ 1);
-        shared.trace(LOAD);
-        char* to = shared.memory + (VALUES ? V_AT + stage * V_BYTES : K_AT + stage * K_BYTES);
-        const int first = tile_at(s, i) * BN;
+      shared.trace(WAIT_STAGE);
+      tw::barrier_wait(shared.barrier(EMPTY + stage), (done / STAGES & 1) ^ 1);
+      shared.trace(LOAD);
+      const uint32_t even = start + stage * (VALUES ? V_BYTES : K_BYTES), odd = even ^ (LOADERS % 2 * 64);
 #pragma unroll
-        for (int i = 0; i < HELD; ++i)
-#pragma unroll 2
-          for (int j = 0; j < min(8, FOURS - i * 8); ++j) {
-            const int row = 4 * (part + LOADERS * (i * 8 + j)) + lane / 8, of = __shfl_sync(0xffffffffu, page[i], j * 4 + lane / 8);
-            const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(max(of, 0))) * page_stride + static_cast<uint64_t>(first + row & in_page) * slot_stride;
-            if (BN / 4 % (8 * LOADERS) == 0 || row < BN)
+      for (int j = 0; j < FOURS; ++j) {
+        const int of = __shfl_sync(0xffffffffu, page[j / 8], j % 8 * 4 + lane / 8);
+        const char* at = from + static_cast<uint64_t>(static_cast<uint32_t>(of & 0x7fffffff)) * page_bytes;
+        if (BN / 4 % LOADERS == 0 || j < FOURS - 1 || part < BN / 4 % LOADERS)
 #pragma unroll
-              for (int block = 0; block < (DIM + 63) / 64; ++block)
-                if (DIM % 64 == 0 || block * 64 + chunk * 8 < DIM)
-                  tw::copy_async_16(to + block * KV_BLOCK + row * 128 + ((chunk ^ (row & 7)) << 4), from + at * 16 + block * 128, of < 0 ? 0 : 16);
-          }
-        tw::copy_async_commit();
+          for (int block = 0; block < (DIM + 63) / 64; ++block)
+            if (DIM % 64 == 0 || block * 64 + chunk * 8 < DIM)
+              tw::copy_row_async((j % 2 ? odd : even) + j * LOADERS * 512 + block * KV_BLOCK, at + block * 128, of < 0 ? 0 : 16);
       }
-      if (i + 1 < tiles) {  // the pages of the next tile, while the rows come
-        const int tile = tile_at(s, i + 1);
-#pragma unroll
-        for (int j = 0; j < HELD; ++j) {
-          const int row = 4 * (part + LOADERS * (8 * j + lane / 4)) + lane % 4, key = tile * BN + row, number = key >> p.page_shift;
-          bool loads = row < BN && number < pages.count;
-          if (VALUES && i + 1 < s.partial) loads = loads && !is_unseen(variant, s, key);
-          page[j] = loads ? static_cast<int>(tw::page_at(p, pages, head, number)) : -1;
-        }
-      }
-      if (i >= 0) {
-        tw::copy_async_wait<0>();
-        tw::fence_async();
-        release(shared.barrier(FULL + stage), lane);
-        ++done;
-      }
+      tw::copy_async_arrive(shared.barrier(FULL + stage));
+      ++done;
     }
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
+  tw::copy_async_wait<0>();
 }
 
 }  // namespace attention

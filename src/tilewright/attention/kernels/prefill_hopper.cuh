@@ -18,17 +18,19 @@
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, hopper.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (DK and DV: elements of a row of K and of V; G query heads of a KV head, BN keys of a tile,
-// BOX keys of a TMA box, CONSUMERS, KEYS_LIE, DIRECT, BENDS, LEANS, LIMITED, READS, BY_HEAD, CHUNKED, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
+// BOX keys of a TMA box, CONSUMERS, KEYS_LIE, DIRECT, BENDS, LEANS, LIMITED, TRAILS, READS, BY_HEAD, CHUNKED, NARROW, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
 // the types Kind and Out), the structs `Params`, `Item`, `At` and `Variant`.
 // DIRECT: logits need no branch: the score itself or, where it BENDS, outer · tanh(score / inner); where it LEANS,
 // plus slope · distance, which grows by 1 from key to key (all by methods of `Variant`). Others are computed as
 // the mask is, on every tile, with nothing under way.
-// LIMITED: the mask is key <= limit of a row (`below`) and `rest`, methods too. READS: the mask reads tensors; BY_HEAD: the number of a head.
+// EXTREMES: the mask compares elements of KEY_ARRAY, a member of `Variant` with one for each key.
+// LIMITED: the mask has key <= limit of a row, TRAILS: newest − key < width, both in `below`; the others are in `rest`, all methods too. READS: the mask reads tensors; BY_HEAD: the number of a head.
 // KEYS_LIE: the keys of a request are IN_PAGES of a table, IN_ROWS one after the other, or IN_ONE page.
 //
 // Launch: grid = at most min(items, SMs) CTAs, THREADS threads, SMEM_BYTES of dynamic shared memory:
 //   [Q_TILES of Q, BM rows] [K_STAGES of K] [V_STAGES of V, BN rows]  tiles of blocks of 128-byte rows, swizzled
 //   [128 bytes for each row of outputs, where Q_TILES is 1] [2 slots of a segment] [mbarriers]
+//   [extremes of the tiles of KEY_ARRAY]
 // With more than one tile of Q the outputs of an item pass through its own, where Out has 16 bits.
 // Assumes: sm_scale > 0; rows of Q, K, V described by tensor maps; counters are 0 (and are 0 again at the end).
 
@@ -64,6 +66,8 @@ struct Slot : Work {       // a segment of an item, as the scheduler passes it o
   int begins, ends;        // whether it is the item's first segment, its last
   int partial, full;       // numbers of tiles
   int padding;
+  int64_t first_page, page_count;
+  TW_INLINE tw::Pages pages() const { return tw::Pages{first_page, page_count, length, base, stride}; }
   int tiles[MAX_TILES];    // partial tiles from the front, full tiles from the back
 };
 constexpr int WHOLE = 1 << 30;  // on a partial tile of which `rest` holds everywhere
@@ -78,18 +82,19 @@ struct Wide {
   enum : int { K_FULL = attention::K_FULL, K_EMPTY = attention::K_EMPTY, V_FULL = attention::V_FULL, V_EMPTY = attention::V_EMPTY, V_LOADED = attention::V_LOADED,
                Q_FULL = attention::Q_FULL, Q_EMPTY = attention::Q_EMPTY, ITEM_FULL = attention::ITEM_FULL, ITEM_EMPTY = attention::ITEM_EMPTY, END = attention::BARRIERS };
 };
-// The same of narrow items (hopper_narrow.cuh), in the same rings. Behind the barriers lie their queries, up to 8 rows of
-// two items; outputs, and maxima and sums, of four warps, where an item ends.
+// The same of narrow items (hopper_narrow.cuh), in the same rings. Where tiles of Q are lie their queries, up to 8 rows of
+// two items, and outputs, maxima and sums of four warps, where an item ends.
 struct Narrow {
   enum : int { FIRST = attention::BARRIERS, K_FULL = FIRST + Wide::K_FULL, K_EMPTY = FIRST + Wide::K_EMPTY, V_FULL = FIRST + Wide::V_FULL, V_EMPTY = FIRST + Wide::V_EMPTY,
                V_LOADED = FIRST + Wide::V_LOADED, Q_FULL = FIRST + Wide::Q_FULL, Q_EMPTY = FIRST + Wide::Q_EMPTY, ITEM_FULL = FIRST + Wide::ITEM_FULL,
                ITEM_EMPTY = FIRST + Wide::ITEM_EMPTY, END = FIRST + Wide::END };
   static constexpr int PITCH = DV + 4;  // floats of a row of outputs
-  static constexpr int Q_AT = (BARRIERS_AT + END * 8 + 1023) / 1024 * 1024, O_AT = Q_AT + 2 * K_BLOCKS * 1024,
-                       SUMS_AT = O_AT + 4 * 8 * PITCH * 4, BYTES = SUMS_AT + 4 * 8 * 8;
+  static constexpr int Q_AT = attention::Q_AT, O_AT = Q_AT + 2 * K_BLOCKS * 1024, SUMS_AT = O_AT + 4 * 8 * PITCH * 4, BYTES = SUMS_AT + 4 * 8 * 8;
+  static_assert(!NARROW || (BYTES <= K_AT && BN == 128 && CONSUMERS == 2 && LOADERS == 1), "");
 };
 template <class R> constexpr bool NARROW_ITEMS = R::K_FULL > 0;
-constexpr int SMEM_BYTES = (NARROW ? Narrow::BYTES : BARRIERS_AT + BARRIERS * 8) + 1024;  // the base is aligned to 1024 by hand
+constexpr int EXTREMES_AT = BARRIERS_AT + (NARROW ? int(Narrow::END) : BARRIERS) * 8;
+constexpr int SMEM_BYTES = EXTREMES_AT + EXTREMES * MAX_TILES * 8 + 1024;  // the base is aligned to 1024 by hand
 static_assert(SMEM_BYTES <= 232448 && sizeof(Slot) % 8 == 0, "");
 
 // What a warp does from here on, as its line of a trace shows it. `bench prefill --trace` compiles with TW_TRACE;
@@ -127,7 +132,8 @@ struct Shared {  // of a CTA, as one of its warps has it
 };
 
 TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
-TW_INLINE int tile_at(const Slot& s, int i) { return i < s.partial ? s.tiles[i] & ~WHOLE : s.tiles[MAX_TILES - 1 - (i - s.partial)]; }
+TW_INLINE int entry_at(const Slot& s, int i) { return i < s.partial ? s.tiles[i] : s.tiles[MAX_TILES - 1 - (i - s.partial)]; }
+TW_INLINE int tile_at(const Slot& s, int i) { return entry_at(s, i) & ~WHOLE; }
 TW_INLINE tw::Tile rows_and(const Work& w, int from, int to) {  // rows of an item and keys from … to
   return tw::Tile{tw::Bound{w.first, w.first + w.tokens - 1}, tw::Bound{w.position(from), w.position(to)}, tw::Bound{w.head * G, w.head * G + G - 1},
                   tw::bound(w.head), tw::bound(w.request), tw::Bound{from, to}, tw::bound(w.queries), tw::bound(w.length)};
@@ -162,8 +168,14 @@ TW_INLINE void init_barriers(const Shared& shared) {
   for (int i = R::K_FULL; i < R::END; ++i) {
     const bool frees = (i >= R::K_EMPTY && i < R::V_FULL) || (i >= R::V_EMPTY && i < R::V_LOADED) || (i >= R::Q_EMPTY && i < R::ITEM_FULL);
     const bool loaded = i < R::K_EMPTY || (i >= R::V_FULL && i < R::V_EMPTY);
-    tw::barrier_init(shared.barrier(i), i >= R::ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS + 1 : frees ? 4 * CONSUMERS : loaded ? LOADERS : 1);
+    tw::barrier_init(shared.barrier(i), i >= R::ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS + 1 : frees ? 4 * CONSUMERS : loaded ? (BY_ROWS ? 32 : 1) * LOADERS : 1);
   }
+}
+
+// What was written where tiles of Q are comes before TMA writes there.
+TW_INLINE void end_narrow() {
+  tw::fence_async();
+  tw::bar_sync(NARROW_END, THREADS);
 }
 
 TW_INLINE void body(const Params& p, int thread, char* smem) {
@@ -187,7 +199,7 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
         else if (warp == 1) load_keys<Narrow>(p, shared, lane);
         else if (warp == 2) load_values<Narrow>(p, variant, shared, lane);
         else load_few_queries(p, shared, lane);
-        tw::bar_sync(NARROW_END, THREADS);
+        end_narrow();
       }
     if (warp == 0) schedule<Wide>(p, variant, shared, lane);
     else if (warp > 2 * LOADERS) load_queries(p, shared, lane);
@@ -200,7 +212,7 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
     if constexpr (NARROW)
       if (narrow) {
         consume_narrow(p, variant, shared, warp - LOADER_GROUPS * 4, lane);
-        tw::bar_sync(NARROW_END, THREADS);
+        end_narrow();
       }
     consume(p, variant, shared, group - LOADER_GROUPS, warp % 4, lane);
   }

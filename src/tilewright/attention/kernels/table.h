@@ -73,14 +73,18 @@ TW_INLINE Pages pages_of(const P& p, int node, int max_keys) {
   return pages;
 }
 
-// The page of the cache that entry `n` of a request names, for one KV head.
+// Entry `n` of a request, for one KV head; the page of the cache that an entry names.
 template <class P>
-TW_INLINE int64_t page_at(const P& p, const Pages& pages, int head, int64_t n) {
+TW_INLINE int64_t entry_at(const P& p, const Pages& pages, int head, int64_t n) {
   int64_t page = pages.first + n;
   if constexpr (table::BY_HEAD) page += head * p.table_head;
   if constexpr (table::ENTRIES) page = p.table_entries[page];
-  return page < 0 || page >= p.pages ? 0 : page;
+  return page;
 }
+template <class P>
+TW_INLINE int64_t cached_page(const P& p, int64_t entry) { return entry < 0 || entry >= p.pages ? 0 : entry; }
+template <class P>
+TW_INLINE int64_t page_at(const P& p, const Pages& pages, int head, int64_t n) { return cached_page(p, entry_at(p, pages, head, n)); }
 
 // Without qo_indptr each request has one query: the loads of q wait for no other load.
 template <class P>

@@ -4,11 +4,30 @@
 
 namespace tw {
 
+#ifdef TW_SCAN
+// Between which values elements of one row of a tensor lie, as far as a kernel has learnt that: those of each of its
+// first tiles of SIZE, and of one range.
+struct Extremes {
+  static constexpr int SIZE = attention::BN;
+  int32_t row = -1, tiles = 0, from = 0, to = -1;
+  const int2* of = nullptr;
+  int2 range{};
+  // Whether those of a tile hold for some of its columns (for a few, their own are less wide), and of which.
+  TW_METHOD bool holds(Bound wanted, Bound column, int& tile) const {
+    tile = static_cast<int>(column.lo) / SIZE;
+    return row == wanted.lo && column.lo >= 0 && tile < tiles && column.hi < (tile + 1) * SIZE && column.hi - column.lo >= 32;
+  }
+};
+#endif
+
 // A tensor of a variant, one row for each request or row of q. Elements outside it are 0.
 template <class T>
 struct Array {
   const T* data;
   int32_t rows, columns;
+#ifdef TW_SCAN
+  Extremes known{};
+#endif
   TW_METHOD T at(int32_t row, int32_t column) const {
     const bool inside = row >= 0 && row < rows && column >= 0 && column < columns;
 #ifdef TW_SCAN  // of 32 bits, without a branch
@@ -18,11 +37,15 @@ struct Array {
   }
 };
 
-// Between which values the elements of one row lie, if they are at most TW_SCAN; a family that does not define it
-// reads none.
+// Between which values the elements of one row lie, if that is known or they are at most TW_SCAN; a family that does
+// not define it reads none.
 template <class T>
 TW_INLINE Bound bound_elements(const Array<T>& array, Bound row, Bound column) {
 #ifdef TW_SCAN
+  const Extremes& known = array.known;
+  if (row.lo == row.hi && known.row == row.lo && known.from == column.lo && known.to == column.hi) return Bound{known.range.x, known.range.y};
+  int tile;
+  if (row.lo == row.hi && known.holds(row, column, tile)) return Bound{known.of[tile].x, known.of[tile].y};
   if (row.lo == row.hi && column.hi - column.lo < TW_SCAN) {
     const bool exists = row.lo >= 0 && row.lo < array.rows, outside = !exists || column.lo < 0 || column.hi >= array.columns;
     const int32_t* at = array.data + (exists ? row.lo * array.columns + most(column.lo, 0) : 0);

@@ -76,6 +76,14 @@ TW_INLINE bool barrier_test(uint32_t barrier, uint32_t parity) {
   return done != 0;
 }
 
+// 16 bytes by cp.async, or zeros if `bytes` is 0. wgmma sees them behind the barrier at which `copy_async_arrive`
+// arrives and a fence_async() of the thread that waited for it.
+TW_INLINE void copy_row_async(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+// An arrival of this thread, counted at the start, once all its cp.async so far have come.
+TW_INLINE void copy_async_arrive(uint32_t barrier) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory"); }
+
 // -- TMA -----------------------------------------------------------------------------------------
 
 // A CUtensorMap, in constant memory (a kernel's parameter) at a multiple of 64 bytes.
@@ -126,7 +134,7 @@ TW_INLINE uint64_t wgmma_descriptor(uint32_t address, int columns64, int rows8) 
 // acc (64 × N) = or += a (64 × 16) · b (16 × N). Thread t of the warpgroup, r = 16 (t / 32) + (t % 32) / 4
 // and c = 8 j + 2 (t % 4), holds (r, c) (r, c+1) (r+8, c) (r+8, c+1) in acc[4j] … acc[4j+3]. `a` comes by a
 // descriptor or from registers: with pack() of pairs of acc[8k] … acc[8k+7] a result is the operand of the
-// k-th 16 columns. `Turned`: the rows of b in memory are its k dimension.
+// k-th 16 columns; there `adds` may be known at run time, the same in all threads. `Turned`: the rows of b in memory are its k dimension.
 template <class Kind, int N, bool Adds, bool Turned>
 struct wgmma;
 
@@ -154,10 +162,10 @@ struct wgmma;
                    "k16.f32." kind "." kind " {" NAMES "}, " A ", " B ", p, 1, 1, 0, " TURNED "; }"           \
                    : REGISTERS(acc) : "l"(a), "l"(b), "n"(Adds), "n"(Turned));                                \
     }                                                                                                         \
-    static TW_INLINE void of(float (&acc)[N / 2], const uint32_t* a, uint64_t b) {                            \
+    static TW_INLINE void of(float (&acc)[N / 2], const uint32_t* a, uint64_t b, int adds = Adds) {           \
       asm volatile("{ .reg .pred p; setp.ne.b32 p, " ADDS4 ", 0; wgmma.mma_async.sync.aligned.m64n" #N        \
                    "k16.f32." kind "." kind " {" NAMES "}, {" B4 ", p, 1, 1, " TURNED4 "; }"                   \
-                   : REGISTERS(acc) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(Adds), "n"(Turned)); \
+                   : REGISTERS(acc) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(Turned)); \
     }                                                                                                         \
   };
 #define TW_WGMMAS(N, REGISTERS, NAMES, A, B, B4, ADDS, TURNED, ADDS4, TURNED4)                            \

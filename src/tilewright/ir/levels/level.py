@@ -51,11 +51,13 @@ class Storage:
 @dataclass(frozen=True, slots=True)
 class Parents:
     """What a level is packed below: how many positions there are above it, the extent of its
-    coordinate, and of each entry the coordinates of the levels above, by dimension."""
+    coordinate, and of each entry the coordinates of the levels above, by dimension, and whether it
+    is the first of its block (all entries where a format has no blocks)."""
 
     count: int
     extent: int
     above: Mapping[int, np.ndarray]
+    units: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)

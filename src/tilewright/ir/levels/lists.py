@@ -51,8 +51,8 @@ class Ragged(Level):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Compressed(Level):
-    """Stored coordinates only, ascending. `chunk` n > 0 cuts a coordinate with more than n entries
-    into several positions of the same coordinate; -1 gives each entry a position of its own."""
+    """Stored coordinates only, ascending. `chunk` n > 0 cuts a coordinate with more than n entries,
+    or blocks, into several positions of the same coordinate; -1 gives each entry its own."""
 
     chunk: int = 0
     arrays: ClassVar[Types] = {"indptr": None, "indices": None}
@@ -89,9 +89,9 @@ class Compressed(Level):
         if self.chunk == -1:
             new[:] = True
         elif self.chunk:
-            at = np.flatnonzero(new)
-            rank = np.arange(len(q)) - np.repeat(at, np.diff(np.append(at, len(q))))
-            new |= rank % self.chunk == 0
+            count = np.cumsum(p.units) - 1  # blocks or entries before each entry
+            begun = np.repeat(count[new], np.diff(np.append(np.flatnonzero(new), len(q))))
+            new |= p.units & ((count - begun) % self.chunk == 0)
         first = np.flatnonzero(new)
         arrays = {"indptr": segments(q[first], p.count), "indices": c[first]}
         return arrays, np.cumsum(new) - 1, len(first)
@@ -199,7 +199,7 @@ def locate_pair(outer: Storage, inner: Storage, a: Expr, b: Expr) -> Expr:
 
 
 def lists_rows(level: Level) -> bool:
-    """Whether a level, the outermost of a part, lists single rows, each once: a composed format
-    that covers all rows lists the empty ones too."""
-    listed = isinstance(level, Compressed) and level.dim == 0 and not level.block
+    """Whether a level, the outermost of a part, lists rows or blocks of rows, each once: a composed
+    format that covers all rows lists the empty ones too."""
+    listed = isinstance(level, Compressed) and level.dim == 0
     return listed and level.unique

@@ -28,11 +28,10 @@ from tilewright.ops.rope import append_kernel, rope_append_kernel, rope_kernel
 from tilewright.ops.rowwise import (
     added_norm_kernel,
     argmax_kernel,
-    gelu_mul_kernel,
+    gated_kernel,
     heads_norm_kernel,
     rmsnorm_add_kernel,
     scaled_kernel,
-    silu_mul_kernel,
 )
 from tilewright.runtime.view import view
 from tilewright.serve.memory import Memory
@@ -46,7 +45,8 @@ Do = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer: its weight in the layout of the target, its shape, and its bias."""
+    """A linear layer: its weight in the layout of the target, its shape, its bias, and the matrix
+    that a library reads: the same memory, or what a quantised weight stands for."""
 
     kind: str
     arrays: tuple[Any, ...]
@@ -54,6 +54,7 @@ class Linear:
     cols: int
     interleaved: bool
     bias: tuple[Any, ...] = ()
+    wide: Any = None
 
     def as_written(self, out: Any) -> Any:
         """Views an array (t, rows) in the shape of the kernel's output."""
@@ -163,11 +164,11 @@ class Llama:
         if self.products is None:
             return [*parts, parts[0]]
         tensor, cat = self.products.tensor, self.products.torch.cat
-        whole = cat([tensor(p.arrays[0]) for p in parts])
-        bias = (cat([tensor(p.bias[0]) for p in parts]),) if parts[0].bias else ()
-        rows = whole.split([p.rows for p in parts])
-        made = [replace(p, arrays=(r,)) for p, r in zip(parts, rows, strict=True)]
-        return [*made, replace(parts[0], arrays=(whole,), bias=bias)]
+        whole = cat([p.wide for p in parts])
+        bias = (cat([tensor(p.bias[0]).flatten() for p in parts]),) if parts[0].bias else ()
+        rows = zip(parts, whole.split([p.rows for p in parts]), strict=True)
+        made = [replace(p, arrays=(r,)) if p.arrays[0] is p.wide else p for p, r in rows]
+        return [*made, replace(parts[0], bias=bias, wide=whole)]
 
     def _tensor(self, name: str) -> Weight:
         """A weight; those of kinds that there are no products for become float16."""
@@ -185,7 +186,14 @@ class Llama:
         if f"{name}.bias" in self.file.tensors:
             values = dequantize(self.file.tensors[f"{name}.bias"])
             bias = (self.memory.put(values.reshape(-1, TOGETHER) if interleaved else values),)
-        return Linear(w.kind, arrays, rows, cols, interleaved, bias)
+        wide: Any = None
+        if self.products and STORED.get(w.kind) == self.products.dtype:
+            wide = self.products.tensor(arrays[0])
+            arrays = (wide,)
+        elif self.products:
+            wide = self.products.tensor(self.memory.put(dequantize(w)))
+            wide = wide.to(getattr(self.products.torch, self.products.dtype))
+        return Linear(w.kind, arrays, rows, cols, interleaved, bias, wide)
 
     def _on_device(self, w: Weight, layout: Any) -> tuple[Any, ...]:
         """The arrays of a weight in a layout, in memory of the target."""
@@ -207,8 +215,9 @@ class Llama:
         widths |= {"mixed": ffn} | ({"k_normed": kv} if c.qk_norm else {})
         joined = {"qkv": q + 2 * kv, "gate_up": 2 * ffn, "added": c.dim}
         widths |= joined if of else {"q": q, "k": kv, "v": kv, "gate": ffn, "up": ffn}
-        kinds = {"x": "float32", "y": "float32", "rotated": self.kv_dtype}
         new, kind = (of.empty, of.dtype) if of else (self.memory.empty, "float32")
+        kinds = {"x": "float32", "y": "float32", "rotated": self.kv_dtype}
+        kinds["added"] = "float32" if c.post_norms else kind
         return {n: new(rows, w, dtype=kinds.get(n, kind)) for n, w in widths.items()}
 
     def is_wide(self, few: bool) -> bool:
@@ -281,18 +290,18 @@ class Llama:
         is normalised first where the model has such norms. The RMSNorm of `out` by `then`."""
         a, (out, residual), eps = b.a, y, self.config.rms_eps
         w, x = (layer.o, a["attended"]) if part == "attn" else (layer.down, a["mixed"])
-        if self.is_wide(b.few):
-            self.linear(w, LayerInput(x), a["added"], b.few, do)
-            kernel = added_norm_kernel(self.config.dim, self.products.dtype, self.name)
-            do(kernel, residual, a["added"], then, eps, out=(out, a["normed"]))
-            return LayerInput(a["normed"])
-        if not self.config.post_norms:
+        wide, added = self.is_wide(b.few), a["added" if self.is_wide(b.few) else "normed"]
+        if not (wide or self.config.post_norms):
             self.linear(w, LayerInput(x), out, b.few, do, residual=residual)
-        else:
-            self.linear(w, LayerInput(x), a["normed"], b.few, do)
+            return self._normed(out, then, a, b.few, do)
+        self.linear(w, LayerInput(x), added, b.few, do)
+        if self.config.post_norms:
             norm = layer.norms[f"{part}_post_norm"]
-            do(rmsnorm_add_kernel(self.name), a["normed"], norm, eps, residual, out=out)
-        return self._normed(out, then, a, b.few, do)
+            do(rmsnorm_add_kernel(self.name), added, norm, eps, residual, out=out)
+            return self._normed(out, then, a, b.few, do)
+        kernel = added_norm_kernel(self.config.dim, self.products.dtype, self.name)
+        do(kernel, residual, added, then, eps, out=(out, a["normed"]))
+        return LayerInput(a["normed"])
 
     def _normed(self, x: Any, norm: Any, a: dict[str, Any], few: bool, do: Do) -> LayerInput:
         """The RMSNorm of x. On GPUs the layers compute that of few rows themselves: no launch for
@@ -307,15 +316,15 @@ class Llama:
         """mixed = SiLU(x Gᵀ) · (x Uᵀ): one kernel where both weights are stored alike; or GELU."""
         if self.is_wide(few):
             self.linear(layer.gate_up, x, a["gate_up"], few, do)
-            kernel = silu_mul_kernel(self.name, self.products.dtype, self.config.ffn_dim)
+            sizes = self.products.dtype, self.config.ffn_dim
+            kernel = gated_kernel(self.name, self.config.gelu, *sizes)
             return do(kernel, *a["gate_up"].chunk(2, 1), out=a["mixed"])
         if layer.gate.kind == layer.up.kind and not self.config.gelu:
             self.linear(layer.gate, x, a["mixed"], few, do, up=layer.up)
             return
         self.linear(layer.gate, x, a["gate"], few, do)
         self.linear(layer.up, x, a["up"], few, do)
-        activation = gelu_mul_kernel if self.config.gelu else silu_mul_kernel
-        do(activation(self.name), a["gate"], a["up"], out=a["mixed"])
+        do(gated_kernel(self.name, self.config.gelu), a["gate"], a["up"], out=a["mixed"])
 
     def linear(
         self, w: Linear, x: LayerInput, out: Any, few: bool, do: Do, *,
@@ -324,7 +333,7 @@ class Llama:
         """out = x Wᵀ, or residual + x Wᵀ, or SiLU(x Wᵀ) · (x Uᵀ). GPUs have one kernel for few rows
         and many, and a library for the first."""
         if self.is_wide(few):
-            return do(self.products, x.x, *w.arrays, *w.bias, out=out)
+            return do(self.products, x.x, w.wide, *w.bias, out=out)
         plain: After = "bias" if w.bias else ""
         after: After = "gate" if up else plain if residual is None else "residual"
         if x.norm:
