@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.attention.cases import paged
 
@@ -81,6 +81,7 @@ HOPPER = {"qo_tile": 32, "splits": "batch", "order": hopper.order, "few": 8, "gr
 @given(
     st.lists(st.tuples(st.integers(0, 300), st.integers(0, 9000)), max_size=8), st.integers(1, 200)
 )
+@example([(1, 5003), (1, 4200)], 1)
 def test_items_of_few_rows_come_last(batch, workers):
     plan = make(batch, workers, **HOPPER)
     few = np.diff(plan.qo_indptr)[plan.items["request"]] <= 2

@@ -245,7 +245,7 @@ def _items(
         share = visible.sum() * shape.kv_heads / workers
         chunks = np.clip(visible / max(share, 1), 1, np.maximum(visible // _BATCH_CHUNK_TILES, 1))
         chunks = chunks.astype(np.int64)
-        if narrow:
+        if 0 < narrow < workers:
             _cut_last(chunks, np.where(few, 0, visible), shape.kv_heads, workers - narrow)
     elif shape.splits:
         wanted = -(-_ITEMS_PER_REQUEST // (np.bincount(node)[node] * shape.kv_heads))
