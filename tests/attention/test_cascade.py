@@ -20,16 +20,9 @@ from tilewright import knobs
 from tilewright.attention import plan as plans
 from tilewright.attention import planner, ranges
 from tilewright.attention import report as reports
-from tilewright.attention.families import cpu, decode
+from tilewright.attention.families import cpu, decode, hopper
 from tilewright.attention.plan import ITEMS
-from tilewright.attention.spec import (
-    PARTIALS,
-    compile_cuda,
-    cuda_headers,
-    param_values,
-    params_struct,
-    template,
-)
+from tilewright.attention.spec import PARTIALS, compile_cuda, param_values, params_struct, template
 from tilewright.attention.table import NODE
 from tilewright.errors import ArgumentError
 from tilewright.runtime.view import view
@@ -274,21 +267,42 @@ def test_thread_sanitizer_finds_nothing(tmp_path):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_cubins_of_shared_keys(arch):
+@pytest.mark.parametrize("kind", [decode.ALONE, decode.BEHIND, decode.FRONT])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+def test_cubins_of_shared_keys(arch, kind):
+    """The numbers that Python launches with are those of the kernel, too."""
     spec = spec_of(4, 128, "bfloat16", "bfloat16", tw.Causal(), shared=1)
-    text = decode.source(spec, 8, decode.blocks_of(4, 1))
+    blocks = 2 if kind == decode.FRONT else 1
+    text = decode.source(spec, 8, blocks, kind, 32)
+    numbers = decode.smem_bytes(spec, blocks, kind), decode.partial_floats(128, 1, 0, 1)[1]
+    for name, value in zip(("SMEM_BYTES", "STATE"), numbers, strict=True):
+        text += f'\nstatic_assert(attention::{name} == {value}, "");'
     used = compile_cuda(text, arch).resources["stage0"]
-    assert used.spill_bytes <= 64 and 0 < used.registers <= 255
-    text = decode.source(spec, 8, 2)
-    for name, value in {
-        "SMEM_BYTES": decode.smem_bytes(spec, 2), "WIDE_ROWS": ranges.WIDE_ROWS,
-        "2 * attention::PARTIAL": decode.partial_floats(128, 2, 1, 1),
-        "2 * attention::STATE": decode.state_floats(128, 1, 1),
-    }.items():  # fmt: skip
-        name = name if "attention::" in name else f"attention::{name}"
-        text += f'\nstatic_assert({name} == {value}, "");'
-    nvrtc.compile_cuda(text, arch=arch, headers=cuda_headers())
+    assert used.spill_bytes <= 64 * (arch == "sm_80") and 0 < used.registers <= 255
+
+
+def test_which_kernel_is_in_front():
+    """That of the Hopper family, but where the mask or logits tell the requests of a tile apart."""
+    for variant in (tw.SlidingWindow(), tw.Causal() | tw.Alibi()):
+        spec = spec_of(4, 128, "bfloat16", "bfloat16", variant, shared=1)
+        assert "tell apart" in hopper.refuses(spec, 0, None, "sm_90a")
+        assert decode.shared_block(spec, None, "sm_90a") == 4
+    spec = spec_of(4, 80, "bfloat16", "bfloat16", tw.Causal(), shared=1)
+    assert decode.shared_block(spec, None, "sm_90a") == 4
+    spec = spec_of(4, 128, "bfloat16", "bfloat16", tw.Causal(), shared=1)
+    assert decode.shared_block(spec, None, "sm_80") == 4
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("page_size", "variant"),
+    [(1, tw.Causal()), (16, tw.Causal()), (16, tw.Full()), (16, tw.Causal() | tw.Softcap())],
+)
+def test_cubins_of_the_hopper_kernel_in_front(page_size, variant):
+    spec = spec_of(4, 128, "bfloat16", "bfloat16", variant, shared=1)
+    assert decode.shared_block(spec, None, "sm_90a") == 32
+    used = compile_cuda(hopper.source(spec, page_size, True), "sm_90a").resources["stage0"]
+    assert used.spill_bytes == 0 and 0 < used.registers <= 168
 
 
 # ---------------------------------------------------------------------------- on a GPU
@@ -325,11 +339,12 @@ def close(case: Case, o: np.ndarray, lse: np.ndarray, text: str = "") -> None:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("workers", [1, 5, None])
 def test_against_the_oracle(rng, monkeypatch, shape, depth, workers):
-    """With shared keys as units of their own, as the plan chooses, and walked by requests."""
+    """With all shared keys read by a launch in front, as the plan chooses, and walked by requests;
+    by the Hopper family where it can, and by the decode family everywhere."""
     from tilewright.runtime.cuda import DeviceArray
 
     for cost in (-(1 << 30), 1, 1 << 30):
-        monkeypatch.setattr(ranges, "JOIN_COST", cost)
+        monkeypatch.setattr(ranges, "APART_COST", cost)
         case = drawn(rng, shape, depth, page_size=int(rng.choice([1, 7, 16])))
         kv, q, arrays = on_gpu(case)
         attn = oracle.attention_of(case)
@@ -350,7 +365,7 @@ def test_plans_of_the_device_agree_exactly(rng, monkeypatch):
     from tilewright.runtime.cuda import DeviceArray
 
     for cost, depth in itertools.product((-(1 << 30), 1, 20), (1, 2, 3)):
-        monkeypatch.setattr(ranges, "JOIN_COST", cost)
+        monkeypatch.setattr(ranges, "APART_COST", cost)
         planner.cuda_source.cache_clear()
         case = drawn(rng, SHAPES[0], depth)
         kv, _, _ = on_gpu(case)
@@ -365,7 +380,7 @@ def test_plans_of_the_device_agree_exactly(rng, monkeypatch):
         for name in ("begin", "end", "level"):
             np.testing.assert_array_equal(nodes[name], plan.nodes[name])
         read = plan.nodes["begin"] < plan.nodes["end"]
-        for name in ("base", "outer", "states"):
+        for name in ("base", "outer", "joined", "chunks", "item", "row"):
             np.testing.assert_array_equal(nodes[name][read], plan.nodes[name][read])
     planner.cuda_source.cache_clear()
 

@@ -56,9 +56,8 @@ def test_cubin_without_spills(arch, shape, dim_vo, blocks):
     spec = replace(spec_of(shape), head_dim_vo=dim_vo)
     wanted = {
         "SMEM_BYTES": decode.smem_bytes(spec, blocks), "THREADS": decode.THREADS,
-        "2 * attention::PARTIAL": decode.partial_floats(dim_vo, blocks, 1),
-        "TILE": ranges.TILE, "KEYS": decode.KEYS, "NARROW_ROWS": 8 * blocks,
-        "WIDE_ROWS": ranges.WIDE_ROWS,
+        "2 * attention::PARTIAL": decode.partial_floats(dim_vo, blocks, 1)[0],
+        "TILE": ranges.TILE, "KEYS": decode.KEYS, "ROWS": 8 * blocks,
     }  # fmt: skip
     text = decode.source(spec, ranges.head_block(shape[1]), blocks)
     for name, value in wanted.items():

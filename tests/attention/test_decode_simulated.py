@@ -25,6 +25,7 @@ from tilewright.runtime.view import view
 from tilewright.toolchain import compilers
 
 pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
+BLOCK = 5  # queries of an item of shared keys
 SHAPES = [  # group, kv_heads, head_dim, dtype, mask, logits, sink
     (4, 8, 128, ml_dtypes.bfloat16, "causal", "scores", ""),
     (7, 2, 80, np.float16, "window", "scores", "per head"),
@@ -32,15 +33,18 @@ SHAPES = [  # group, kv_heads, head_dim, dtype, mask, logits, sink
 
 
 def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray, tw.Plan]:
-    """o and lse of the kernel, and the plan: of the family of GPUs, made on the host."""
+    """o and lse of the kernel, and the plan: of the family of GPUs, made on the host. Shared keys
+    are read by a launch in front, where the plan has that."""
     attn, table = oracle.attention_of(case), oracle.table_of(case)
     kv = tw.KV(table, tw.Pool(case.k, case.v))
     traced = attn.variant.traced
-    kind = dtypes.ALL[case.q.dtype.name]
-    spec = Spec(attn.group, *case.dims, kind, kind, dtypes.ALL["float32"], traced, table.form)
+    dtype = dtypes.ALL[case.q.dtype.name]
+    dtypes_of = dtype, dtype, dtypes.ALL["float32"]
+    spec = Spec(attn.group, *case.dims, *dtypes_of, traced, table.form)
     known = {n: x for n, x in attn.variant.fixed if np.isscalar(x)}
     shape = plans.Shape("decode", attn.kv_heads, attn.group, traced.mask, known,
-                        decode.FAMILY.qo_tile(spec), "", decode.CTAS_PER_SM)  # fmt: skip
+                        decode.FAMILY.qo_tile(spec), "", decode.CTAS_PER_SM,
+                        block=BLOCK)  # fmt: skip
     lengths = kv.lengths()
     plan = plans.make(case.qo_indptr, lengths, shape, workers, table.tree(lengths))
     o = np.full((*case.q.shape[:2], case.dims[1]), np.nan, np.float32)
@@ -50,18 +54,23 @@ def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray,
     arrays = values_of(attn.variant, oracle.arrays_of(case), sizes, "cpu")
     numbers = param_values(view(case.q), kv.pool, table, (view(o), view(lse)), attn.scale)
     numbers |= render.param_values(traced, {n: seen for n, (_, seen) in arrays.items()})
-    together, shared = ranges.head_block(attn.kv_heads), table.form.shared
-    blocks = decode.blocks_of(plan.longest * attn.group, shared)
-    ctas, rows = (len(plan.cuts) - 1) * together, plan.tokens * attn.qo_heads
-    floats = decode.partial_floats(attn.head_dim, blocks, ctas, shared)
-    states = decode.state_floats(attn.head_dim, rows, shared)
+    together, blocks = ranges.head_block(attn.kv_heads), decode.blocks_of(plan.longest * attn.group)
+    ctas, last = (len(plan.cuts) - 1) * together, plan.nodes[-1:]
+    items, rows = int(last["item"].sum()), int(last["row"].sum())
+    floats, states = decode.partial_floats(attn.head_dim, blocks, ctas, rows * attn.qo_heads)
     partials = np.full(floats + states, np.nan, np.float32)
-    counters = np.zeros(ctas + plan.tokens * attn.kv_heads * bool(shared) + 1, np.int32)
+    counters = np.zeros(ctas + 1, np.int32)
     work: dict[str, Any] = {"qo_indptr": plan.qo_indptr.ctypes.data, "cuts": plan.cuts.ctypes.data}
-    work |= partial_params(partials.ctypes.data, floats, counters.ctypes.data, ctas, rows)
-    work |= {"nodes": plan.nodes.ctypes.data} if shared else {}
+    work |= partial_params(partials.ctypes.data, floats, counters.ctypes.data, ctas)
+    work |= {"nodes": plan.nodes.ctypes.data} if table.form.shared else {}
     block = decode.params_struct(spec).pack(**numbers, **work)
-    run = simulated.kernel(decode.source(spec, together, blocks))
+    if items:
+        run = simulated.kernel(decode.source(spec, together, 2, decode.FRONT, BLOCK))
+        simulated.launch(run, block, decode.THREADS, min(items, workers), seed)
+        left = partials[floats:].reshape(-1, attn.head_dim + 8)[:, : attn.head_dim + 2]
+        assert not np.isnan(left).any()
+    kind = decode.BEHIND if items else decode.ALONE
+    run = simulated.kernel(decode.source(spec, together, blocks, kind))
     simulated.launch(run, block, decode.THREADS, ctas, seed)
     assert not counters.any()
     return o, lse, plan
@@ -99,26 +108,26 @@ def test_long_rows_and_many(rng, shape, dim_vo, counts, workers):
 
 @pytest.mark.parametrize("cost", [-(1 << 30), 1, 1 << 30])
 def test_shared_keys(rng, monkeypatch, cost):
-    """As units of their own, as the plan chooses, and walked by their requests."""
-    monkeypatch.setattr(ranges, "JOIN_COST", cost)
+    """All read by a launch in front, as the plan chooses, and walked by their requests."""
+    monkeypatch.setattr(ranges, "APART_COST", cost)
     check(drawn(rng, SHAPES[1], 2 if cost == 1 else 1), int(rng.choice([5, 40])))
 
 
-def test_wide_units_of_many_parts(rng, monkeypatch):
-    """The states of a row come in several rounds."""
-    monkeypatch.setattr(ranges, "JOIN_COST", 0)
-    plan = check(cascade(rng, SHAPES[1], [1] * 9, [[0, 9]], [4300, *[30] * 9]), 40)
-    assert (plan.cuts["last"] - plan.cuts["first"]).max() > 16
+def test_many_chunks(rng, monkeypatch):
+    """The states of a row are read in several rounds."""
+    monkeypatch.setattr(ranges, "APART_COST", 0)
+    plan = check(cascade(rng, SHAPES[1], [1] * 9, [[0, 9]], [4300, *[30] * 9]), 132)
+    assert plan.nodes["chunks"].max() > 8
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 @pytest.mark.parametrize("cost", [-(1 << 30), 3])
 def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
     """With the one of the host, exactly: cuts and nodes; of units that cost alike, too."""
-    monkeypatch.setattr(ranges, "JOIN_COST", cost)
+    monkeypatch.setattr(ranges, "APART_COST", cost)
     planner.cuda_source.cache_clear()
     form = TableForm("int32", table_entries="", shared=depth)
-    run = simulated.kernel(planner.cuda_source(form, 4), "plan_cuts", "PlanParams")
+    run = simulated.kernel(planner.cuda_source(form, 4, BLOCK), "plan_cuts", "PlanParams")
     mask = tw.Causal().traced.mask
     for requests, most, workers in (
         (1, 900, 20),
@@ -132,7 +141,7 @@ def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
         keys = (rng.integers(0, most, count) if most > 1 else np.full(count, 1024)).astype(np.int32)
         tree = tw.Table.dense(keys, shared=shared).tree(keys.astype(np.int64))
         indptr = np.cumsum([0, *rng.integers(0, 4, requests)]).astype(np.int32)
-        shape = plans.Shape("decode", 8, 4, mask, {}, 4, "", decode.CTAS_PER_SM)
+        shape = plans.Shape("decode", 8, 4, mask, {}, 4, "", decode.CTAS_PER_SM, block=BLOCK)
         plan = plans.make(indptr, keys.astype(np.int64), shape, workers, tree)
         limit = decode.CTAS_PER_SM * workers // 8
         cuts, nodes = np.zeros(limit + 1, ranges.CUT.numpy), np.zeros(count, NODE.numpy)
@@ -143,7 +152,8 @@ def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
             kv_len=keys.ctypes.data, table_indptr=0, qo_from=indptr.ctypes.data, **levels,
             qo_indptr=copied.ctypes.data, cuts=cuts.ctypes.data, nodes=nodes.ctypes.data,
             status=status.ctypes.data, limit=limit, most_tiles=2**31, requests=requests,
-            node_count=count, head_blocks=1, max_tokens=int(indptr[-1]),
+            node_count=count, head_blocks=1, max_tokens=int(indptr[-1]), kv_heads=8,
+            front=ranges.of_front(BLOCK, 4, workers),
         )  # fmt: skip
         simulated.launch(run, block, planner.THREADS, 1, 0)
         assert not status[0]
@@ -158,6 +168,6 @@ if __name__ == "__main__":  # more of them: python -m tests.attention.test_decod
     for seed in itertools.count():
         numbers = np.random.default_rng(seed)
         shape, depth = SHAPES[seed % 2], int(numbers.integers(1, 4))
-        ranges.JOIN_COST = int(numbers.choice([-(1 << 30), 0, 3, 20]))
+        ranges.APART_COST = int(numbers.choice([-(1 << 30), 0, 3, 20]))
         plan = check(drawn(numbers, shape, depth), int(numbers.choice([1, 5, 40])))
         print(seed, plan, flush=True)

@@ -151,9 +151,8 @@ def nvdisasm() -> str:
     raise FileNotFoundError("nvdisasm")
 
 
-def test_reasons(monkeypatch):
+def test_reasons():
     causal = ALL_VARIANTS["causal"]
-    monkeypatch.setattr(hopper, "_arch", lambda device: device)
     spec = spec_of(4, 128, "float16", "float16", causal)
 
     def reason(spec=spec, device="sm_90a", k=None):
@@ -164,7 +163,7 @@ def test_reasons(monkeypatch):
             aligned = dataclasses.replace(x, pointer=x.pointer & ~15, device=device)
             object.__setattr__(seen, name, aligned)
         object.__setattr__(seen, "device", device)
-        return hopper.refuses(spec, 400, seen)
+        return hopper.refuses(spec, 400, seen, device)
 
     assert reason() == ""
     assert "sm_80" in reason(device="sm_80")
@@ -184,6 +183,7 @@ def test_reasons(monkeypatch):
     assert "4 GiB" in reason(k=far)
     assert "no pages" in reason(k=np.zeros((0, 16, 2, 128), np.float16))
     assert "plan with the cache" in hopper.refuses(spec, 400, None)
+    assert hopper.refuses(spec, 400, None, "sm_90a") == ""
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8])

@@ -52,7 +52,7 @@ def result(case: Case, page_size: int, workers: int, seed: int) -> tuple[Any, An
     known = {n: x for n, x in attn.variant.fixed if np.isscalar(x)}
     shape = plans.Shape("hopper", attn.kv_heads, attn.group, traced.mask, known,
                         hopper.FAMILY.qo_tile(spec), "batch", 0, hopper.order,
-                        hopper.FAMILY.few(spec))  # fmt: skip
+                        few=hopper.FAMILY.few(spec))  # fmt: skip
     plan = plans.make(case.qo_indptr, kv.lengths(), shape, workers)
     box = hopper.box_keys(spec, page_size)
     wide, narrow = hopper._lists(spec, plan, box)

@@ -36,8 +36,9 @@ def compiled(variant, shared=0):
     together = ranges.head_block(KV_HEADS)
     numbers = {
         "G": GROUP, "HEAD_BLOCK": together, "TILE": TILE, "MAX_KEYS": MAX_KEYS,
-        "LEVELS": shared + 1, "NARROW_ROWS": ranges.NARROW_ROWS,
-        "WIDE_TOKENS": ranges.WIDE_ROWS // GROUP, "MOST_ROWS": ranges.WIDE_ROWS,
+        "LEVELS": shared + 1, "ROWS": ranges.ROWS, "TOKENS": ranges.ROWS // GROUP,
+        "ALONE": decode.ALONE, "BEHIND": decode.BEHIND, "FRONT": decode.FRONT,
+        "KIND": decode.BEHIND,
     }  # fmt: skip
     source = "\n".join(
         (
@@ -52,6 +53,9 @@ def compiled(variant, shared=0):
             "namespace attention {",
             *(f"constexpr int {name} = {value};" for name, value in numbers.items()),
             "}",
+            "static unsigned __ballot_sync(unsigned, bool x) { return x; }",
+            "static int __popc(unsigned x) { return __builtin_popcount(x); }",
+            template("shared_items.cuh").replace("#pragma once", ""),
             template("decode_walk.cuh"),
             """
 extern "C" __attribute__((visibility("default")))
@@ -68,7 +72,6 @@ int steps(const Params* at, int cta, int* out) {
     ++n;
   };
   while (in_range(w, range)) {
-    if (has_unit<true>(w, range) == has_unit<false>(w, range) && LEVELS > 1) return -1;
     for (; w.tile < w.end; ++w.tile) step(w.piece, w.seen.at(w.tile));
     if (has_piece(w, range)) {
       next_piece(w, p, variant, range);
@@ -146,12 +149,12 @@ def test_every_visible_tile_is_visited_once(rng, name):
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_units_of_shared_keys_are_walked_once(rng, monkeypatch, depth):
-    """Every row of q meets every tile of each of its nodes once, and ends once at each level that
-    has units of its own; all, none and those that the plan chooses."""
+    """Every row of q meets every tile of each of its nodes that no launch in front does once; that
+    does all, none and those that the plan chooses."""
     walk, seen_flat = compiled(tw.Causal(), depth), 0
     shape = plan.Shape("decode", KV_HEADS, GROUP, tw.Causal().traced.mask, {}, 8, "", 1)
     for case in range(12):
-        monkeypatch.setattr(ranges, "JOIN_COST", (20, -(1 << 30), 1 << 30)[case % 3])
+        monkeypatch.setattr(ranges, "APART_COST", (20, -(1 << 30), 1 << 30)[case % 3])
         requests = int(rng.integers(0, 90)) if case else 0
         counts = rng.integers(0, 9, requests) if rng.random() < 0.5 else np.ones(requests, int)
         shared = draw_levels(rng, requests, depth)
@@ -168,16 +171,17 @@ def test_units_of_shared_keys_are_walked_once(rng, monkeypatch, depth):
                 walk, lengths, None if one_each else indptr, made.cuts, {},
                 nodes=made.nodes.ctypes.data, shared_nodes=nodes - requests,
             )  # fmt: skip
-            met = np.zeros((depth + 1, int(indptr[-1]), KV_HEADS), int)
+            ends = np.zeros((int(indptr[-1]), KV_HEADS), int)
             for (node, token, rows, head), count in ended.items():
-                assert rows > 0 and count >= 1
-                at = node
-                while at >= 0:
-                    tiles = seen.get((at, token, rows, head), [])
-                    assert tiles == list(range(-(-int(lengths[at]) // TILE)))
-                    assert tree["begin"][at] <= np.searchsorted(indptr, token, "right") - 1
-                    met[tree["level"][at], token : token + rows // GROUP, head] += 1
-                    seen_flat += at != node
-                    at = made.nodes["outer"][at] if node >= nodes - requests else -1
-            assert (met == 1).all()
+                assert rows > 0 and count >= 1 and node >= nodes - requests
+                ends[token : token + rows // GROUP, head] += 1
+                of_request = (tree["begin"] <= node - nodes + requests) & (
+                    node - nodes + requests < tree["end"]
+                )
+                for at in np.flatnonzero(of_request):
+                    tiles = seen.get((int(at), token, rows, head), [])
+                    whole = made.nodes["chunks"][at] == 0
+                    assert tiles == list(range(-(-int(lengths[at]) // TILE) * whole))
+                    seen_flat += whole and at != node
+            assert (ends == 1).all()
     assert seen_flat

@@ -109,6 +109,7 @@ inline void perform(Copy& c) {
 
 // One CTA after the other, `order` [ctas].
 inline void run(void (*f)(const void*), const void* p, int count, const int32_t* order, int ctas, uint64_t seed) {
+  grid = ctas;
   state = seed * 2 + 1;
   kernel = f;
   argument = p;

@@ -27,7 +27,7 @@ from tilewright.attention.checks import (
     named_view,
     ordinal_of,
 )
-from tilewright.attention.families import Call, Family, Scratch
+from tilewright.attention.families import Call, Family, Scratch, decode
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
 from tilewright.attention.plan import Plan
@@ -134,8 +134,9 @@ class Attention:
         workers = check_count("workers", workers, plan.MAX_WORKERS)
         size = (spec.head_dim + spec.head_dim_vo) * spec.kv.itemsize
         batch = Batch(lengths, size, reasons, gpu.name if gpu else "")
-        numbers = tuple((n, v) for n, v in values.items() if is_number(v))
-        shape = _shape_of(self, family, family.qo_tile(spec), numbers, family.few(spec))
+        block = decode.shared_block(spec, pool, gpu.arch) if table.form.shared and gpu else 1
+        numbers = tuple((n, v) for n, v in values.items() if is_number(v)), block, family.few(spec)
+        shape = _shape_of(self, family, family.qo_tile(spec), *numbers)
         result = plan.make(indptr, lengths, shape, workers, table.tree(lengths), batch)
         if gpu is not None:
             result.on_device(ordinal_of(table.device))
@@ -157,11 +158,14 @@ class Attention:
         if kv is not None:
             check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         heads = (self.kv_heads, self.group, self.head_dim)
-        room = Workspace(heads, max_requests, max_tokens, device, workers, shared)
+        form, pool = (kv.table.form, kv.pool) if kv else (TableForm(shared=shared), None)
+        spec = _spec_of(self, (kv.dtype if kv else dtypes.bfloat16,) * 3, form)
+        block_of = functools.partial(decode.shared_block, spec, pool)
+        room = Workspace(heads, max_requests, max_tokens, device, workers, shared, block_of)
         shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())
         room.most_tiles = planner.most_visible_tiles(shape, room.longest)
         if kv is not None:
-            room.load(_spec_of(self, (kv.dtype, kv.dtype, kv.dtype), kv.table.form))
+            room.load(spec, kv.pool.page_size)
         return room
 
     def resolve(self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None) -> Resolution:
@@ -345,13 +349,18 @@ def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableFor
 
 @functools.lru_cache(512)
 def _shape_of(
-    attn: Attention, family: Family, qo_tile: int, values: tuple[tuple[str, Any], ...], few: int = 0
+    attn: Attention,
+    family: Family,
+    qo_tile: int,
+    values: tuple[Any, ...],
+    block: int = 1,
+    few: int = 0,
 ) -> plan.Shape:
     """What a planner must know, with the scalars that are fixed or among `values`."""
     known = {n: v for n, v in (*attn.variant.fixed, *values) if is_number(v)}
     return plan.Shape(
         family.name, attn.kv_heads, attn.group, traced_of(attn.variant).mask, known, qo_tile,
-        family.splits, family.ctas_per_sm, family.order, few,
+        family.splits, family.ctas_per_sm, family.order, block, few,
     )  # fmt: skip
 
 
@@ -373,8 +382,6 @@ def _check_not_capturing(plan: Plan | Workspace, device: str) -> None:
     """A plan's work space is allocated by the call, which a recording would replay without."""
     if device == "cpu" or isinstance(plan, Workspace):
         return
-    from tilewright.runtime import cuda
-
     if cuda.is_capturing(ordinal_of(device)):
         text = "a CUDA graph is being captured: the memory of this call would not outlive it"
         hint = "room = attn.reserve(…); in the graph room.plan(table), attn.run(q, kv, room)"

@@ -20,6 +20,7 @@ from tilewright.attention.spec import constants, loaded, namespace
 from tilewright.codegen.params import C_TYPES
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
+from tilewright.runtime import cuda
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import View, allocate
 
@@ -206,8 +207,6 @@ def cuda_source(o: DType, dim: int) -> str:
 
 
 def _on_gpu(states: list[tuple[View, View]], out: tuple[View, View], mask: Any) -> None:
-    from tilewright.runtime import cuda
-
     o, lse = out
     if o.dtype == dtypes.float64 or lse.dtype != dtypes.float32:
         raise ArgumentError("A102", "float64 states on a GPU", where="states", hint="float32")

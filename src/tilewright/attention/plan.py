@@ -26,6 +26,7 @@ from tilewright.attention.ranges import CUT
 from tilewright.attention.report import Batch, Report
 from tilewright.attention.table import NODE, of_requests
 from tilewright.errors import ArgumentError
+from tilewright.runtime import cuda
 from tilewright.runtime.layout import Struct
 
 ITEM = Struct("Item", [(name, "int32") for name in (
@@ -41,7 +42,9 @@ MAX_WORKERS = 1 << 16
 CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
 
-_NUMBERS = ("kv_heads", "qo_tile", "workers", "slots", "counters", "group", "narrow")
+_NUMBERS = (
+    "kv_heads", "qo_tile", "workers", "slots", "counters", "group", "block", "narrow",
+)  # fmt: skip
 _ARRAYS = {
     "items": ITEM.numpy, "qo_indptr": np.dtype(np.int32), "cuts": CUT.numpy, "nodes": NODE.numpy,
 }  # fmt: skip
@@ -68,8 +71,9 @@ class Plan:
     `qo_tile` is the most queries an item has; `slots` and `counters` size the work space; `workers`
     are threads or SMs; `imbalance` is the longest worker's estimated work over the mean. `longest`:
     the most queries of a request; `nodes`: an array of `NODE` where requests share keys, `group`:
-    query heads of a KV head, which packs their rows; `narrow`: workers that begin with the items of
-    few rows; `tensors`: what `on_device` has copied to GPUs; `batch`: what `report` needs.
+    query heads of a KV head, which packs their rows; `block`: queries of an item of the launch in
+    front that does shared keys; `narrow`: workers that begin with the items of few rows; `tensors`:
+    what `on_device` has copied to GPUs; `batch`: what `report` needs.
 
     Kernels trust a plan, so one that was not planned here is checked when it is constructed (see
     `check`): by `load`, `dataclasses.replace`, `pickle` and the constructor. It keeps arrays of its
@@ -88,6 +92,7 @@ class Plan:
     cuts: np.ndarray = field(default_factory=lambda: _NO_CUTS)
     nodes: np.ndarray = field(default_factory=lambda: _NO_NODES)
     group: int = 1
+    block: int = 1
     narrow: int = 0
     batch: Batch | None = field(default=None, repr=False)
     tensors: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
@@ -130,11 +135,9 @@ class Plan:
     def on_device(self, ordinal: int) -> tuple[Any, ...]:
         """`qo_indptr`, the work (items or cuts) and the nodes as int32 arrays on a GPU."""
         if ordinal not in self.tensors:
-            from tilewright.runtime.cuda import DeviceArray
-
             work = (self.cuts if len(self.cuts) else self.items).view(np.int32)
             parts = (self.qo_indptr, work, self.nodes.view(np.int32))
-            both = DeviceArray.from_numpy(np.concatenate(parts), ordinal=ordinal)
+            both = cuda.DeviceArray.from_numpy(np.concatenate(parts), ordinal=ordinal)
             ends = np.cumsum([0, *map(len, parts)]).tolist()
             self.tensors[ordinal] = tuple(both.rows(*ends[i : i + 2]) for i in range(3))
         return self.tensors[ordinal]
@@ -212,15 +215,14 @@ def make(
     args = indptr, nodes, kv_lengths, shape, workers
     if shape.ctas_per_worker:
         cuts, nodes, balance = planner.cut(*args)
-        nodes, work = (
-            _frozen(nodes),
-            {"cuts": _frozen(cuts), "imbalance": balance, "slots": 0, "counters": 0},
-        )
+        nodes = _frozen(nodes)
+        work = {"cuts": _frozen(cuts), "imbalance": balance, "slots": 0, "counters": 0}
     else:
         work = _items(*args)
     return Plan(
         **work, qo_indptr=indptr, nodes=nodes, kv_heads=shape.kv_heads, qo_tile=shape.qo_tile,
-        workers=workers, family=shape.family, group=shape.group, batch=batch, planned=True,
+        workers=workers, family=shape.family, group=shape.group, block=shape.block,
+        batch=batch, planned=True,
     )  # fmt: skip
 
 
@@ -346,16 +348,19 @@ def check(plan: Plan) -> None:
     indptr, items = plan.qo_indptr, plan.items
     from_zero = len(indptr) and indptr[0] == 0 and rises(indptr)
     _require(from_zero, "qo_indptr does not rise from 0")
-    limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group, plan.narrow + 1)
+    limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group, plan.block, plan.narrow + 1)
     _require(min(limits) >= 1 and max(limits) < 2**31, "its numbers are out of range")
     _require(_is_tree(plan.nodes, plan.requests), "its nodes are no tree of the requests")
     first, last = _rows_of_nodes(indptr, plan.nodes)
     units = np.full(len(first), plan.kv_heads // ranges.head_block(plan.kv_heads))
     if plan.tree[0] and len(plan.cuts):
-        own = plan.nodes["states"] >> plan.nodes["level"] & 1
-        links = (ranges.linked(plan.nodes, own)[0] == plan.nodes).all()
-        _require(links and own[len(own) - plan.requests :].all(), "its nodes are not linked")
-        units *= ranges.row_blocks(last - first, plan.group, plan.nodes)[0]
+        own, chunks = np.arange(len(first)) >= len(first) - plan.requests, plan.nodes["chunks"]
+        wanted = ranges.linked(plan.nodes, chunks > 0)[0]
+        numbers = ranges.numbers(plan.nodes, last - first, plan.kv_heads, plan.block)
+        fits = (wanted == plan.nodes).all() and (chunks >= 0).all() and not chunks[own].any()
+        fits = fits and (numbers == [plan.nodes["item"], plan.nodes["row"]]).all()
+        _require(fits, "its nodes are not linked, or their items not numbered")
+        units *= own & (last > first)
     _require(ranges.is_sound(plan.cuts, units), "its cuts do not cover the batch")
     if not len(items):
         return _require(not plan.tokens or len(plan.cuts), "it has no work")

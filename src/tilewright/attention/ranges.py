@@ -1,8 +1,8 @@
 """Ranges: the tiles of a decode batch cut into contiguous pieces of equal cost, one for each team.
 
-A unit is (node of the table, block of packed rows, block of KV heads), in that order; a range goes
-from one cut to the next. No range lists its tiles: lengths are read when the kernel runs, and the
-last range of a unit works to its end.
+A unit is (request, block of KV heads), in that order; a range goes from one cut to the next. No
+range lists its tiles: lengths are read when the kernel runs, and the last range of a unit works to
+its end. The plan decides which shared keys a launch in front reads, once for many requests.
 """
 
 from typing import Any
@@ -14,18 +14,17 @@ from tilewright.runtime.layout import Struct
 TILE = 64  # keys of a tile
 HEAD_BLOCK = 8  # KV heads of a range, at most: its CTAs read the same pages at the same time
 TILE_COST, UNIT_COST = 4, 2  # of a tile, and of starting and finishing a unit
-WIDE_COST, SNAP = 6, 2  # of a tile of a wide unit; its parts are multiples of so many tiles
-JOIN_COST = 28  # of joining states of shared keys with those of their requests, in one CTA
+APART_COST, CHUNK_TILES = 3, 2  # of a launch in front, for each range; tiles of a chunk, at least
+HALF_TILES = 5  # of a range: with more of its own a decode kernel takes all SMs behind that launch
 
 CUT = Struct("Cut", [(name, "int32") for name in ("node", "unit", "tile", "first", "last")])
 """Where a range begins: a unit of a node and a tile of it. `first` and `last` are the ranges that
 hold the first and the last tile of that unit."""
 
 SHORT = 48  # tiles of a range whose units are worth counting
-NARROW_ROWS, WIDE_ROWS = 16, 64  # packed rows of a unit, at most, where nodes are shared
+ROWS = 16  # packed rows (queries × group) of a request, at most
 
 _NODE, _UNIT = 43, 26  # the bits of a cut's key: NODE_SHIFT and UNIT_SHIFT of cuts.h
-MAX_NODES, MAX_UNITS = 1 << 20, 1 << 17
 
 
 def head_block(kv_heads: int) -> int:
@@ -33,66 +32,65 @@ def head_block(kv_heads: int) -> int:
     return max(n for n in range(1, HEAD_BLOCK + 1) if kv_heads % n == 0)
 
 
-def row_blocks(
-    queries: np.ndarray, group: int, nodes: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of nodes that so many queries read: the blocks of packed rows, and whether these are wide.
-    A node has none without readers, or where a plan (`nodes`) says that they walk it themselves."""
-    wide = queries * group > NARROW_ROWS
-    blocks = np.where(wide, -(-queries // (WIDE_ROWS // group)), queries > 0)
-    return blocks if nodes is None else blocks * (nodes["states"] >> nodes["level"] & 1), wide
+def of_front(block: int, group: int, sms: int) -> int:
+    """CTAs of a launch in front: one an SM of the Hopper family, two of the decode family."""
+    return sms * (1 + (block * group <= ROWS))
 
 
-def linked(nodes: np.ndarray, own: Any, tiles: Any = 0) -> tuple[np.ndarray, np.ndarray]:
-    """`nodes` with `outer` and `states`, where those of `own` are units; the tiles of a unit."""
+def linked(nodes: np.ndarray, apart: Any, tiles: Any = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`nodes` with the links of a plan in which a launch in front does those of `apart`; the tiles
+    that a unit walks."""
     nodes, requests = nodes.copy(), int(nodes["end"].max(initial=0))
     tiles = np.zeros(len(nodes), int) + tiles
-    so_far = np.array([[-1], [0], [0]]) + np.zeros(requests + 1, int)  # of each request
+    so_far = np.array([[-1], [-1], [0]]) + np.zeros(requests + 1, int)  # of each request
     for level in range(int(nodes["level"].max(initial=-1)) + 1):
         at = np.flatnonzero(nodes["level"] == level)
-        outer, states, walked = so_far[:, nodes["begin"][at]]
-        nodes["outer"][at], nodes["states"][at] = outer, states | own[at] << level
-        more = np.where(own[at], (outer, walked), (at, walked + tiles[at]))
-        many = nodes["end"][at] - nodes["begin"][at]
-        so_far[:, :-1] = np.repeat((more[0], nodes["states"][at], more[1]), many, 1)
-    tiles[len(nodes) - requests :] += so_far[2, :-1]
+        outer, joined, walked = so_far[:, nodes["begin"][at]]
+        nodes["outer"][at], nodes["joined"][at] = outer, joined
+        more = np.where(apart[at], (outer, at, walked), (at, joined, walked + tiles[at]))
+        so_far[:, :-1] = np.repeat(more, nodes["end"][at] - nodes["begin"][at], 1)
+    tiles[len(nodes) - requests :] = so_far[2, :-1]
     return nodes, tiles
 
 
 def chosen(
-    nodes: np.ndarray, keys: np.ndarray, queries: np.ndarray, heads: tuple[int, int], limit: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """What `linked` returns of the choice by predicted time (see cuts.h). `heads`: blocks of KV
-    heads, and the query heads of a KV head."""
-    tiles, (blocks, wide) = -(-keys // TILE), row_blocks(queries, heads[1])
-    alone = np.minimum(nodes["end"] - nodes["begin"], queries) * tiles * TILE_COST
-    gain = alone - blocks * (np.where(wide, WIDE_COST, TILE_COST) * tiles + UNIT_COST) - JOIN_COST
-    own = np.arange(len(nodes)) >= len(nodes) - nodes["end"].max(initial=0)
-    gain = np.where(own, 0, gain).clip(0)
-    shares = gain.sum() * heads[0] > JOIN_COST * limit
-    return linked(nodes, own | (gain > 0) & shares, tiles)
+    nodes: np.ndarray, keys: np.ndarray, queries: np.ndarray, kv_heads: int, limit: int,
+    block: int, front: int,
+) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
+    """What `linked` returns of the choice by predicted time (see cuts.h), and the most ranges.
+    `block`: queries of an item of the launch in front, which has up to `front` CTAs."""
+    tiles, blocks = -(-keys // TILE), -(-queries // block)
+    shared = np.arange(len(nodes)) < len(nodes) - nodes["end"].max(initial=0)
+    readers = np.minimum(nodes["end"] - nodes["begin"], queries)
+    gain = (readers * tiles - blocks * (tiles + CHUNK_TILES)) * TILE_COST * shared
+    heads, gains = kv_heads // head_block(kv_heads), gain.clip(0).sum()
+    nodes, walked = linked(nodes, apart := (gain > 0) & (gains * heads > APART_COST * limit), tiles)
+    if apart.any() and (tiles * ~shared * (queries > 0)).sum() * heads <= HALF_TILES * (limit // 2):
+        limit, front = max(limit // 2, 1), max(front // 2, 1)
+    items = blocks * kv_heads * apart
+    wanted = tiles * front // max(int((items * tiles).sum()), 1)
+    nodes["chunks"] = np.minimum(wanted, tiles // CHUNK_TILES).clip(1) * (items > 0)
+    nodes["item"], nodes["row"] = numbers(nodes, queries, kv_heads, block)
+    return nodes, walked, limit
 
 
-def _sizes(lengths: np.ndarray, kv_heads: int, blocks: Any, wide: Any) -> tuple[np.ndarray, ...]:
-    """Tiles of a unit, units, and the cost of a tile, of each node."""
-    tiles = np.maximum(-(-np.asarray(lengths, np.int64) // TILE), 1)
-    units = np.full(len(tiles), kv_heads // head_block(kv_heads)) * blocks
-    return tiles, units, np.where(wide, WIDE_COST, np.full(len(tiles), TILE_COST))
+def numbers(nodes: np.ndarray, queries: np.ndarray, kv_heads: int, block: int) -> np.ndarray:
+    """The first item of each node and the first row of its states, int64 (2, nodes)."""
+    counts = np.array([-(-queries // block) * kv_heads, queries]) * nodes["chunks"]
+    return np.cumsum(counts, 1) - counts
 
 
-def cut(
-    lengths: np.ndarray, kv_heads: int, ctas: int, blocks: Any = 1, wide: Any = False
-) -> np.ndarray:
+def cut(lengths: np.ndarray, kv_heads: int, ctas: int, exist: Any = True) -> np.ndarray:
     """The cuts of a batch, an array of `CUT` (ranges + 1), for at most `ctas` CTAs.
 
-    Of each node: `lengths`, its keys; `blocks` of packed rows and whether they are `wide`, arrays
-    or one value for all. A node without keys costs a tile: its result is written too. The last
-    range of a unit works to the end of its keys as they are when the kernel runs.
+    Of each node: `lengths`, its keys, and whether it has units (`exist`, an array or one value). A
+    node without keys costs a tile: its result is written too. The last range of a unit works to the
+    end of its keys as they are when the kernel runs.
     """
     if not len(lengths):
         return np.zeros(1, CUT.numpy)
-    tiles, units, tile_cost = _sizes(lengths, kv_heads, blocks, wide)
-    cost = tile_cost * tiles + UNIT_COST
+    tiles, units = _sizes(lengths, kv_heads, exist)
+    cost = TILE_COST * tiles + UNIT_COST
     ends = np.concatenate([[0], np.cumsum(cost * units)])
     most = count = int(max(1, min(ctas // head_block(kv_heads), (tiles * units).sum())))
     alike = (cost[units > 0] == cost[-1]).all() and (tiles * units).sum() <= SHORT * most
@@ -105,15 +103,19 @@ def cut(
     if not ends[-1]:  # no unit at all
         node, unit, tile = np.full(count, len(tiles)), np.zeros(count, int), np.zeros(count, int)
     else:
-        step = np.where(tile_cost == WIDE_COST, SNAP, 1)[node]
         unit, rest = np.divmod(at - ends[node], cost[node])
-        by = tile_cost[node] * step
-        tile = np.maximum((rest - UNIT_COST + by // 2) // by, 0) * step
+        tile = np.maximum((rest - UNIT_COST + TILE_COST // 2) // TILE_COST, 0)
         full = tile >= tiles[node]
         over = full & (unit + 1 >= units[node])
         node, unit = node + over, np.where(over, 0, unit + full)
         tile = np.where(full, 0, tile)
     return _array(np.append(node, len(tiles)), np.append(unit, 0), np.append(tile, 0))
+
+
+def _sizes(lengths: np.ndarray, kv_heads: int, exist: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles of a unit, and units, of each node."""
+    tiles = np.maximum(-(-np.asarray(lengths, np.int64) // TILE), 1)
+    return tiles, np.full(len(tiles), kv_heads // head_block(kv_heads)) * exist
 
 
 def _key(node: np.ndarray, unit: np.ndarray, tile: np.ndarray) -> np.ndarray:
@@ -131,15 +133,11 @@ def _array(node: np.ndarray, unit: np.ndarray, tile: np.ndarray) -> np.ndarray:
     return cuts
 
 
-def work(
-    cuts: np.ndarray, lengths: np.ndarray, kv_heads: int, blocks: Any = 1, wide: Any = False
-) -> np.ndarray:
-    """The cost of the tiles of each range; arguments as for `cut`."""
-    tiles, units, tile_cost = _sizes(lengths, kv_heads, blocks, wide)
-    ends = np.append(0, np.cumsum(units * tiles * tile_cost))
-    node = cuts["node"].astype(np.int64)
-    tiles, tile_cost = np.append(tiles, 0), np.append(tile_cost, 0)
-    return np.diff(ends[node] + (cuts["unit"] * tiles[node] + cuts["tile"]) * tile_cost[node])
+def work(cuts: np.ndarray, lengths: np.ndarray, kv_heads: int, exist: Any = True) -> np.ndarray:
+    """The tiles of each range; arguments as for `cut`."""
+    tiles, units = _sizes(lengths, kv_heads, exist)
+    ends, node = np.append(0, np.cumsum(units * tiles)), cuts["node"].astype(np.int64)
+    return np.diff(ends[node] + cuts["unit"] * np.append(tiles, 0)[node] + cuts["tile"])
 
 
 def is_sound(cuts: np.ndarray, units: np.ndarray) -> bool:

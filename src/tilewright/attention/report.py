@@ -79,7 +79,7 @@ def _microseconds(plan: Any, batch: Batch, costs: Costs, nbytes: int) -> float:
     order = cuts["node"].astype(np.int64) * head_blocks + cuts["unit"]
     partial, rows = cuts["tile"] > 0, plan.longest * plan.group
     units, parts = np.diff(order) + partial[1:], partial[1:].astype(int) + partial[:-1]
-    tiles = ranges.work(cuts, batch.keys, plan.kv_heads) / ranges.TILE_COST
+    tiles = ranges.work(cuts, batch.keys, plan.kv_heads)
     ctas = tiles * ranges.TILE * batch.key_bytes / costs.cta
     ctas += units * (costs.unit + costs.row * rows) + parts * costs.part
     merged = 1 + int((cuts["last"] - cuts["first"])[partial].max(initial=-1))

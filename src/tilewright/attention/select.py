@@ -27,6 +27,7 @@ from tilewright.ir.nodes import Access, Binary, Cast, Index, Reduce
 from tilewright.ir.rewrite import free_vars, walk
 from tilewright.ops import recipes
 from tilewright.ops.paging import pages_before_kernel
+from tilewright.runtime import cuda
 from tilewright.runtime.kernel import Kernel
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.transfer import to_device, to_host
@@ -185,8 +186,6 @@ class Selection:
 
     def _on_gpu(self) -> Callable[[], None]:
         """Launches kernels/select.cuh."""
-        from tilewright.runtime import cuda
-
         source, table, ordinal = self._kv.table, self.table, ordinal_of(self.table.device)
         block = PARAMS.pack(
             scores=view(self._scores).pointer, kv_len=source.views["kv_len"].pointer,

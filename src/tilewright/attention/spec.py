@@ -13,6 +13,7 @@ from tilewright.attention.variant import Traced
 from tilewright.codegen import prelude_files
 from tilewright.codegen.params import C_TYPES
 from tilewright.dtypes import DType
+from tilewright.runtime import cuda
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import View
 from tilewright.toolchain import nvrtc
@@ -24,8 +25,7 @@ PARTIALS: tuple[tuple[str, ...], ...] = (
     ("states", "ptr", "float*"), ("arrivals", "ptr", "int32_t*"), ("state_rows", "int64"),
 )  # fmt: skip
 """Fields of families that cut work along the keys: partial results and who has written them; of
-nodes that share keys the states of each level, `state_rows` rows each, and the levels that have
-arrived."""
+nodes that share keys the states, on CPUs `state_rows` rows of each level, and who has arrived."""
 
 _ELEMENTS = """struct float32 { using type = float; };
 struct float16 { using type = uint16_t; };
@@ -90,7 +90,7 @@ def param_values(
 
 
 def partial_params(
-    partials: int, floats: int, counters: int, counts: int, rows: int
+    partials: int, floats: int, counters: int, counts: int, rows: int = 0
 ) -> dict[str, int]:
     """The values of `PARTIALS`: `floats` of partial results come before the states, `counts`
     of their counters in front of the arrivals."""
@@ -159,8 +159,6 @@ def compile_cuda(
 @functools.lru_cache(512)
 def loaded(text: str, ordinal: int, function: str = "stage0", name: str = "attention") -> Any:
     """A function of CUDA C++, loaded on one GPU. Raises BuildError[B101, B102, B104]."""
-    from tilewright.runtime import cuda
-
     cubin = compile_cuda(text, cuda.device(ordinal).arch, name=name)
     return cuda.Module(cubin.image, ordinal).function(function)
 

@@ -41,10 +41,10 @@ from tilewright.sparse.formats import Format
 from tilewright.sparse.pack import Packed, Part, Structure
 from tilewright.sparse.structured import paged
 
-_FIELDS = ("begin", "end", "base", "level", "outer", "states")
+_FIELDS = ("begin", "end", "base", "level", "outer", "joined", "chunks", "item", "row")
 NODE = Struct("Node", [(name, "int32") for name in _FIELDS])
-"""A row of a table: requests begin … end − 1 have its keys behind `base` others; `outer` and
-`states` are a plan's (see table.h)."""
+"""A row of a table: requests begin … end − 1 have its keys behind `base` others; `outer` and all
+behind it are a plan's (see table.h)."""
 
 MAX_KEYS = 2**31 - 128
 """The most keys of a request: positions are int32, and so is the end of the last tile."""

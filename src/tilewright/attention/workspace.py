@@ -9,12 +9,14 @@ A replay plans again from the lengths that are then in memory. Nothing is alloca
 waited for, and no address moves.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from tilewright import dtypes
 from tilewright.attention import planner, ranges
 from tilewright.attention.checks import check_count, integer_view
-from tilewright.attention.families import decode
+from tilewright.attention.families import decode, hopper
 from tilewright.attention.plan import MAX_WORKERS
 from tilewright.attention.ranges import CUT
 from tilewright.attention.spec import Spec, loaded, partial_params
@@ -41,9 +43,10 @@ class Workspace:
 
     def __init__(
         self, heads: tuple[int, int, int], max_requests: int, max_tokens: int | None, device: str,
-        workers: int | None, shared: int,
+        workers: int | None, shared: int, block_of: Callable[[str], int],
     ) -> None:  # fmt: skip
-        """`heads`: KV heads, group, head_dim. Raises ArgumentError[A103, A105], BuildError."""
+        """`heads`: KV heads, group, head_dim. `block_of` an architecture: `Plan.block` of plans for
+        it. Raises ArgumentError[A103, A105], BuildError."""
         self.ordinal = _checked(heads[1], max_requests, max_tokens, device, workers, shared)
         self.kv_heads, self.group = heads[:2]
         self.max_requests, self.max_tokens = max_requests, max_tokens
@@ -53,7 +56,9 @@ class Workspace:
         self._block = ranges.head_block(self.kv_heads)
         gpu = cuda.device(self.ordinal)
         sms = gpu.sms if workers is None else workers
-        blocks = decode.blocks_of(self.longest * self.group, shared)
+        self.block = block_of(gpu.arch) if shared else 1
+        self.front = ranges.of_front(self.block, self.group, sms)
+        blocks = decode.blocks_of(self.longest * self.group)
         self.limit = max(decode.CTAS_PER_SM * sms // self._block, 1)
         most = gpu.attribute(_SMEM_OF_A_CTA) - _STATIC_SMEM
         if planner.smem_bytes(self.max_nodes, self.limit) > most:
@@ -68,12 +73,12 @@ class Workspace:
             return cuda.DeviceArray((count,), kind, self.ordinal)
 
         tokens = max_tokens or max_requests
-        self._state_rows = tokens * heads[0] * heads[1]
-        self._slots = decode.partial_floats(heads[2], blocks, self.ctas, shared)
-        states = decode.state_floats(heads[2], self._state_rows, shared)
+        rows = shared * tokens + self.block * self.front // heads[0] + 1  # chunks fill the CTAs
+        rows *= heads[0] * heads[1] * bool(shared)
+        self._slots, states = decode.partial_floats(heads[2], blocks, self.ctas, rows)
         self._cuts = words("int32", (self.limit + 1) * (CUT.size // 4))
         self._partials = words("float32", self._slots + states)
-        self._counters = words("int32", self.ctas + (tokens * heads[0] if shared else 0))
+        self._counters = words("int32", self.ctas + 1)
         self._indptr = words("int32", max_requests + 1 if max_tokens else 0)
         self._nodes = words("int32", NODE.size // 4 * self.max_nodes if shared else 0)
         self._status = cuda.HostWords(self.ordinal)
@@ -91,12 +96,17 @@ class Workspace:
         arrays = (self._cuts, self._partials, self._counters, self._indptr, self._nodes)
         return sum(a.nbytes for a in arrays)
 
-    def load(self, spec: Spec) -> None:
+    def load(self, spec: Spec, page_size: int) -> None:
         """Load the kernels of a spec, so that no capture has to. Raises BuildError."""
-        text = planner.cuda_source(spec.table.for_planner(), self.group)
+        text = planner.cuda_source(spec.table.for_planner(), self.group, self.block)
         loaded(text, self.ordinal, "plan_cuts", "planner")
-        blocks = decode.blocks_of(self.longest * self.group, self.shared)
-        loaded(decode.source(spec, self._block, blocks), self.ordinal)
+        text = functools.partial(decode.source, spec, self._block, block=self.block)
+        kind = decode.BEHIND if self.shared else decode.ALONE
+        loaded(text(decode.blocks_of(self.longest * self.group), kind), self.ordinal)
+        if self.block * self.group > decode.ROWS:
+            loaded(hopper.source(spec, hopper.box_keys(spec, page_size), True), self.ordinal)
+        elif self.shared:
+            loaded(text(decode.blocks_of(decode.ROWS), decode.FRONT), self.ordinal)
 
     def check(self) -> None:
         """Refuse what a plan on the GPU has found wrong since the last look, also one that a graph
@@ -141,8 +151,9 @@ class Workspace:
             cuts=self._cuts.pointer, nodes=self._nodes.pointer, status=self._status.pointer,
             limit=self.limit, most_tiles=self.most_tiles, requests=table.requests,
             node_count=table.nodes, head_blocks=self.kv_heads // self._block, max_tokens=rows,
+            kv_heads=self.kv_heads, front=self.front,
         )  # fmt: skip
-        text = planner.cuda_source(form.for_planner(), self.group)
+        text = planner.cuda_source(form.for_planner(), self.group, self.block)
         function = loaded(text, self.ordinal, "plan_cuts", "planner")
         smem = planner.smem_bytes(table.nodes, self.limit)
         block = (planner.THREADS, 1, 1)
@@ -178,7 +189,7 @@ class Workspace:
         indptr = self._indptr.pointer if self.max_tokens else 0
         nodes = {"nodes": self._nodes.pointer} if self.shared else {}
         plan = {"qo_indptr": indptr, "cuts": self._cuts.pointer}
-        return plan | nodes | partial_params(*memory, self._state_rows)
+        return plan | nodes | partial_params(*memory)
 
     def __repr__(self) -> str:
         return (

@@ -186,7 +186,7 @@ class Launch:
     """A kernel with its grid and parameters: `run(stream)` launches it on a stream.
 
     The bytes of `params` are read at each `run`, so they may be rewritten between two.
-    A grid with a zero launches nothing.
+    A grid with a zero launches nothing. `before`: a launch that each run has in front of its own.
     """
 
     function: Function
@@ -195,6 +195,7 @@ class Launch:
     smem_bytes: int
     params: Params
     attributes: ctypes.Array[_Attribute]
+    before: Launch | None = None
     # The native call by stream, never rewritten: two threads may launch on two streams.
     _calls: dict[int, Callable[[], int]] = field(default_factory=dict, init=False)
 
@@ -205,6 +206,8 @@ class Launch:
 
     def run_active(self, stream: int) -> None:
         """`run` where the GPU's context is current in this thread."""
+        if self.before is not None:
+            self.before.run_active(stream)
         call = self._calls.get(stream)
         if call is None:
             if 0 in self.grid:

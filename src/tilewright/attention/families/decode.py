@@ -1,6 +1,7 @@
 """The decode family: few query rows over long KV on tensor cores, sm_80 and newer.
 
-Template: kernels/decode.cuh. `attention/ranges.py` cuts the work of a batch."""
+Template: kernels/decode.cuh. `attention/ranges.py` cuts the work of a batch. Keys that requests
+share are read by a launch in front, of this family or of the Hopper family (`Plan.block`)."""
 
 import functools
 from typing import Any
@@ -8,17 +9,19 @@ from typing import Any
 import numpy as np
 
 from tilewright.attention import spec as specs
+from tilewright.attention.families import hopper
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
-from tilewright.attention.ranges import CUT, NARROW_ROWS, TILE, WIDE_ROWS, head_block
+from tilewright.attention.ranges import CUT, ROWS, TILE, head_block, of_front
 from tilewright.attention.spec import Spec
 from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
+from tilewright.runtime import cuda
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
-KEYS, ROWS = 16, NARROW_ROWS  # keys of a tile for each warp; packed rows of a request
+KEYS = 16  # of a tile, for each warp
 MOST_ROWS = 32  # packed rows where a plan says so, keys are not shared and rows are short
 WARPS = TILE // KEYS
 # Stages of a warp's ring, of rows up to SHORT_ROW elements (more bytes in flight lengthen the queue
@@ -27,8 +30,7 @@ STAGES, SHORT_ROW = (2, 1), 128
 THREADS = WARPS * 32
 # Resident at once: what the registers of a CTA are limited to. Three are no faster.
 CTAS_PER_SM = 2
-WIDE_BLOCKS = WIDE_ROWS // WARPS // 8  # of 8 packed rows, for a warp where many requests share keys
-WIDE_GROUPS = 4  # of 16 keys that such a warp works on at once
+ALONE, BEHIND, FRONT = range(3)  # kinds of launches where requests share keys (decode.cuh)
 
 
 def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
@@ -47,10 +49,9 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
 # ---------------------------------------------------------------------------- the kernel
 
 
-def blocks_of(rows: int, shared: int = 0) -> int:
-    """Blocks of 8 packed rows of a narrow unit, for at most `rows` of a request; where requests
-    share keys their rows fill two."""
-    return 4 if rows > ROWS else 1 if rows <= 8 and not shared else 2
+def blocks_of(rows: int) -> int:
+    """Blocks of 8 packed rows of a unit, for at most `rows` of a request."""
+    return 4 if rows > ROWS else 1 if rows <= 8 else 2
 
 
 def _columns(head_dim: int) -> int:
@@ -58,27 +59,26 @@ def _columns(head_dim: int) -> int:
     return -(-head_dim // 16) * 16
 
 
-def smem_bytes(spec: Spec, blocks: int) -> int:
+def smem_bytes(spec: Spec, blocks: int, kind: int = ALONE) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
-    k, v = _columns(spec.head_dim), _columns(spec.head_dim_vo)
-    ring = (
-        WARPS * STAGES[spec.head_dim > SHORT_ROW] * KEYS * (k + v + 16) * 2
-        + WARPS * blocks * 8 * 8
-        + 16
-    )
-    ring += (blocks * k > 256) * blocks * 8 * (k + 8) * 2  # q, where it takes too many registers
-    return ring + bool(spec.table.shared) * (WARPS * 16 + 20 + 16 * spec.table.shared) * WIDE_ROWS
+    k, v, rows = _columns(spec.head_dim), _columns(spec.head_dim_vo), blocks * 8
+    ring = WARPS * STAGES[spec.head_dim > SHORT_ROW] * KEYS * (k + v + 16) * 2
+    ring += (blocks * k > 256) * rows * (k + 8) * 2  # q, where it takes too many registers
+    return ring + WARPS * rows * 8 + 16 + WARPS * rows * 16 * (kind == FRONT)
 
 
-def partial_floats(head_dim: int, blocks: int, ctas: int, shared: int = 0) -> int:
-    """float32 words of the partial states: two of each CTA."""
-    rows = WIDE_ROWS if shared else blocks * 8
-    return 2 * ctas * rows * (_columns(head_dim) + 2)
+def partial_floats(head_dim: int, blocks: int, ctas: int, rows: int = 0) -> tuple[int, int]:
+    """float32 words of the partial states, two of each CTA, and of the states of `rows` that a
+    launch in front leaves."""
+    columns = _columns(head_dim)
+    return 2 * ctas * blocks * 8 * (columns + 2), rows * (columns + 8)
 
 
-def state_floats(head_dim: int, rows: int, shared: int) -> int:
-    """float32 words of the states of all levels; `rows` of o and levels of `shared` keys."""
-    return (shared + 1) * rows * (_columns(head_dim) + 4) if shared else 0
+def shared_block(spec: Spec, pool: Pool | None, arch: str) -> int:
+    """Queries of an item of the launch in front that does shared keys on GPUs of `arch`: of the
+    Hopper family where that can run it (`pool`: None where it is not known), else of this one."""
+    can = not hopper.refuses(spec, 0, pool, arch)
+    return (hopper.rows_of(spec) if can else ROWS) // spec.group
 
 
 def params_struct(spec: Spec) -> Struct:
@@ -87,13 +87,14 @@ def params_struct(spec: Spec) -> Struct:
 
 
 @functools.lru_cache(256)
-def source(spec: Spec, together: int, blocks: int) -> str:
-    """The CUDA C++ of one kernel; `together`: KV heads of one range; `blocks` of 8 packed rows."""
+def source(spec: Spec, together: int, blocks: int, kind: int = ALONE, block: int = 1) -> str:
+    """The CUDA C++ of one kernel; `together`: KV heads of one range; `blocks` of 8 packed rows;
+    `block`: queries of an item of a launch in front."""
     numbers = {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BLOCKS": blocks,
-        "WIDE_BLOCKS": WIDE_BLOCKS, "WIDE_GROUPS": WIDE_GROUPS, "HEAD_BLOCK": together,
-        "WARPS": WARPS, "STAGES": STAGES[spec.head_dim > SHORT_ROW], "CTAS": CTAS_PER_SM,
-        "MAX_KEYS": MAX_KEYS,
+        "HEAD_BLOCK": together, "WARPS": WARPS, "STAGES": STAGES[spec.head_dim > SHORT_ROW],
+        "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS, "ALONE": ALONE, "BEHIND": BEHIND, "FRONT": FRONT,
+        "KIND": kind, "BLOCK": block,
     }  # fmt: skip
     types = f"using Element = uint16_t;\nusing Kind = tw::{spec.kv.name}_bits;"
     text = specs.namespace("attention", *specs.constants(numbers), types)
@@ -102,30 +103,37 @@ def source(spec: Spec, together: int, blocks: int) -> str:
 
 
 def _prepare(call: Call) -> Prepared:
-    from tilewright.runtime import cuda
-
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     check_alignment(values, 4)
-    together, shared = head_block(values["kv_heads"]), spec.table.shared
-    blocks = blocks_of(plan.longest * spec.group, shared)
+    together, shared = head_block(values["kv_heads"]), spec.table.shared > 0
+    blocks = blocks_of(plan.longest * spec.group)
     if isinstance(plan, Plan):
-        ctas, rows = (len(plan.cuts) - 1) * together, plan.tokens * values["qo_heads"]
+        ctas, last = (len(plan.cuts) - 1) * together, plan.nodes[-1:]  # none without requests
         indptr, cuts, nodes = plan.on_device(ordinal)
-        floats = partial_floats(spec.head_dim, blocks, ctas, shared)
-        counts = max(ctas, 1) + (plan.tokens * values["kv_heads"] if shared else 0)
-        states = state_floats(spec.head_dim, rows, shared)
-        partials, counters = call.scratch.grown(call.like, floats + states, counts)
+        rows = int(last["row"].sum()) * values["qo_heads"]
+        floats, states = partial_floats(spec.head_dim, blocks, ctas, rows)
+        memory = call.scratch.grown(call.like, floats + states, ctas + 1)
         one_each = bool((np.diff(plan.qo_indptr) == 1).all())
         work = {"qo_indptr": 0 if one_each else indptr.pointer, "cuts": cuts.pointer}
-        memory = (view(partials).pointer, floats, view(counters).pointer, max(ctas, 1))
-        work |= specs.partial_params(*memory, rows) | ({"nodes": nodes.pointer} if shared else {})
-        keep: tuple[Any, ...] = (indptr, cuts, nodes, partials, counters)
+        partials, counters = (view(x).pointer for x in memory)
+        work |= specs.partial_params(partials, floats, counters, ctas)
+        work |= {"nodes": nodes.pointer} if shared else {}
+        front = min(int(last["item"].sum()), of_front(plan.block, plan.group, plan.workers))
+        keep: tuple[Any, ...] = (indptr, cuts, nodes, memory)
     else:
-        ctas, work, keep = plan.ctas, plan.params(), (plan,)
-    text = source(spec, together, blocks)
+        ctas, work, keep, front = plan.ctas, plan.params(), (plan,), plan.front
     block, cta = params_struct(spec).pack(**values, **work), (THREADS, 1, 1)
-    smem, planned = smem_bytes(spec, blocks), (plan.requests, plan.tokens)
-    launch = specs.loaded(text, ordinal).prepare((ctas, 1, 1), cta, smem, block, overlaps=True)
+
+    def launch_of(ctas: int, blocks: int, kind: int) -> tuple[cuda.Launch, str]:
+        text = source(spec, together, blocks, kind, plan.block)
+        function, smem = specs.loaded(text, ordinal), smem_bytes(spec, blocks, kind)
+        return function.prepare((ctas, 1, 1), cta, smem, block, overlaps=True), text
+
+    behind, planned = shared and front > 0 < plan.tokens, (plan.requests, plan.tokens)
+    launch, text = launch_of(ctas, blocks, BEHIND if behind else ALONE)
+    if behind:
+        before = hopper.shared_launch(call, front, work)
+        launch.before = before or launch_of(front, blocks_of(ROWS), FRONT)[0]
 
     def run() -> None:
         if (plan.requests, plan.tokens) != planned:

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
+from tilewright.attention.checks import ordinal_of
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
+from tilewright.attention.ranges import ROWS
 from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, loaded, namespace
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
@@ -22,6 +24,8 @@ from tilewright.attention.variant import all_of, conditions
 from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Unary, Var, binary
 from tilewright.ir.rewrite import walk
+from tilewright.runtime import cuda
+from tilewright.runtime.cuda import tensor_map
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
@@ -29,6 +33,7 @@ ARCH = "sm_90a"
 MAX_GROUP = 64
 NARROW_ROWS = 8  # packed rows of a narrow item, at most: the columns of a tensor core's result
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
+_LISTS = ("items", "item_count", "narrow_count", "narrow_ctas")  # parameters of a plan's items
 _TAIL = 4  # items of a CTA that are drawn in the order of their keys
 _SHORT = 512  # queries of a request up to which its items follow each other always
 
@@ -66,21 +71,23 @@ def rows_of(spec: Spec) -> int:
     return tiles_of(spec).groups * 64
 
 
-def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
-    """Why the kernel cannot run a call, or "" where it can."""
+def refuses(spec: Spec, rows: int, pool: Pool | None, arch: str = "") -> str:
+    """Why the kernel cannot run a call, or ""; `arch`: of a GPU whose strides are assumed."""
     if reason := refusal(spec, rows, pool):
         return reason
     if (spec.head_dim, spec.head_dim_vo) not in TILES:
         return f"head_dim and head_dim_vo are none of {', '.join(map(str, TILES))}"
+    if spec.table.shared and not forms(spec)[0]["PLAIN"]:
+        return "rows of a tile are of several requests, which the mask or logits tell apart"
     if spec.group > MAX_GROUP:
         return f"{spec.group} query heads share a KV head, more than {MAX_GROUP}"
     if not spec.ascending:
         return "sm_scale is not positive"
-    if pool is None:
+    arch = arch or (cuda.device(ordinal_of(pool.device)).arch if pool else "")
+    if not arch:
         return "the strides and the GPU are not known: plan with the cache, not with its table"
-    arch = _arch(pool.device)
-    if arch != ARCH:
-        return f"the GPU is {arch}, not {ARCH}"
+    if arch != ARCH or pool is None:
+        return "" if arch == ARCH else f"the GPU is {arch}, not {ARCH}"
     if spec.table.table_entries and pool.page_size & (pool.page_size - 1):
         return f"page_size {pool.page_size} is no power of two"
     strides = (*pool.k.strides[:3], *pool.v.strides[:3])
@@ -89,12 +96,6 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
     if spec.table.table_entries and pool.page_size < 8 and max(strides) >> 31:
         return "pages below 8 rows have strides of 4 GiB or more"
     return "" if pool.pages else "the cache has no pages"
-
-
-def _arch(device: str) -> str:
-    from tilewright.runtime import cuda
-
-    return cuda.device(int(device.partition(":")[2] or 0)).arch
 
 
 def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
@@ -200,6 +201,7 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
     numbers = {
         "DIRECT": e == SCORE, "BENDS": outer is not ONE, "LIMITED": uppers != [],
         "TRAILS": width is not ZERO, "LEANS": e == SCORE and distance is not ZERO,
+        "PLAIN": e == SCORE and distance is ZERO and width is ZERO and not rest,
         "READS": any(x.index for x in walk(spec.traced.mask, Load)),
         "BY_HEAD": "at.qo_head" in _names(spec.traced.mask),
     }  # fmt: skip
@@ -212,10 +214,11 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
 
 
 def key_array(spec: Spec) -> str:
-    """The first integer tensor by key that the mask reads, or "": its extremes are learnt."""
+    """The first integer tensor by key that the mask reads, or "": its extremes are learnt. None
+    where a tile has rows of several requests."""
     found = (x for x in walk(spec.traced.mask, Load) if len(x.index) == 2)
     names = (x.buffer.name for x in found if x.dtype == dtypes.int32 and x.index[0] == REQUEST)
-    return next(names, "")
+    return "" if spec.table.shared else next(names, "")
 
 
 def _names(e: Expr) -> set[str]:
@@ -233,9 +236,10 @@ def source(spec: Spec, box: int, chunked: bool = False, narrow: bool = False) ->
         "IN_PAGES": IN_PAGES, "IN_ROWS": IN_ROWS, "KEYS_LIE": keys_lie(spec), "Q_TILES": tiles.q,
         "K_STAGES": tiles.k, "V_STAGES": tiles.v, "MAX_TILES": tiles.segment, "MAX_KEYS": MAX_KEYS,
         "CHUNKED": int(chunked), "NARROW": int(narrow), "EXTREMES": int(key_array(spec) != ""),
+        "MOST_QUERIES": max(1, ROWS // spec.group),
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
-    out = f"using Out = {'uint16_t' if spec.o.itemsize == 2 else 'float'};"
+    out = f"using Out = {'float' if spec.table.shared or spec.o.itemsize > 2 else 'uint16_t'};"
     array = f"#define KEY_ARRAY v_{key_array(spec)}"
     text = namespace("attention", *constants(numbers), kinds, out, *[array] * numbers["EXTREMES"])
     files = ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh")
@@ -245,8 +249,6 @@ def source(spec: Spec, box: int, chunked: bool = False, narrow: bool = False) ->
 
 def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]]:
     """The tensor maps of q, k, v and o as the parameters hold them."""
-    from tilewright.runtime.cuda import tensor_map
-
     words = {f"{name}_map": [0] * 16 for name in "qkvo"}
     if not tokens:  # nothing is launched, and there are no maps of empty arrays
         return words
@@ -278,8 +280,6 @@ def _lists(spec: Spec, plan: Plan, box: int) -> tuple[int, int]:
 
 
 def _prepare(call: Call) -> Prepared:
-    from tilewright.runtime import cuda
-
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     assert isinstance(plan, Plan)  # a workspace is of the decode family
     check_alignment(values, 16)
@@ -289,21 +289,41 @@ def _prepare(call: Call) -> Prepared:
     floats = plan.slots * rows_of(spec) * (spec.head_dim_vo + 8)
     counts = 2 + 4 * tiles_of(spec).groups * plan.counters
     partials, counters = call.scratch.grown(call.like, floats, counts)
-    box, struct = box_keys(spec, values["page_size"]), params_struct(spec)
-    sms, (wide, narrow) = cuda.device(ordinal).sms, _lists(spec, plan, box)
-    padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
-    first = view(counters).pointer
-    block = struct.pack(
-        **values, **maps(spec, values, plan.tokens), **padding, qo_indptr=indptr.pointer,
-        items=items.pointer, item_count=wide, counter=first, counters=first + 8,
-        narrow_count=len(plan.items) - wide, narrow_ctas=min(narrow, sms),
-        page_shift=values["page_size"].bit_length() - 1, cycles=0, partials=view(partials).pointer,
-    )  # fmt: skip
-    grid, cta = (min(wide + narrow, sms), 1, 1), (threads(spec, box), 1, 1)
-    text = source(spec, box, plan.slots > 0, narrow > 0)
-    launch = loaded(text, ordinal).prepare(grid, cta, smem_bytes(spec, narrow > 0), block)
-    keep = (indptr, items, counters, partials, block)
+    sms, memory = cuda.device(ordinal).sms, (partials, counters)
+    wide, narrow = _lists(spec, plan, box_keys(spec, values["page_size"]))
+    work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": wide}
+    work |= {"narrow_count": len(plan.items) - wide, "narrow_ctas": min(narrow, sms)}
+    launch, text = _launch(call, min(wide + narrow, sms), work, *(view(x).pointer for x in memory))
+    keep = (indptr, items, counters, partials)
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
+
+
+def _launch(call: Call, ctas: int, work: dict[str, int], *memory: int) -> tuple[Any, str]:
+    """The launch of a call and its source; `memory`: partial results, and counters."""
+    spec, values, plan, struct = call.spec, call.values, call.plan, params_struct(call.spec)
+    page_size, shared = values["page_size"], spec.table.shared > 0
+    padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
+    block = struct.pack(
+        **values, **maps(spec, values, plan.tokens), **padding, **work, partials=memory[0],
+        counter=memory[1], counters=memory[1] + 8, page_shift=page_size.bit_length() - 1, cycles=0,
+    )  # fmt: skip
+    chunked = not isinstance(plan, Plan) or shared or plan.slots > 0
+    narrow = work["narrow_ctas"] > 0
+    text = source(spec, box := box_keys(spec, page_size), chunked, narrow)
+    cta, smem = (threads(spec, box), 1, 1), smem_bytes(spec, narrow)
+    return loaded(text, call.ordinal).prepare((ctas, 1, 1), cta, smem, block, shared), text
+
+
+def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
+    """The launch that does shared keys in front of the decode kernel of a call, whose own part of
+    the parameters is `work`; None where the plan is not for it, or q or the cache are not."""
+    at, *strides = (call.values[n] for n in ("q", "q_token", "q_head"))
+    aligned = min(strides) >= 0 and not any(a % 16 for a in (at, *(2 * n for n in strides)))
+    planned = call.plan.block == rows_of(call.spec) // call.spec.group
+    if not (aligned and planned) or refuses(call.spec, 0, call.pool):
+        return None
+    items = {n: work[n] for n in ("qo_indptr", "nodes")} | dict.fromkeys(_LISTS, 0)
+    return _launch(call, ctas, items, work["states"], work["arrivals"])[0]
 
 
 FAMILY = Family(

@@ -9,6 +9,7 @@ from tilewright.attention.families.family import Call, Family, Prepared, check_a
 from tilewright.attention.plan import ITEM, ITEMS, Plan
 from tilewright.attention.spec import Spec, cuda_text, flash_constants, loaded, params_struct
 from tilewright.attention.tracing import SCORE
+from tilewright.runtime import cuda
 
 THREADS = 128
 ROWS = 8  # ROWS of flash_portable.cuh
@@ -43,8 +44,6 @@ def smem_bytes(spec: Spec, tiles: bool = False) -> int:
 
 
 def _prepare(call: Call) -> Prepared:
-    from tilewright.runtime import cuda
-
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     assert isinstance(plan, Plan)  # a workspace is of the decode family
     indptr, items, _ = plan.on_device(ordinal)

@@ -1,10 +1,9 @@
 // The planner of decode batches: the tiles of all units in one order, cut into ranges of equal cost.
 // One source for the host and for GPUs; attention/ranges.py is its twin in NumPy.
 //
-// A unit is (node of the table, block of packed rows, block of KV heads that CTAs work on together), in that
-// order; all units of a node cost alike. In front of this file: the constants of `cuts` (TILE keys, TILE_COST
-// and UNIT_COST, WIDE_COST of a tile of a wide unit, which is cut at multiples of SNAP tiles; NARROW_ROWS and
-// WIDE_ROWS of a unit, JOIN_COST, SHORT) and the struct `Cut`; TW_INLINE comes from either prelude.
+// A unit is (request, block of KV heads that CTAs work on together), in that order. In front of this file: the
+// constants of `cuts` (TILE keys, TILE_COST and UNIT_COST, SHORT; BLOCK queries of an item of a launch in front, which
+// costs APART_COST, CHUNK_TILES of a chunk at least, HALF_TILES of a range) and the struct `Cut`; TW_INLINE comes from either prelude.
 
 namespace cuts {
 
@@ -12,25 +11,29 @@ TW_INLINE int64_t tiles_of(int64_t keys) {  // a node without keys costs a tile:
   const int64_t tiles = (keys + TILE - 1) / TILE;
   return tiles < 1 ? 1 : tiles;
 }
-TW_INLINE int64_t tile_cost(bool wide) { return wide ? WIDE_COST : TILE_COST; }
-TW_INLINE int64_t cost_of(int64_t tiles, bool wide) { return tile_cost(wide) * tiles + UNIT_COST; }
+TW_INLINE int64_t cost_of(int64_t tiles) { return TILE_COST * tiles + UNIT_COST; }
 
-// Blocks of packed rows of a node that so many queries read, where nodes are shared; whether these are wide.
-TW_INLINE int64_t row_blocks(int64_t queries, int64_t group, bool& wide) {
-  wide = queries * group > NARROW_ROWS;
-  const int64_t tokens = WIDE_ROWS / group;
-  return wide ? (queries + tokens - 1) / tokens : queries > 0;
+// What a batch saves where a launch in front reads a shared node once for each block of queries, in place of each of
+// its requests.
+TW_INLINE int64_t gain_of(int64_t keys, int64_t requests, int64_t queries) {
+  const int64_t tiles = (keys + TILE - 1) / TILE, readers = requests < queries ? requests : queries;
+  return (readers * tiles - (queries + BLOCK - 1) / BLOCK * (tiles + CHUNK_TILES)) * TILE_COST;
 }
-
-// What a batch saves where a shared node is a unit of its own instead of being walked by each of its requests,
-// beyond joining its states with theirs, which takes the last CTA to arrive JOIN_COST.
-TW_INLINE int64_t gain_of(int64_t keys, int64_t requests, int64_t queries, int64_t group) {
-  bool wide;
-  const int64_t tiles = (keys + TILE - 1) / TILE, blocks = row_blocks(queries, group, wide);
-  return (requests < queries ? requests : queries) * tiles * TILE_COST - blocks * cost_of(tiles, wide) - JOIN_COST;
+// Of a batch: the sum of the gains above 0, the tiles of all items of those nodes, the tiles of the requests' own keys.
+struct Loads { int64_t gains, shared, own; };
+// How it is shared: the ranges at most, and the CTAs of the launch in front, 0 where that costs more than the batch gains:
+// all ranges wait for it. Where requests have few keys of their own the two launches take a half of the SMs each, and run side by side.
+struct Sharing { int64_t limit, front; };
+TW_INLINE Sharing sharing_of(const Loads& loads, int64_t head_blocks, int64_t limit, int64_t front) {
+  if (loads.gains <= 0 || loads.gains * head_blocks <= APART_COST * limit) return Sharing{limit, 0};
+  if (loads.own > HALF_TILES * (limit / 2)) return Sharing{limit, front};
+  return Sharing{limit / 2 > 1 ? limit / 2 : 1, front / 2 > 1 ? front / 2 : 1};
 }
-// Whether any node is a unit of its own: all ranges wait for a join. `gains`: the sum of those above 0.
-TW_INLINE bool shares(int64_t gains, int64_t head_blocks, int64_t limit) { return gains * head_blocks > JOIN_COST * limit; }
+// Into how many chunks the launch in front cuts the items of a node: until `sms` have work, of the tiles of all its items.
+TW_INLINE int64_t chunks_of(int64_t tiles, int64_t all, int64_t sms) {
+  const int64_t most = tiles / CHUNK_TILES, wanted = tiles * sms / (all > 0 ? all : 1), chunks = wanted < most ? wanted : most;
+  return chunks < 1 ? 1 : chunks;
+}
 
 // How many ranges a batch of so many tiles is cut into: at most `limit`. Where all units are alike (else `units` is
 // 0) and ranges short, a few less if no range then has parts of two: starting and finishing a unit costs more.
@@ -61,11 +64,10 @@ TW_INLINE int64_t key(int64_t node, int64_t unit, int64_t tile) { return node <<
 
 // The cut at cost `at`. `ends` [nodes + 1]: the cost of the nodes before each; `node`: the one that the cut
 // lies in, of so many units.
-TW_INLINE int64_t key_of(const int64_t* ends, int64_t node, int64_t units, bool wide, int64_t at) {
-  const int64_t cost = (ends[node + 1] - ends[node]) / units, tiles = (cost - UNIT_COST) / tile_cost(wide);
-  const int64_t within = at - ends[node], unit = within / cost, step = wide ? SNAP : 1, by = tile_cost(wide) * step;
-  const int64_t rest = within % cost - UNIT_COST + by / 2;
-  const int64_t tile = rest > 0 ? rest / by * step : 0;
+TW_INLINE int64_t key_of(const int64_t* ends, int64_t node, int64_t units, int64_t at) {
+  const int64_t cost = (ends[node + 1] - ends[node]) / units, tiles = (cost - UNIT_COST) / TILE_COST;
+  const int64_t within = at - ends[node], unit = within / cost, rest = within % cost - UNIT_COST + TILE_COST / 2;
+  const int64_t tile = rest > 0 ? rest / TILE_COST : 0;
   if (tile < tiles) return key(node, unit, tile);
   return unit + 1 < units ? key(node, unit + 1, 0) : key(node + 1, 0, 0);
 }

@@ -6,26 +6,26 @@
 // (decode_walk.cuh) into contiguous ranges of equal cost. A range is worked on by HEAD_BLOCK CTAs at once,
 // each with a head of its own, so that they read the same pages at the same time. Each warp copies 16 of
 // the keys of a tile into a ring of cp.async stages of its own, which runs on across units.
-//   narrow units: a warp works on its own 16 keys, for all rows; warps synchronise where a unit ends.
-//   wide units (keys that many requests share): a warp works on rows of its own, for the keys of all
-//   warps, which synchronise at each tile.
+// A warp works on its own 16 keys of a tile, for all rows; warps synchronise where a unit ends.
 // Units that several ranges share leave partial states; the last CTA to arrive merges them in the order of
-// the ranges. Where requests share keys, rows are merged one by one by the last to arrive of all that have a
-// part of them, of any level, in the order of levels and ranges: so the bits of a result do not depend on the
-// order of arrival. The plan decides which shared keys are units of their own.
+// the ranges, so that the bits of a result do not depend on the order of arrival.
+//
+// Where requests share keys (LEVELS > 1) the plan decides which nodes of these a launch in front does: of the Hopper
+// family (prefill_hopper.cuh) or of this one (KIND is FRONT). That leaves the states of all rows, in chunks of the keys
+// (shared_items.cuh); the launch behind it (BEHIND) walks what is left of the keys of each request, starts while the
+// other one runs, and adds the states where a row ends. Where nothing is in front a request walks all of its keys (ALONE).
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, variant.h, the constants of
-// `attention` (DK and DV: elements of a row of K and of V, G query heads of a KV head, BLOCKS of 8 packed rows of a narrow unit and
-// WIDE_BLOCKS of a warp in a wide one, WIDE_GROUPS of 16 keys at once there, HEAD_BLOCK, WARPS, STAGES, CTAS of an SM, MAX_KEYS; the types
+// `attention` (DK and DV: elements of a row of K and of V, G query heads of a KV head, BLOCKS of 8 packed rows of a unit,
+// HEAD_BLOCK, WARPS, STAGES, CTAS of an SM, MAX_KEYS, KIND, BLOCK queries of an item of the launch in front; the types
 // Element and Kind), the structs `Params`, `Cut`, `At` and `Variant`.
 //
-// Launch: grid = ranges × HEAD_BLOCK, THREADS threads, SMEM_BYTES of dynamic shared memory:
+// Launch: grid = ranges × HEAD_BLOCK (FRONT: any number of CTAs), THREADS threads, SMEM_BYTES of dynamic shared memory:
 //   [warp][stage][16 rows of K of ROW_K elements, 16 rows of V of ROW_V]   a row ends in 16 bytes against conflicts
 //   [warp][packed row] (row maximum, row sum); one word: whether this CTA arrived last
 //   where Q_SHARED: [packed row][ROW_K elements] of q
-//   where LEVELS > 1: [warp][row of q] whose it is; [row of q] those whose last state has arrived; [row][level]
-//   where its states are
-// Where a narrow unit ends, the stage that was read last holds the outputs of each warp.
+//   where KIND is FRONT: [warp][row of q] whose it is
+// Where a unit ends, the stage that was read last holds the outputs of each warp.
 // One stage (rows too long for two): the keys of the next tile are copied when those of this one have been read,
 // and so are its values, so that one of the two is always under way.
 // Assumes: fewer than 2^32 pages; DK and DV multiples of 8, rows of K and V 16-byte aligned, q rows × G at most 8 · BLOCKS for a request.
@@ -36,10 +36,8 @@ constexpr int THREADS = WARPS * 32;
 constexpr int KEYS = 16;             // of a tile, for one warp
 constexpr int TILE = WARPS * KEYS;   // keys of a tile
 constexpr int LEVELS = table::LEVELS;
-constexpr int NARROW_ROWS = BLOCKS * 8;             // the columns of the matrix operand
-constexpr int WIDE_ROWS = WARPS * WIDE_BLOCKS * 8;  // of a CTA
-constexpr int WIDE_TOKENS = WIDE_ROWS / G;
-constexpr int MOST_ROWS = LEVELS > 1 ? WIDE_ROWS : NARROW_ROWS;
+constexpr int ROWS = BLOCKS * 8;     // the columns of the matrix operand
+constexpr int TOKENS = ROWS / G;     // of a unit, where a launch in front does it
 template <int N> constexpr int PADDED = (N + 15) / 16 * 16;
 constexpr int DKP = PADDED<DK>, DP = PADDED<DV>;
 constexpr int ROW_K = DKP + 8, ROW_V = DP + 8;    // elements of a row in shared memory
@@ -47,22 +45,22 @@ constexpr int STAGE = KEYS * (ROW_K + ROW_V);     // elements
 constexpr bool APART = STAGES == 1;               // keys and values are waited for one after the other
 constexpr bool Q_SHARED = BLOCKS * DKP > 256;     // q stays in shared memory: its registers are for the outputs
 constexpr int RING_BYTES = WARPS * STAGES * STAGE * 2;
-constexpr int SUMS_BYTES = WARPS * NARROW_ROWS * 8 + 16;
-constexpr int Q_BYTES = Q_SHARED ? NARROW_ROWS * ROW_K * 2 : 0;
-constexpr int SMEM_BYTES = RING_BYTES + SUMS_BYTES + Q_BYTES + (LEVELS > 1 ? (WARPS * 16 + 4 + LEVELS * 16) * WIDE_ROWS : 0);
+constexpr int SUMS_BYTES = WARPS * ROWS * 8 + 16;
+constexpr int Q_BYTES = Q_SHARED ? ROWS * ROW_K * 2 : 0;
+constexpr int SMEM_BYTES = RING_BYTES + SUMS_BYTES + Q_BYTES + (KIND == FRONT ? WARPS * ROWS * 16 : 0);
 constexpr int PITCH = DP + 4;        // floats of a row of outputs in shared memory: no bank conflicts
-constexpr int PARTIAL = MOST_ROWS * (DP + 2);  // floats of a partial state: outputs, then (maximum, sum) a row
-constexpr int STATE = DP + 4;        // floats of the state of a row at one level (see decode_finish.cuh)
+constexpr int PARTIAL = ROWS * (DP + 2);  // floats of a partial state: outputs, then (maximum, sum) a row
+constexpr int STATE = DP + 8;        // floats of a state that a launch in front leaves: outputs, maximum, sum
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr int OUT_AT = APART ? KEYS * ROW_K : 0;  // where a stage holds the outputs of a warp, some rows at a time
 template <int N> constexpr bool OUT_FITS = N * 8 * PITCH * 4 <= (STAGE - OUT_AT) * 2;
 constexpr int OUT_BLOCKS = OUT_FITS<BLOCKS> ? BLOCKS : OUT_FITS<2> ? 2 : 1;
 static_assert(OUT_FITS<OUT_BLOCKS> && BLOCKS % OUT_BLOCKS == 0, "a stage holds outputs of a warp");
 static_assert(LEVELS == 1 || !APART && !Q_SHARED && OUT_BLOCKS == BLOCKS, "long rows are of requests that share no keys");
-static_assert(BLOCKS <= WIDE_BLOCKS || LEVELS == 1, "a wide CTA has room for a narrow one's rows");
 
 }  // namespace attention
 
+#include "shared_items.cuh"
 #include "decode_walk.cuh"
 #include "decode_query.cuh"
 
@@ -73,7 +71,6 @@ using tw::lowest;
 // Issues the copies of one warp, some tiles ahead of the arithmetic. A lane holds the table's entry for
 // one key of two neighbouring tiles; entries are loaded two tiles before they are needed, because under
 // load a read that misses the L1 waits behind the copies for microseconds.
-template <bool WIDE>
 struct Copier {
   Walk w;
   uint32_t inverse;          // 2^32 / page_size, rounded down
@@ -124,18 +121,18 @@ struct Copier {
   }
 
   // The keys and values of the next tile (or first the ones, then the others) on their way to shared memory;
-  // zeros beyond the length. Behind a narrow unit it goes on with the next one.
+  // zeros beyond the length. Behind a unit it goes on with the next one.
   template <bool COPY_K = true, bool COPY_V = true>
   TW_INLINE void issue(const Params& p, const Variant& variant, const Range& range, Element* ring, int member, int warp, int lane) {
-    if (COPY_K && !WIDE && has_unit<WIDE>(w, range) && w.tile >= w.end) {
+    if (COPY_K && in_range(w, range) && w.tile >= w.end) {
 #pragma unroll 1
       do {
         if (has_piece(w, range)) next_piece(w, p, variant, range);
         else next_unit(w, p, variant, range, member);
-      } while (has_unit<WIDE>(w, range) && w.tile >= w.end);
-      if (has_unit<WIDE>(w, range)) start_unit(p, warp, lane);
+      } while (in_range(w, range) && w.tile >= w.end);
+      if (in_range(w, range)) start_unit(p, warp, lane);
     }
-    if (WIDE ? w.tile < w.end : has_unit<WIDE>(w, range)) {
+    if (in_range(w, range)) {
       const int valid = w.keys.length - w.seen.at(w.tile) * TILE - warp * KEYS;  // keys of this warp that exist
       uint32_t slot;
       page_of(p, key_of(first, warp, lane), slot);
@@ -164,14 +161,12 @@ struct Copier {
 
 // In all fragments lane = 4 g + t. Scores: keys g and g + 8 × packed rows 2 t and 2 t + 1 of a block;
 // outputs: columns g and g + 8 of 16 × the same rows.
-template <int BLOCKS>
 struct Rows {  // of one warp: outputs not yet divided, row maxima (of scores · log2 e) and row sums
   float o[BLOCKS][DP / 16][4];
   float row_max[BLOCKS][2], row_sum[BLOCKS][2];
 };
 
-template <int BLOCKS>
-TW_INLINE void reset(Rows<BLOCKS>& r) {
+TW_INLINE void reset(Rows& r) {
 #pragma unroll
   for (int n = 0; n < BLOCKS; ++n) {
 #pragma unroll
@@ -184,12 +179,10 @@ TW_INLINE void reset(Rows<BLOCKS>& r) {
 }
 
 // Whose the rows of q of a unit are, in the memory of one warp.
-TW_INLINE tw::Row* rows_of_warp(char* smem, int warp) { return reinterpret_cast<tw::Row*>(smem + RING_BYTES + SUMS_BYTES) + warp * WIDE_ROWS; }
+TW_INLINE tw::Row* rows_of_warp(char* smem, int warp) { return reinterpret_cast<tw::Row*>(smem + RING_BYTES + SUMS_BYTES + Q_BYTES) + warp * ROWS; }
 TW_INLINE void load_rows(const Params& p, const Walk& w, tw::Row* rows, int lane) {
-  if constexpr (LEVELS > 1) {
-    const int request = w.node - tw::own_node(p, 0);
-    for (int t = lane; t < w.rows / G; t += 32)
-      rows[t] = request < 0 ? tw::row_of(p, w.node, w.token + t, MAX_KEYS) : tw::Row{w.first + t, request, w.rows / G, w.kv_len};
+  if constexpr (LEVELS > 1 && KIND == FRONT) {
+    for (int t = lane; t < w.rows / G; t += 32) rows[t] = tw::row_of(p, w.node, w.token + t, MAX_KEYS);
     __syncwarp();
   }
 }
@@ -207,17 +200,19 @@ TW_INLINE float sum_over_keys(float x) {
 
 TW_INLINE At at_of(const Walk& w, const tw::Row* rows, int row, int key) {
   const int t = row < w.rows ? row / G : 0, head = w.head * G + row % G;
-  if constexpr (LEVELS > 1) {
+  if constexpr (LEVELS > 1 && KIND == FRONT) {
     const tw::Row own = rows[t];
     return At{own.position, w.keys.position(key), head, w.head, own.request, w.token + t, w.keys.number(key), own.qo_len, own.kv_len};
+  } else if constexpr (LEVELS > 1) {
+    return At{w.first + row / G, w.keys.position(key), head, w.head, w.request, w.token + t, w.keys.number(key), w.rows / G, w.kv_len};
   }
   return At{w.first + row / G, w.keys.position(key), head, w.head, w.node, w.token + t, key, w.rows / G, w.keys.length};
 }
 
 // Adds the values of 16 keys, each times its weight, to the outputs. MASKED: values of keys that no row sees
 // (`visible`, to rows of this lane) count as 0: a weight of 0 times NaN or Inf would reach the outputs.
-template <bool MASKED, int BLOCKS, int MOST>
-TW_INLINE void add_values(Rows<MOST>& rows, const float (&s)[BLOCKS][4], const bool (&visible)[2], const Element* v) {
+template <bool MASKED>
+TW_INLINE void add_values(Rows& rows, const float (&s)[BLOCKS][4], const bool (&visible)[2], const Element* v) {
   uint32_t weights[BLOCKS][2], keep[2];  // of keys 2 t and 2 t + 1, and of those 8 later
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -240,37 +235,32 @@ TW_INLINE void add_values(Rows<MOST>& rows, const float (&s)[BLOCKS][4], const b
   }
 }
 
-// GROUPS of 16 keys for one warp, from key0 on, and BLOCKS of 8 rows from `row0` on. `stages`: the keys and
-// values of the first group; those of the others lie a ring further each.
+// 16 keys for one warp, from key0 on, whose rows lie in a stage.
 // `keys_read` is called when the keys are, `values_ready` in front of the first value; both where no row sees a key, too.
-template <int GROUPS, int BLOCKS, int MOST, class Q, class Read, class Ready>
-TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Q& q, const tw::Row* whose, const Element* stages, int row0, int key0, Rows<MOST>& rows, int lane, bool exists, Read keys_read, Ready values_ready) {
-  constexpr int ALL = GROUPS * KEYS, RING = STAGES * STAGE;
-  const int last = key0 + ALL < w.keys.length ? key0 + ALL - 1 : w.keys.length - 1;
+template <class Q, class Read, class Ready>
+TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Q& q, const tw::Row* whose, const Element* stage, int key0, Rows& rows, int lane, bool exists, Read keys_read, Ready values_ready) {
+  const int last = key0 + KEYS < w.keys.length ? key0 + KEYS - 1 : w.keys.length - 1;
   const tw::Bound kv{w.keys.position(key0), w.keys.position(last)}, number{w.keys.number(key0), w.keys.number(last)};
-  const int kind = last < key0 || row0 >= w.rows || !exists ? tw::EMPTY : variant.tile_class(tile_of(p, w, kv, number));
+  const int kind = last < key0 || !exists ? tw::EMPTY : variant.tile_class(tile_of(p, w, kv, number));
   if (kind == tw::EMPTY) {
     keys_read();
     values_ready();
     return;
   }
-  const bool full = last == key0 + ALL - 1 && kind == tw::FULL;
-  float s[GROUPS][BLOCKS][4] = {};
-  const Element* k = stages + (lane & 15) * ROW_K + (lane >> 4) * 8;
+  const bool full = last == key0 + KEYS - 1 && kind == tw::FULL;
+  float s[BLOCKS][4] = {};
+  const Element* k = stage + (lane & 15) * ROW_K + (lane >> 4) * 8;
 #pragma unroll
   for (int j = 0; j < DKP / 16; ++j) {
     uint32_t b[BLOCKS][2];
     q.load(b, j);
+    uint32_t a[4];
+    tw::load_matrices(a, k + j * 16);
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-      uint32_t a[4];
-      tw::load_matrices(a, k + g * RING + j * 16);
-#pragma unroll
-      for (int n = 0; n < BLOCKS; ++n) tw::mma<Kind>(s[g][n], a, b[n][0], b[n][1]);
-    }
+    for (int n = 0; n < BLOCKS; ++n) tw::mma<Kind>(s[n], a, b[n][0], b[n][1]);
   }
   keys_read();
-  bool visible[GROUPS][2] = {};  // keys lane / 4 and 8 later, to any row of this lane
+  bool visible[2] = {};  // keys lane / 4 and 8 later, to any row of this lane
   float largest[BLOCKS][2], rescale[BLOCKS][2];
   auto each_score = [&](auto value) {  // x = value(x, where it is)
 #pragma unroll
@@ -279,13 +269,11 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
       for (int i = 0; i < 2; ++i) {
         largest[n][i] = rows.row_max[n][i];
 #pragma unroll
-        for (int g = 0; g < GROUPS; ++g)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float& x = s[g][n][half * 2 + i];
-            x = value(x, row0 + n * 8 + (lane & 3) * 2 + i, key0 + g * KEYS + half * 8 + (lane >> 2), visible[g][half]);
-            largest[n][i] = fmaxf(largest[n][i], x);
-          }
+        for (int half = 0; half < 2; ++half) {
+          float& x = s[n][half * 2 + i];
+          x = value(x, n * 8 + (lane & 3) * 2 + i, key0 + half * 8 + (lane >> 2), visible[half]);
+          largest[n][i] = fmaxf(largest[n][i], x);
+        }
       }
   };
   each_score([&](float x, int row, int key, bool&) { return variant.logits(x * p.sm_scale, at_of(w, whose, row, key)) * LOG2E; });
@@ -307,13 +295,11 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
       rows.row_max[n][i] = top;
       float sum = 0.0f;
 #pragma unroll
-      for (int g = 0; g < GROUPS; ++g)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& x = s[g][n][half * 2 + i];
-          x = tw::exp2(x - base);
-          sum += x;
-        }
+      for (int half = 0; half < 2; ++half) {
+        float& x = s[n][half * 2 + i];
+        x = tw::exp2(x - base);
+        sum += x;
+      }
       rows.row_sum[n][i] = rows.row_sum[n][i] * rescale[n][i] + sum;
     }
   if (__any_sync(0xffffffffu, rescales)) {
@@ -325,14 +311,9 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
         for (int i = 0; i < 4; ++i) rows.o[n][j][i] *= rescale[n][i & 1];
   }
   values_ready();
-  const Element* v = stages + KEYS * ROW_K + ((lane & 7) + (lane >> 4) * 8) * ROW_V + (lane >> 3 & 1) * 8;
-  if (full) {
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g) add_values<false>(rows, s[g], visible[g], v + g * RING);
-  } else {
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g) add_values<true>(rows, s[g], visible[g], v + g * RING);
-  }
+  const Element* v = stage + KEYS * ROW_K + ((lane & 7) + (lane >> 4) * 8) * ROW_V + (lane >> 3 & 1) * 8;
+  if (full) add_values<false>(rows, s, visible, v);
+  else add_values<true>(rows, s, visible, v);
 }
 
 }  // namespace attention
@@ -341,15 +322,15 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
 
 namespace attention {
 
-// The narrow units from `w` on, up to the first wide one or the end of the range.
-TW_INLINE void run_narrow(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, unsigned cta, unsigned thread) {
-  const int warp = thread / 32, lane = thread % 32, member = cta % HEAD_BLOCK;
+// The units from `w` on, up to the end of the range.
+TW_INLINE void run(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, unsigned cta, unsigned thread, int member) {
+  const int warp = thread / 32, lane = thread % 32;
   Element* ring = reinterpret_cast<Element*>(smem) + warp * STAGES * STAGE;
   tw::Row* whose = rows_of_warp(smem, warp);
-  Copier<false> copier(p, w);
+  Copier copier(p, w);
   copier.start_unit(p, warp, lane);
   typename QueryOf<Q_SHARED>::type q(reinterpret_cast<Element*>(smem + RING_BYTES + SUMS_BYTES));
-  load_query(q, p, w, 0, lane);
+  load_query(q, p, w, lane);
   load_rows(p, w, whose, lane);
   int stage = 0, issued = 0;
   auto keys_read = [&] {
@@ -365,8 +346,8 @@ TW_INLINE void run_narrow(const Params& p, const Variant& variant, Walk& w, cons
     }
   };
 #pragma unroll 1
-  while (has_unit<false>(w, range)) {
-    Rows<BLOCKS> rows;
+  while (in_range(w, range)) {
+    Rows rows;
     reset(rows);
 #pragma unroll 1
     for (;; next_piece(w, p, variant, range)) {
@@ -391,72 +372,46 @@ TW_INLINE void run_narrow(const Params& p, const Variant& variant, Walk& w, cons
             values_ready();  // the keys, too, by the order of the copies
           }
           const bool exists = !APART || issued;
-          if (LEVELS > 1 && w.rows <= 8) attend<1, 1>(p, variant, w, q, whose, ring + stage * STAGE, 0, key0, rows, lane, exists, keys_read, values_ready);
-          else attend<1, BLOCKS>(p, variant, w, q, whose, ring + stage * STAGE, 0, key0, rows, lane, exists, keys_read, values_ready);
+          attend(p, variant, w, q, whose, ring + stage * STAGE, key0, rows, lane, exists, keys_read, values_ready);
         } while (APART && issued++ == 0);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
       }
       if (!has_piece(w, range)) break;
     }
     // The stage before the next one is free: it was read last, and the next copy goes there.
-    finish<false>(p, w, rows, smem, stage == 0 ? STAGES - 1 : stage - 1, range, cta, thread);
+    finish(p, w, rows, smem, stage == 0 ? STAGES - 1 : stage - 1, range, cta, thread);
     next_unit(w, p, variant, range, member);
-    load_query(q, p, w, 0, lane);  // none where there is no unit
+    load_query(q, p, w, lane);  // none where there is no unit
     load_rows(p, w, whose, lane);
   }
   tw::copy_async_wait<0>();
 }
 
-// The wide units from `w` on, up to the first narrow one or the end of the range.
-TW_INLINE void run_wide(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, unsigned cta, unsigned thread) {
-  const int warp = thread / 32, lane = thread % 32, member = cta % HEAD_BLOCK, row0 = warp * WIDE_BLOCKS * 8;
-  Element* all = reinterpret_cast<Element*>(smem);
-  Element* ring = all + warp * STAGES * STAGE;
-  tw::Row* whose = rows_of_warp(smem, warp);
-  while (has_unit<true>(w, range)) {
-    Copier<true> copier(p, w);
-    copier.start_unit(p, warp, lane);
-    Query<WIDE_BLOCKS> q(nullptr);
-    load_query(q, p, w, row0, lane);
-    load_rows(p, w, whose, lane);
-    Rows<WIDE_BLOCKS> rows;
-    reset(rows);
-#pragma unroll 1
-    for (int stage = 0, issued = 0; w.tile < w.end; ++w.tile) {
-#pragma unroll 1
-      do {
-        if (issued >= STAGES - 1) {
-          tw::copy_async_wait<STAGES - 2>();
-          tw::bar_sync(1, THREADS);
-        }
-        copier.issue(p, variant, range, ring, member, warp, lane);
-      } while (++issued < STAGES);
-      const int key0 = w.seen.at(w.tile) * TILE;
-#pragma unroll 1
-      for (int k = 0; k < WARPS; k += WIDE_GROUPS)
-        attend<WIDE_GROUPS, WIDE_BLOCKS>(p, variant, w, q, whose, all + (k * STAGES + stage) * STAGE, row0, key0 + k * KEYS, rows, lane, true, [] {}, [] {});
-      stage = stage + 1 == STAGES ? 0 : stage + 1;
-    }
-    finish<true>(p, w, rows, smem, 0, range, cta, thread);
-    next_unit(w, p, variant, range, member);
-  }
-}
-
-TW_INLINE void body(const Params& p, unsigned cta, unsigned thread, char* smem) {
+TW_INLINE void body(const Params& p, unsigned cta, unsigned ctas, unsigned thread, char* smem) {
   const Variant variant(p);
-  if constexpr (LEVELS == 1 && !Q_SHARED) {
+  if constexpr (LEVELS > 1 && KIND == FRONT) {
+    const int items = tw::node_at(p, tw::own_node(p, 0)).item;
+#pragma unroll 1
+    for (int n = cta; n < items; n += ctas) {
+      const int node = tw::shared_node(p, n, thread % 32);
+      const tw::SharedItem item = tw::shared_item<BLOCK>(p, node, tw::node_at(p, node), n);
+#pragma unroll 1
+      for (int token = item.token; token < item.end; token += TOKENS) {
+        Range range;
+        Walk w = start_item(p, variant, item, token, range);
+        run(p, variant, w, range, smem, cta, thread, 0);
+      }
+    }
+  } else if constexpr (!Q_SHARED) {
     const Range range = range_of(p, cta);
     Walk w = start(p, variant, range, cta % HEAD_BLOCK);
-    if (in_range(w, range)) run_narrow(p, variant, w, range, smem, cta, thread);
+    if (in_range(w, range)) run(p, variant, w, range, smem, cta, thread, cta % HEAD_BLOCK);
   } else {
     __shared__ Range range;  // the tiles take all registers
     if (thread == 0) range = range_of(p, cta);
     tw::bar_sync(1, THREADS);
     Walk w = start(p, variant, range, cta % HEAD_BLOCK);
-    while (in_range(w, range)) {
-      if (LEVELS > 1 && w.wide) run_wide(p, variant, w, range, smem, cta, thread);
-      else run_narrow(p, variant, w, range, smem, cta, thread);
-    }
+    if (in_range(w, range)) run(p, variant, w, range, smem, cta, thread, cta % HEAD_BLOCK);
   }
 }
 
@@ -464,7 +419,11 @@ TW_INLINE void body(const Params& p, unsigned cta, unsigned thread, char* smem) 
 
 extern "C" __global__ void __launch_bounds__(attention::THREADS, attention::CTAS) stage0(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char smem[];
-  tw::start_next_launch();
-  tw::wait_for_previous_launch();
-  attention::body(p, blockIdx.x, threadIdx.x, smem);
+  using namespace attention;
+  constexpr bool BEHIND_OTHER = LEVELS > 1 && KIND == BEHIND, IN_FRONT = LEVELS > 1 && KIND == FRONT;
+  if (!IN_FRONT) tw::start_next_launch();
+  if (!BEHIND_OTHER) tw::wait_for_previous_launch();  // else the launch in front has done so before it lets this one start
+  if (IN_FRONT) tw::start_next_launch();
+  body(p, blockIdx.x, gridDim.x, threadIdx.x, smem);
+  if (BEHIND_OTHER) tw::wait_for_previous_launch();
 }

@@ -2,13 +2,11 @@
 
 namespace attention {
 
-// Fragments of q: the rows of a warp, from `row0` of the unit on; in place of those behind its last any other.
-template <int MOST>
+// Fragments of q: the rows of a unit; in place of those behind its last any other.
 struct Query {
-  uint32_t b[MOST][DKP / 16][2];
+  uint32_t b[BLOCKS][DKP / 16][2];
   TW_INLINE explicit Query(Element*) {}
   // Of 16 columns, 8 rows each.
-  template <int BLOCKS>
   TW_INLINE void load(uint32_t (&to)[BLOCKS][2], int j) const {
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n)
@@ -20,7 +18,6 @@ struct Query {
 struct SharedQuery {
   Element* rows;
   TW_INLINE explicit SharedQuery(Element* to) : rows(to) {}
-  template <int BLOCKS>
   TW_INLINE void load(uint32_t (&to)[BLOCKS][2], int j) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -39,24 +36,23 @@ TW_INLINE uint32_t load_pair(const Params& p, const Walk& w, int own, int column
   const Element* from = p.q + (w.token + row / G) * p.q_token + (w.head * G + row % G) * p.q_head;
   return w.rows > 0 && (DKP == DK || column < DK) ? *reinterpret_cast<const uint32_t*>(from + column) : 0u;
 }
-template <int BLOCKS>
-TW_INLINE void load_query(Query<BLOCKS>& q, const Params& p, const Walk& w, int row0, int lane) {
+TW_INLINE void load_query(Query& q, const Params& p, const Walk& w, int lane) {
 #pragma unroll
   for (int n = 0; n < BLOCKS; ++n)
 #pragma unroll
     for (int j = 0; j < DKP / 16; ++j)
 #pragma unroll
-      for (int low = 0; low < 2; ++low) q.b[n][j][low] = load_pair(p, w, row0 + n * 8 + (lane >> 2), j * 16 + low * 8 + (lane & 3) * 2);
+      for (int low = 0; low < 2; ++low) q.b[n][j][low] = load_pair(p, w, n * 8 + (lane >> 2), j * 16 + low * 8 + (lane & 3) * 2);
 }
 // All threads: the rows of the last unit have been read.
-TW_INLINE void load_query(SharedQuery& q, const Params& p, const Walk& w, int, int) {
-  for (int i = threadIdx.x; i < NARROW_ROWS * (DKP / 2); i += THREADS) {
+TW_INLINE void load_query(SharedQuery& q, const Params& p, const Walk& w, int) {
+  for (int i = threadIdx.x; i < ROWS * (DKP / 2); i += THREADS) {
     const int row = i / (DKP / 2), column = i % (DKP / 2) * 2;
     *reinterpret_cast<uint32_t*>(q.rows + row * ROW_K + column) = load_pair(p, w, row, column);
   }
   tw::bar_sync(1, THREADS);
 }
-template <bool SHARED> struct QueryOf { using type = Query<BLOCKS>; };
+template <bool SHARED> struct QueryOf { using type = Query; };
 template <> struct QueryOf<true> { using type = SharedQuery; };
 
 }  // namespace attention

@@ -10,7 +10,7 @@ struct Rows {  // of one thread, two rows: maxima (times `factor`; see raise), s
 struct Ends {  // of one thread, two rows: the factor of the outputs, lse
   float scale[2], lse[2];
 };
-constexpr bool EARLY_ENDS = !CHUNKED && !Variant::SINK;  // known before the last P·V, behind which they are computed
+constexpr bool EARLY_ENDS = !CHUNKED && !Variant::SINK && !SHARED;  // known before the last P·V, behind which they are computed
 // x, of which what depends on it is computed here, not in front of the loops, where it would hold registers.
 TW_INLINE int here(int x) {
   asm volatile("" : "+r"(x));
@@ -50,7 +50,7 @@ struct Consumer {
     if constexpr (LEANS)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const At at = at_of(item, group * 64 + warp * 16 + half * 8 + lane / 4, 0);
+        const At at = at_of(p, item, group * 64 + warp * 16 + half * 8 + lane / 4, 0);
         rows.slope[half] = variant.slope(at) * LOG2E;
         rows.start[half] = variant.distance(at) + lane % 4 * 2;
       }
@@ -88,8 +88,9 @@ struct Consumer {
     uint32_t bits[2];  // of columns that are seen by comparisons, and of all that reads memory
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      at[half] = at_of(item, group * 64 + warp * 16 + half * 8 + lane / 4, 0);
-      const int last = max(min(item.length - 1, LIMITED ? variant.limit(at[half]) : item.length), -1);
+      at[half] = at_of(p, item, group * 64 + warp * 16 + half * 8 + lane / 4, 0);
+      const int limit = LIMITED ? variant.limit(at[half]) : item.length, base = SHARED ? item.base : 0;  // keys of lower levels
+      const int last = max(min(item.length - 1, SHARED && LIMITED ? max(limit, base - 1) - base : limit), -1);
       bits[half] = columns_below(last - tile * BN + 1 - column);
       if constexpr (TRAILS) {
         const int64_t first = int64_t{variant.newest(at[half])} - variant.width(at[half]) + 1 - tile * BN - column;
@@ -341,15 +342,34 @@ struct Consumer {
       float sum = rows.sum[half], keep = 1.0f, largest = rows.base[half] * LN2;
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if constexpr (Variant::SINK) keep = tw::add_sink(variant.sink(at_of(item, group * 64 + warp * 16 + half * 8 + here(lane) / 4, 0)), largest, sum);
+      if constexpr (Variant::SINK) keep = tw::add_sink(variant.sink(at_of(p, item, group * 64 + warp * 16 + half * 8 + here(lane) / 4, 0)), largest, sum);
       ends.scale[half] = sum == 0.0f ? 0.0f : keep * tw::reciprocal_fast(sum);
       ends.lse[half] = sum == 0.0f ? lowest() : largest + tw::log2_fast(sum) * LN2;
     }
     return ends;
   }
 
+  // The state of each row of an item of shared keys: outputs not yet divided, maximum (log2), sum.
+  TW_INLINE void leave(const Work& item, const float (&o)[DV / 2], const Rows& rows) const {
+    const int lane = here(this->lane);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = group * 64 + warp * 16 + half * 8 + lane / 4;
+      float sum = rows.sum[half];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      if (row >= item.tokens * G) continue;
+      float* state = p.partials + (static_cast<int64_t>(item.slot + row / G) * p.qo_heads + item.head * G + row % G) * (DV + 8);
+#pragma unroll
+      for (int j = 0; j < DV / 8; ++j)
+        *reinterpret_cast<float2*>(state + lane % 4 * 2 + j * 8) = make_float2(o[j * 4 + half * 2], o[j * 4 + half * 2 + 1]);
+      if (lane % 4 == 0) *reinterpret_cast<float2*>(state + DV) = make_float2(rows.base[half], sum);
+    }
+  }
+
   // Outputs divided by the sums, and lse.
   TW_INLINE void write(const Work& item, int buffer, float (&o)[DV / 2], Rows& rows, Ends& ends) const {
+    if constexpr (SHARED) return leave(item, o, rows);
     if (CHUNKED && item.chunks > 1 && !merge(item, o, rows)) return;
     if constexpr (!EARLY_ENDS) ends = ends_of(item, rows);
     const int first = group * 64 + warp * 16, lane = here(this->lane);  // packed row of this warp

@@ -1,4 +1,5 @@
 // The scheduler and the loaders of prefill_hopper.cuh, which includes this file and says what they do.
+#include "shared_items.cuh"
 
 namespace attention {
 
@@ -30,9 +31,9 @@ TW_INLINE void sort_tiles(const Variant& variant, Slot& s, const Tiles& seen, in
 }
 
 // The number of the next item of this CTA, the n-th. Each CTA draws until it gets none, so the draw that
-// brings the counter to `item_count` is the last of all: it sets the counter back.
+// brings the counter to `count` is the last of all: it sets the counter back.
 template <class R>
-TW_INLINE int draw(const Params& p, int n, int lane) {
+TW_INLINE int draw(const Params& p, int n, int count, int lane) {
   constexpr bool FEW = NARROW_ITEMS<R>, LATE = NARROW && !FEW;  // LATE: some CTAs come late and have no first item
   const int grid = FEW ? p.narrow_ctas : gridDim.x;
   if (!LATE && n == 0) return blockIdx.x;
@@ -40,12 +41,18 @@ TW_INLINE int draw(const Params& p, int n, int lane) {
   if (lane == 0) {
     int* counter = p.counter + FEW;
     drawn = atomicAdd(counter, 1);
-    if (drawn == (FEW ? p.narrow_count : p.item_count) - 1 + (LATE ? grid : 0)) *counter = 0;
+    if (drawn == count - 1 + (LATE ? grid : 0)) *counter = 0;
   }
   return (LATE ? 0 : grid) + __shfl_sync(0xffffffffu, drawn, 0);
 }
 
+TW_INLINE Item item_of(const tw::SharedItem& x) { return Item{x.node, x.head, x.token, x.end, x.chunk, x.chunks, x.row, 0}; }
 TW_INLINE Work work_of(const Params& p, const Item& item, const tw::Pages& pages) {
+  if constexpr (SHARED) {  // queries of shared keys lie behind them, but for those of a request without keys of its own
+    const int lowest = table::QUERY_POSITIONS ? -MAX_KEYS : pages.base + pages.length - (p.qo_indptr ? MOST_QUERIES : 1);
+    return Work{item.request, item.kv_head, item.qo_begin, item.qo_end - item.qo_begin, lowest, pages.length, 0,
+                pages.base, pages.stride, item.chunk, item.chunks, item.slot, 0};
+  }
   const int begin = p.qo_indptr[item.request], queries = p.qo_indptr[item.request + 1] - begin;
   const int first = tw::first_query(p, pages, item.request, queries) + (item.qo_begin - begin);
   return Work{item.request, item.kv_head, item.qo_begin, item.qo_end - item.qo_begin, first, pages.length, queries,
@@ -107,15 +114,23 @@ TW_INLINE void learn(Variant& variant, const Shared& shared, const Work& work, i
 #endif
 
 template <class R>
-TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, int lane) {
+TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, int items, int lane) {
   int segments = 0;
   for (int n = 0;; ++n) {
     shared.trace(SORT_TILES);
-    constexpr bool FEW = NARROW_ITEMS<R>;  // narrow items come behind the others
-    const int number = draw<R>(p, n, lane);
-    const bool ends = number >= (FEW ? p.narrow_count : p.item_count);
-    const Item item = p.items[ends ? 0 : number + (FEW ? p.item_count : 0)];
-    const tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
+    const int number = draw<R>(p, n, items, lane);
+    const bool ends = number >= items;
+    Item item;
+    tw::Pages pages;
+    if constexpr (SHARED) {
+      const int n = tw::shared_node(p, ends ? 0 : number, lane);
+      const tw::Node node = tw::node_at(p, n);
+      pages = tw::pages_of(p, n, MAX_KEYS);
+      item = item_of(tw::shared_item<TOKENS>(p, n, node, ends ? 0 : number));
+    } else {
+      item = p.items[ends ? 0 : number + (NARROW_ITEMS<R> ? p.item_count : 0)];  // narrow items come behind the others
+      pages = tw::pages_of(p, item.request, MAX_KEYS);
+    }
     Work work = work_of(p, item, pages);
 #ifdef KEY_ARRAY
     learn(variant, shared, work, lane);
@@ -243,20 +258,20 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
 }
 
 // Whether no row of the item sees a key; `whole`: the key's tile is WHOLE, and no element is read.
-TW_INLINE bool is_unseen(const Variant& variant, const Slot& s, int key, bool whole) {
+TW_INLINE bool is_unseen(const Params& p, const Variant& variant, const Slot& s, int key, bool whole) {
   if (key >= s.length) return true;
   const int last = s.tokens * G - 1;
   const auto sees = [&](int row) {
-    const At at = at_of(s, row, key);
+    const At at = at_of(p, s, row, key);
     return variant.below(at) && (whole || variant.rest(at));
   };
-  if (sees(last) || sees(0)) return false;  // mostly
+  if (!SHARED && (sees(last) || sees(0))) return false;  // mostly; whose a row of shared keys is takes long to find
   tw::Tile tile = rows_and(s, key, key);
   if (READS) tile.request.hi = tile.request.lo + 1;  // no element of a tensor: they are of one request
   const int kind = whole ? variant.below_class(tile) : variant.tile_class(tile);
   if (kind != tw::PARTIAL) return kind == tw::EMPTY;
 #pragma unroll 1
-  for (int row = BY_HEAD ? 1 : G; row < last; row += BY_HEAD ? 1 : G)
+  for (int row = SHARED ? 0 : BY_HEAD ? 1 : G; SHARED ? row <= last : row < last; row += BY_HEAD ? 1 : G)
     if (sees(row)) return false;
   return true;
 }
@@ -287,7 +302,7 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
       int unseen = 0;  // of keys lane, lane + 32, …, a bit each
       if (i < s.partial) {
 #pragma unroll 1
-        for (int j = 0; j < BN / 32; ++j) unseen |= is_unseen(variant, s, tile * BN + j * 32 + lane, s.tiles[i] & WHOLE) << j;
+        for (int j = 0; j < BN / 32; ++j) unseen |= is_unseen(p, variant, s, tile * BN + j * 32 + lane, s.tiles[i] & WHOLE) << j;
       }
       const bool patches = __any_sync(0xffffffffu, unseen != 0);
       shared.trace(WAIT_STAGE);
@@ -345,7 +360,7 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
       for (int j = 0; j < HELD; ++j) {
         const int row = 4 * (part + LOADERS * (8 * j + lane / 4)) + lane % 4, key = tile * BN + row, number = key / BOX;
         exists[j] = row < BN && number < pages.count;
-        if (VALUES && i < s.partial) exists[j] = exists[j] && !is_unseen(variant, s, key, s.tiles[i] & WHOLE);
+        if (VALUES && i < s.partial) exists[j] = exists[j] && !is_unseen(p, variant, s, key, s.tiles[i] & WHOLE);
         entry[j] = exists[j] ? static_cast<int>(tw::entry_at(p, pages, head, number)) : 0;
       }
     };

@@ -82,8 +82,8 @@ struct NarrowConsumer {
   }
   // Scores become weights. A row's maximum stays as it is until a score exceeds it by SLACK.
   TW_INLINE void weigh(const Slot& item, int i, float (&s)[4], FewRows& rows) const {
-    constexpr bool PLAIN = DIRECT && !BENDS && !LEANS;
-    if (PLAIN && i >= item.partial) {
+    constexpr bool BARE = DIRECT && !BENDS && !LEANS;
+    if (BARE && i >= item.partial) {
 #pragma unroll
       for (int n = 0; n < 4; ++n) s[n] *= p.sm_scale * LOG2E;
     } else {
@@ -91,7 +91,7 @@ struct NarrowConsumer {
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const int row = lane % 4 * 2 + n % 2, key = first + n / 2 * 8;
-        const At at = at_of(item, row, key);
+        const At at = at_of(p, item, row, key);
         const bool seen = row < item.tokens * G && key < item.length && variant.mask(at);
         s[n] = seen ? variant.logits(s[n] * p.sm_scale, at) * LOG2E : lowest();
       }
@@ -200,7 +200,7 @@ struct NarrowConsumer {
       if (!CHUNKED || item.chunks == 1 || merge(item, first, all)) {
         constexpr float LN2 = 0.6931471805599453f;
         float largest = all.base * LN2, keep = 1.0f;
-        if constexpr (Variant::SINK) keep = tw::add_sink(variant.sink(at_of(item, warp, 0)), largest, all.sum);
+        if constexpr (Variant::SINK) keep = tw::add_sink(variant.sink(at_of(p, item, warp, 0)), largest, all.sum);
         const float scale = all.sum == 0.0f ? 0.0f : keep / all.sum;
         const int64_t at = static_cast<int64_t>(item.token + warp / G) * p.qo_heads + item.head * G + warp % G;
         if (first < DV) {

@@ -16,9 +16,17 @@
 //   Of an item in chunks each consumer warp leaves its 16 rows as a partial result; the last warp to come
 //   merges them in the order of the chunks.
 //
+// Where requests share keys (LEVELS > 1) it does the shared nodes that a plan gives it, in front of a decode kernel:
+// an item is a block of rows of all requests of a node, with a KV head and a chunk of the keys of the node. Nobody
+// merges: the rows of each item are left as states, which the decode kernel adds to the requests' own
+// (shared_items.cuh). That one may start as soon as this one has found the kernels before it ended. Rows of a tile are of
+// several requests, and finding whose one is takes dependent reads, so that these are masks of an upper limit alone, of
+// which a partial tile asks each row, and logits that are DIRECT and do not lean.
+//
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, hopper.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (DK and DV: elements of a row of K and of V; G query heads of a KV head, BN keys of a tile,
 // BOX keys of a TMA box, CONSUMERS, KEYS_LIE, DIRECT, BENDS, LEANS, LIMITED, TRAILS, READS, BY_HEAD, CHUNKED, NARROW, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
+// MOST_QUERIES of a request that shares keys,
 // the types Kind and Out), the structs `Params`, `Item`, `At` and `Variant`.
 // DIRECT: logits need no branch: the score itself or, where it BENDS, outer · tanh(score / inner); where it LEANS,
 // plus slope · distance, which grows by 1 from key to key (all by methods of `Variant`). Others are computed as
@@ -38,6 +46,7 @@ namespace attention {
 
 constexpr int BM = CONSUMERS * 64;    // rows of an item
 constexpr int TOKENS = BM / G;        // queries of an item
+constexpr bool SHARED = table::LEVELS > 1;
 constexpr bool BY_ROWS = BOX < 8;     // K and V come by cp.async, not by TMA
 constexpr int LOADERS = BY_ROWS && CONSUMERS == 2 && DV <= 128 ? 3 : 1;  // warps that load K; as many load V
 constexpr int LOADER_GROUPS = (2 * LOADERS + 2) / 4;  // warpgroups of the scheduler and the loaders
@@ -58,9 +67,10 @@ struct Work {  // of an item: what positions, masks and outputs need
   int base, stride;                  // key t has position base + stride · t
   int chunk, chunks, slot, counter;
   TW_INLINE int position(int key) const {
-    if constexpr (!table::KEY_POSITIONS) return key;
+    if constexpr (!table::KEY_POSITIONS && !SHARED) return key;
     return static_cast<int>(static_cast<uint32_t>(base) + static_cast<uint32_t>(stride) * static_cast<uint32_t>(key));
   }
+  TW_INLINE int number(int key) const { return SHARED ? base + key : key; }  // among all keys of its requests
 };
 struct Slot : Work {       // a segment of an item, as the scheduler passes it on
   int begins, ends;        // whether it is the item's first segment, its last
@@ -135,10 +145,20 @@ TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
 TW_INLINE int entry_at(const Slot& s, int i) { return i < s.partial ? s.tiles[i] : s.tiles[MAX_TILES - 1 - (i - s.partial)]; }
 TW_INLINE int tile_at(const Slot& s, int i) { return entry_at(s, i) & ~WHOLE; }
 TW_INLINE tw::Tile rows_and(const Work& w, int from, int to) {  // rows of an item and keys from … to
+  if constexpr (SHARED) {
+    const tw::Bound any{0, MAX_KEYS};
+    return tw::Tile{tw::Bound{w.first, MAX_KEYS}, tw::Bound{w.position(from), w.position(to)}, tw::Bound{w.head * G, w.head * G + G - 1},
+                    tw::bound(w.head), any, tw::Bound{w.number(from), w.number(to)}, any, any};
+  }
   return tw::Tile{tw::Bound{w.first, w.first + w.tokens - 1}, tw::Bound{w.position(from), w.position(to)}, tw::Bound{w.head * G, w.head * G + G - 1},
                   tw::bound(w.head), tw::bound(w.request), tw::Bound{from, to}, tw::bound(w.queries), tw::bound(w.length)};
 }
-TW_INLINE At at_of(const Work& w, int row, int key) {
+TW_INLINE At at_of(const Params& p, const Work& w, int row, int key) {
+  if constexpr (SHARED) {
+    const int token = w.token + max(min(row / G, w.tokens - 1), 0);
+    const tw::Row own = tw::row_of(p, w.request, token, MAX_KEYS);
+    return At{own.position, w.position(key), w.head * G + row % G, w.head, own.request, token, w.number(key), own.qo_len, own.kv_len};
+  }
   return At{w.first + row / G, w.position(key), w.head * G + row % G, w.head, w.request, w.token + row / G, key, w.queries, w.length};
 }
 
@@ -187,7 +207,14 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
     if constexpr (NARROW) init_barriers<Narrow>(shared);
     tw::barrier_init_done();
   }
+  int items = 0;
+  if constexpr (SHARED) {
+    tw::wait_for_previous_launch();
+    tw::start_next_launch();
+    items = tw::node_at(p, tw::own_node(p, 0)).item;
+  }
   __syncthreads();
+  if (SHARED && static_cast<int>(blockIdx.x) >= items) return;  // the launch behind takes this SM
   const Variant variant(p);
   const bool narrow = NARROW && blockIdx.x < p.narrow_ctas;  // this CTA works on narrow items first
   if (group < LOADER_GROUPS) {
@@ -195,13 +222,13 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
     if (lane == 0) tw::prefetch_map(warp == 0 ? &p.o_map : warp > 2 * LOADERS ? &p.q_map : warp <= LOADERS ? &p.k_map : &p.v_map);
     if constexpr (NARROW)
       if (narrow) {
-        if (warp == 0) schedule<Narrow>(p, variant, shared, lane);
+        if (warp == 0) schedule<Narrow>(p, variant, shared, p.narrow_count, lane);
         else if (warp == 1) load_keys<Narrow>(p, shared, lane);
         else if (warp == 2) load_values<Narrow>(p, variant, shared, lane);
         else load_few_queries(p, shared, lane);
         end_narrow();
       }
-    if (warp == 0) schedule<Wide>(p, variant, shared, lane);
+    if (warp == 0) schedule<Wide>(p, variant, shared, SHARED ? items : p.item_count, lane);
     else if (warp > 2 * LOADERS) load_queries(p, shared, lane);
     else if (BY_ROWS && warp <= LOADERS) load_rows<false>(p, variant, shared, warp - 1, lane);
     else if (BY_ROWS) load_rows<true>(p, variant, shared, warp - 1 - LOADERS, lane);

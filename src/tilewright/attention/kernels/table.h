@@ -23,16 +23,16 @@ struct Pages {  // of one node: its entries of the table, the number of its keys
 
 // A row of a table: requests begin … end − 1 have its keys, behind `base` keys of lower levels. Where no
 // keys are shared it is a request; else the nodes of shared keys come first, then one for each request. A plan
-// decides which nodes are units of their own: a request walks the keys of its others itself, those of `outer`
-// next (-1: no more). `states`: the levels up to this one that are units of their own, a bit each.
+// decides which nodes a launch in front does: those that have `chunks` above 0, its items from number `item` on and
+// states from row `row` on (shared_items.cuh). A request walks the keys of its others itself, those of `outer` next
+// (-1: no more); `joined` is the next that a launch in front does.
 struct Node {
-  int32_t begin, end, base, level, outer, states;
-  TW_METHOD bool splits() const { return states >> level & 1; }
+  int32_t begin, end, base, level, outer, joined, chunks, item, row;
 };
 
 template <class P>
 TW_INLINE Node node_at(const P& p, int node) {
-  if constexpr (table::LEVELS == 1) return Node{node, node + 1, 0, 0, -1, 1};
+  if constexpr (table::LEVELS == 1) return Node{node, node + 1, 0, 0, -1, -1, 0, 0, 0};
   else return reinterpret_cast<const Node*>(p.nodes)[node];
 }
 template <class P>
