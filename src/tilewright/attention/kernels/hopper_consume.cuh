@@ -443,7 +443,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   bool arrived = false, fresh = true;  // whether the next tile has, whether nothing of o is kept
   if (!STAGED) consumer.free_queries(0);
   for (int n = 0;; ++n) {
-    const Slot& item = next_item(shared, n);
+    const Slot& item = next_item<Wide>(shared, n);
     if (item.tokens < 0) break;
     const int tiles = item.partial + item.full, applied = DIRECT ? item.partial : tiles;  // tiles that the variant is applied to
     float s[BN / 2], sum[2] = {};
