@@ -354,9 +354,10 @@ def _shape_of(
     """What a planner must know, with the scalars that are fixed or among `values`; `rows`: the last
     two of `Shape`."""
     known = {n: v for n, v in (*attn.variant.fixed, *values) if is_number(v)}
+    ctas = family.ctas_per_sm(attn.head_dim) if family.ctas_per_sm else 0
     return plan.Shape(
         family.name, attn.kv_heads, attn.group, traced_of(attn.variant).mask, known, qo_tile,
-        family.splits, family.ctas_per_sm, family.order, *rows,
+        family.splits, ctas, family.order, *rows,
     )  # fmt: skip
 
 

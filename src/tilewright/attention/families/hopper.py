@@ -41,9 +41,8 @@ _SHORT = 512  # queries of a request up to which its items follow each other alw
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """How a kernel divides its work: warpgroups that consume, 64 packed rows of an item each; keys
-    of a tile; tiles of Q, of K and of V in shared memory; keys' tiles of a segment, which the
-    scheduler sorts at once. With more tiles of Q than one the next items' queries arrive early, and
-    outputs pass through them."""
+    of a tile; tiles of Q, of K and of V in shared memory; tiles that the scheduler sorts at once.
+    With more tiles of Q than one queries arrive early, and outputs pass through them."""
 
     groups: int = 2
     keys: int = 128
@@ -62,8 +61,10 @@ TILES = {  # by head_dim and head_dim_vo
 }
 
 
+@functools.lru_cache(256)
 def tiles_of(spec: Spec) -> Tiles:
-    return TILES.get((spec.head_dim, spec.head_dim_vo), Tiles())
+    tiles = TILES.get((spec.head_dim, spec.head_dim_vo), Tiles())
+    return Tiles() if tiles.segment < 512 and key_array(spec) else tiles  # extremes take room
 
 
 def rows_of(spec: Spec) -> int:
@@ -166,7 +167,7 @@ def box_keys(spec: Spec, page_size: int) -> int:
     return math.gcd(page_size, keys) if keys_lie(spec) == IN_PAGES else keys
 
 
-ONE, ZERO = Const(1.0, dtypes.float32), Const(0, dtypes.int32)
+ONE, ZERO, LAST = Const(1.0, dtypes.float32), *(Const(x, dtypes.int32) for x in (0, 2**31 - 1))
 REQUEST = Var("at.request", dtypes.int32)
 _KEYS = {"at.kv", "at.key", "s"}  # what differs between the keys of a row
 
@@ -197,9 +198,9 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
                 newest, width = a, b
             case _:
                 rest.append(x)
-    limit = functools.reduce(functools.partial(binary, "min"), uppers or [ZERO])
+    limit = functools.reduce(functools.partial(binary, "min"), uppers or [LAST])
     numbers = {
-        "DIRECT": e == SCORE, "BENDS": outer is not ONE, "LIMITED": uppers != [],
+        "DIRECT": e == SCORE, "BENDS": outer is not ONE, "RESTS": rest != [],
         "TRAILS": width is not ZERO, "LEANS": e == SCORE and distance is not ZERO,
         "PLAIN": e == SCORE and distance is ZERO and width is ZERO and not rest,
         "READS": any(x.index for x in walk(spec.traced.mask, Load)),
@@ -327,6 +328,6 @@ def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
 
 
 FAMILY = Family(
-    "hopper", "cuda", rows_of, "batch", 0, refuses, _prepare, order,
+    "hopper", "cuda", rows_of, "batch", None, refuses, _prepare, order,
     few=lambda spec: NARROW_ROWS * (tiles_of(spec).keys == 128),
 )  # fmt: skip

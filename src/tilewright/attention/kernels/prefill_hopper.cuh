@@ -25,14 +25,14 @@
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, hopper.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (DK and DV: elements of a row of K and of V; G query heads of a KV head, BN keys of a tile,
-// BOX keys of a TMA box, CONSUMERS, KEYS_LIE, DIRECT, BENDS, LEANS, LIMITED, TRAILS, READS, BY_HEAD, CHUNKED, NARROW, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
+// BOX keys of a TMA box, CONSUMERS, KEYS_LIE, DIRECT, BENDS, LEANS, TRAILS, RESTS, READS, BY_HEAD, CHUNKED, NARROW, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
 // MOST_QUERIES of a request that shares keys,
 // the types Kind and Out), the structs `Params`, `Item`, `At` and `Variant`.
 // DIRECT: logits need no branch: the score itself or, where it BENDS, outer · tanh(score / inner); where it LEANS,
 // plus slope · distance, which grows by 1 from key to key (all by methods of `Variant`). Others are computed as
 // the mask is, on every tile, with nothing under way.
 // EXTREMES: the mask compares elements of KEY_ARRAY, a member of `Variant` with one for each key.
-// LIMITED: the mask has key <= limit of a row, TRAILS: newest − key < width, both in `below`; the others are in `rest`, all methods too. READS: the mask reads tensors; BY_HEAD: the number of a head.
+// The mask has key <= limit of a row and, where it TRAILS, newest − key < width, both in `below`; the others, where it RESTS on more, are in `rest`, all methods too. READS: the mask reads tensors; BY_HEAD: the number of a head.
 // KEYS_LIE: the keys of a request are IN_PAGES of a table, IN_ROWS one after the other, or IN_ONE page.
 //
 // Launch: grid = at most min(items, SMs) CTAs, THREADS threads, SMEM_BYTES of dynamic shared memory:
