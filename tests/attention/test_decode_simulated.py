@@ -43,7 +43,7 @@ def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray,
     spec = Spec(attn.group, *case.dims, *dtypes_of, traced, table.form)
     known = {n: x for n, x in attn.variant.fixed if np.isscalar(x)}
     shape = plans.Shape("decode", attn.kv_heads, attn.group, traced.mask, known,
-                        decode.FAMILY.qo_tile(spec), "", decode.CTAS_PER_SM,
+                        decode.FAMILY.qo_tile(spec), "", decode.ctas_per_sm(attn.head_dim),
                         block=BLOCK)  # fmt: skip
     lengths = kv.lengths()
     plan = plans.make(case.qo_indptr, lengths, shape, workers, table.tree(lengths))
@@ -95,8 +95,8 @@ def test_flat(rng):
         ((2, 1, 256, np.float16, "window", "scores", "per head"), 256, [1, 0, 4, 1]),
         ((5, 2, 200, ml_dtypes.bfloat16, "causal", "softcap", ""), 192, [2, 1, 0, 3]),
         ((8, 1, 192, np.float16, "causal", "scores", ""), 128, [1, 1, 1, 0]),
-        ((4, 1, 128, ml_dtypes.bfloat16, "first and last", "alibi", ""), 128, [8, 1, 5, 7]),
-        ((3, 2, 40, np.float16, "window", "scores", "per head"), 24, [10, 2, 0, 3]),
+        ((4, 1, 128, ml_dtypes.bfloat16, "first and last", "alibi", ""), 72, [4, 1, 3, 2]),
+        ((3, 2, 40, np.float16, "window", "scores", "per head"), 24, [5, 2, 0, 3]),
     ],
 )
 @pytest.mark.parametrize("workers", [1, 20])
@@ -141,9 +141,9 @@ def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
         keys = (rng.integers(0, most, count) if most > 1 else np.full(count, 1024)).astype(np.int32)
         tree = tw.Table.dense(keys, shared=shared).tree(keys.astype(np.int64))
         indptr = np.cumsum([0, *rng.integers(0, 4, requests)]).astype(np.int32)
-        shape = plans.Shape("decode", 8, 4, mask, {}, 4, "", decode.CTAS_PER_SM, block=BLOCK)
+        shape = plans.Shape("decode", 8, 4, mask, {}, 4, "", 2, block=BLOCK)
         plan = plans.make(indptr, keys.astype(np.int64), shape, workers, tree)
-        limit = decode.CTAS_PER_SM * workers // 8
+        limit = 2 * workers // 8
         cuts, nodes = np.zeros(limit + 1, ranges.CUT.numpy), np.zeros(count, NODE.numpy)
         copied, status = np.zeros(requests + 1, np.int32), np.zeros(1, np.int32)
         levels = {f"shared_{n}": x.ctypes.data for n, x in enumerate(shared)} or {"shared_0": 0}

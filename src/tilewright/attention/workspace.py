@@ -59,7 +59,7 @@ class Workspace:
         self.block = block_of(gpu.arch) if shared else 1
         self.front = ranges.of_front(self.block, self.group, sms)
         blocks = decode.blocks_of(self.longest * self.group)
-        self.limit = max(decode.CTAS_PER_SM * sms // self._block, 1)
+        self.limit = max(decode.ctas_per_sm(heads[2]) * sms // self._block, 1)
         most = gpu.attribute(_SMEM_OF_A_CTA) - _STATIC_SMEM
         if planner.smem_bytes(self.max_nodes, self.limit) > most:
             text = f"a planner of {self.max_nodes} nodes has {most} bytes of shared memory"

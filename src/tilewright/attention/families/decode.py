@@ -22,14 +22,11 @@ from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
 KEYS = 16  # of a tile, for each warp
-MOST_ROWS = 32  # packed rows where a plan says so, keys are not shared and rows are short
 WARPS = TILE // KEYS
 # Stages of a warp's ring, of rows up to SHORT_ROW elements (more bytes in flight lengthen the queue
 # at the memory) and of longer ones, whose K and V come in turns.
 STAGES, SHORT_ROW = (2, 1), 128
 THREADS = WARPS * 32
-# Resident at once: what the registers of a CTA are limited to. Three are no faster.
-CTAS_PER_SM = 2
 ALONE, BEHIND, FRONT = range(3)  # kinds of launches where requests share keys (decode.cuh)
 
 
@@ -39,11 +36,9 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
         return reason
     if spec.head_dim_vo > spec.head_dim:
         return "rows of V are longer than those of K"
-    long, shared = spec.head_dim > SHORT_ROW, spec.table.shared
-    if long and shared:
+    if spec.head_dim > SHORT_ROW and spec.table.shared:
         return f"keys are shared and head_dim is above {SHORT_ROW}"
-    most = ROWS if long or shared else MOST_ROWS
-    return f"a request has {rows} rows (queries × group), more than {most}" if rows > most else ""
+    return f"a request has {rows} rows (queries × group), more than {ROWS}" if rows > ROWS else ""
 
 
 # ---------------------------------------------------------------------------- the kernel
@@ -51,7 +46,12 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
 
 def blocks_of(rows: int) -> int:
     """Blocks of 8 packed rows of a unit, for at most `rows` of a request."""
-    return 4 if rows > ROWS else 1 if rows <= 8 else 2
+    return 1 if rows <= 8 else 2
+
+
+def ctas_per_sm(head_dim: int) -> int:
+    """CTAs at once, whose registers are limited so: short rows are more tiles for as many bytes."""
+    return 3 if head_dim <= 64 else 2
 
 
 def _columns(head_dim: int) -> int:
@@ -93,8 +93,8 @@ def source(spec: Spec, together: int, blocks: int, kind: int = ALONE, block: int
     numbers = {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BLOCKS": blocks,
         "HEAD_BLOCK": together, "WARPS": WARPS, "STAGES": STAGES[spec.head_dim > SHORT_ROW],
-        "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS, "ALONE": ALONE, "BEHIND": BEHIND, "FRONT": FRONT,
-        "KIND": kind, "BLOCK": block,
+        "CTAS": ctas_per_sm(spec.head_dim), "MAX_KEYS": MAX_KEYS, "ALONE": ALONE,
+        "BEHIND": BEHIND, "FRONT": FRONT, "KIND": kind, "BLOCK": block,
     }  # fmt: skip
     types = f"using Element = uint16_t;\nusing Kind = tw::{spec.kv.name}_bits;"
     text = specs.namespace("attention", *specs.constants(numbers), types)
@@ -147,5 +147,5 @@ def _prepare(call: Call) -> Prepared:
 
 
 FAMILY = Family(
-    "decode", "cuda", lambda spec: ROWS, "", CTAS_PER_SM, refuses, _prepare, shares=True
+    "decode", "cuda", lambda spec: ROWS, "", ctas_per_sm, refuses, _prepare, shares=True
 )

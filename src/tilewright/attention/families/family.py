@@ -80,21 +80,24 @@ class Family:
     `device`: cpu or cuda. `rows`: the packed rows (queries × group) of an item, as a function of
     the spec. `splits`: items are cut along the keys by what the "request" alone says, or until the
     "batch" fills the workers ("": never). `ctas_per_sm`: the CTAs
-    of an SM where its plans are cuts of contiguous ranges (`ranges.py`), 0 where they are items.
+    of an SM, by head_dim, where its plans are cuts of contiguous ranges (`ranges.py`), None where
+    they are items.
     `refuses(spec, rows, pool)`: the reason why it cannot run a call, or "".
     `order(items, qo_indptr, workers)`: the order of a plan's items, as indices (None: longest
-    first). `shares`: whether requests may share keys.
+    first). `shares`: whether requests may share keys. `few(spec)`: the packed rows of a request up
+    to which its items are narrow: some workers begin with these.
     """
 
     name: str
     device: str
     rows: Callable[[Spec], int]
     splits: str
-    ctas_per_sm: int
+    ctas_per_sm: Callable[[int], int] | None
     refuses: Callable[[Spec, int, Pool | None], str]
     prepare: Callable[[Call], Prepared]
     order: Order | None = None
     shares: bool = False
+    few: Callable[[Spec], int] = lambda spec: 0
 
     def reason(self, spec: Spec, rows: int, pool: Pool | None) -> str:
         """Why it cannot run a call, or ""."""

@@ -59,5 +59,5 @@ def _prepare(call: Call) -> Prepared:
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
 
 
-FAMILY = Family("portable", "cuda", lambda spec: ROWS, "", 0, lambda spec, n, pool: "", _prepare)
-TILES = Family("tiles", "cuda", lambda spec: tiles_of(spec)[0], "", 0, refusal, _prepare)
+FAMILY = Family("portable", "cuda", lambda spec: ROWS, "", None, lambda spec, n, pool: "", _prepare)
+TILES = Family("tiles", "cuda", lambda spec: tiles_of(spec)[0], "", None, refusal, _prepare)
