@@ -71,8 +71,7 @@ def recipe(
     s = s.specialize("k", k) if k else s
     if not s.target.is_cuda:
         return cpu_recipe(s)
-    known = n and k and n % LOAD == 0 and k % LOAD == 0
-    t = TILES[tile] if known else ANY
+    t = TILES[tile] if (n and k and n % LOAD == 0 and k % LOAD == 0) else ANY
     return gpu_recipe(s, t._replace(cols=t.cols // products, warp_cols=t.warp_cols // products))
 
 
