@@ -74,7 +74,7 @@ def test_a_distance_of_keys_that_lie_elsewhere_is_no_line():
 
 def test_the_score_itself():
     numbers, _ = forms(tw.Causal())
-    assert [name for name, x in numbers.items() if x] == ["DIRECT"]
+    assert [name for name, x in numbers.items() if x] == ["DIRECT", "PLAIN"]
 
 
 @pytest.mark.parametrize(
