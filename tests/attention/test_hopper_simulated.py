@@ -20,7 +20,6 @@ from tilewright.attention import render
 from tilewright.attention.arguments import values_of
 from tilewright.attention.families import hopper
 from tilewright.attention.spec import Spec, param_values
-from tilewright.runtime import cuda
 from tilewright.runtime.view import view
 from tilewright.toolchain import compilers
 
@@ -89,7 +88,7 @@ def result(case: Case, page_size: int, workers: int, seed: int) -> tuple[Any, An
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c[0][:3])))
 def test_narrow_items(rng, monkeypatch, case):
     """Right, and the same bits whatever arrives first; chunks among them."""
-    monkeypatch.setattr(cuda, "tensor_map", tensor_map)
+    monkeypatch.setattr(hopper, "tensor_map", tensor_map)
     tiles = dataclasses.replace(hopper.TILES[128, 128], segment=32)  # of 40 and 33 tiles
     if case[-1] == 1:
         hopper.source.cache_clear()

@@ -349,19 +349,15 @@ def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableFor
 
 @functools.lru_cache(512)
 def _shape_of(
-    attn: Attention,
-    family: Family,
-    qo_tile: int,
-    values: tuple[Any, ...],
-    block: int = 1,
-    few: int = 0,
+    attn: Attention, family: Family, qo_tile: int, values: tuple[Any, ...], *rows: int
 ) -> plan.Shape:
-    """What a planner must know, with the scalars that are fixed or among `values`."""
+    """What a planner must know, with the scalars that are fixed or among `values`; `rows`: the last
+    two of `Shape`."""
     known = {n: v for n, v in (*attn.variant.fixed, *values) if is_number(v)}
     ctas = family.ctas_per_sm(attn.head_dim) if family.ctas_per_sm else 0
     return plan.Shape(
         family.name, attn.kv_heads, attn.group, traced_of(attn.variant).mask, known, qo_tile,
-        family.splits, ctas, family.order, block, few,
+        family.splits, ctas, family.order, *rows,
     )  # fmt: skip
 
 

@@ -37,8 +37,7 @@ class Shape:
     """What a planner must know of the attention and of the family that runs it: the heads, the mask
     with its known values, the most queries of an item, what decides how items are cut along the
     keys ("" where they are not; see `Family`), the CTAs of a worker where the plan is cuts (else
-    0), the order of items (None: longest first), `Plan.block`, and the packed rows of a request up
-    to which its items are narrow."""
+    0), the order of items (None: longest first), `Plan.block`, and `Family.few` of a spec."""
 
     family: str
     kv_heads: int
