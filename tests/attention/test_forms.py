@@ -73,8 +73,12 @@ def test_a_distance_of_keys_that_lie_elsewhere_is_no_line():
 
 
 def test_the_score_itself():
+    """Of a causal mask, which lets the rows of shared keys be those of many requests, and of a window,
+    which does not."""
     numbers, _ = forms(tw.Causal())
     assert [name for name, x in numbers.items() if x] == ["DIRECT", "PLAIN"]
+    numbers, _ = forms(tw.SlidingWindow(window=9))
+    assert [name for name, x in numbers.items() if x] == ["DIRECT", "TRAILS"]
 
 
 @pytest.mark.parametrize(
