@@ -81,9 +81,8 @@ class NestBuilder:
         scope = Scope(self.tables)
         specs = self._follow(st, driver, scope)
         is_sparse, reduced = st.out.tensor.is_sparse, {a.name for a in st.axes}
-        covers = is_sparse or all(
-            visits_all(self.tables, s) for s in specs if s.axis.name not in reduced
-        )
+        own = (s for s in specs if s.axis.name not in reduced)
+        covers = is_sparse or all(visits_all(self.tables, s) for s in own)
         is_update = bool(st.op) and not st.axes
         if st.op == "append":
             return BuiltNest(self._loops(_Target(st, False), specs, scope), driver, False, True)

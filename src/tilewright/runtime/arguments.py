@@ -142,10 +142,9 @@ def scalar_value(spec: TensorSpec, dtype: dtypes.DType, arg: Any) -> float | int
     if not isinstance(arg, (str, bytes)):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             value = float(arg) if dtype.is_float else int(arg)
-    fits = value is not None and (
+    if value is None or not (
         dtype.is_float or (value == arg and dtype.least <= value <= dtype.most)
-    )
-    if value is None or not fits:
+    ):
         raise _error("A107", f"{spec.name} is a number of type {dtype}, not {arg!r}", spec.name)
     if dtype.name == "bfloat16":
         return int(dtypes.bfloat16_bits(np.array(value, np.float32)))

@@ -166,9 +166,8 @@ class Packed:
     def dense(self) -> np.ndarray:
         """The tensor as a NumPy array (*shape, *inner), with `fill` where nothing is stored."""
         coords, values = self.unpack()
-        out = np.full(
-            (*self.shape, *self.inner), entries.filling(self.fill, self.dtype), self.dtype.numpy
-        )
+        fill = entries.filling(self.fill, self.dtype)
+        out = np.full((*self.shape, *self.inner), fill, self.dtype.numpy)
         out[coords] = values
         return out
 
