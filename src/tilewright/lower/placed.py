@@ -133,9 +133,6 @@ class Row:
         return ir.Load(self.buffer, (*index, *(coords[n] for n in self.dims)), e.dtype)
 
 
-# ---------------------------------------------------------------------------- the online form
-
-
 def online(body: ir.Stmt) -> ir.Stmt:
     """Maxima that are read in the loop they reduce over, before they are complete: a reader takes
     exp(x - maximum) of the terms x, and sums of that are multiplied by exp(old - new) whenever the

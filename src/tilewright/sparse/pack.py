@@ -269,9 +269,6 @@ def _index_type(index: Any, largest: int) -> DType:
     return kind
 
 
-# ---------------------------------------------------------------------------- parts
-
-
 def _check_positions(of: Any, count: int) -> None:
     if count > MOST_POSITIONS:
         rule = f"{of} of this matrix has {count} positions, the limit is {MOST_POSITIONS}"
