@@ -1,7 +1,7 @@
 """`tilewright bench model`: tokens a second of a real model, for prompts and for answers.
 
 Beside it, where `llama_cpp` is installed and the target is a CPU, llama.cpp on the same file, with
-as many threads, in turns with ours.
+as many threads, in turns with ours. Then one, two and four answers at once, in turns too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tilewright.serve.request import Request, Sampling
 from tilewright.serve.weights import open_model, packaged_model
 
 _ROUNDS = 7
+_STREAMS = 1, 2, 4  # answers at once
 _SHORT = 20  # tokens before an answer that follows a question
 _OURS = "tilewright"
 
@@ -69,6 +70,18 @@ def model(args: argparse.Namespace) -> Iterator[Row]:
             "input": f"{path.stem} {op}", "width": length, "dtype": "float32", "impl": impl,
             "ms": 1e3 / rate, "metric": "tokens/s", "value": rate, "ratio": ratio,
         }  # fmt: skip
+    totals: dict[int, list[float]] = {count: [] for count in _STREAMS}
+    for _ in range(_ROUNDS):
+        for count, found in totals.items():
+            found.append(_together(ours, prompt[:short], args.tokens, count))
+    one = statistics.median(totals[1])
+    for count, found in totals.items():
+        rate = statistics.median(found)
+        yield base_row("model", "model.streams", args.target) | {
+            "input": f"{path.stem} answers after {short} tokens", "width": count,
+            "dtype": "float32", "impl": _OURS, "ms": 1e3 * count / rate,
+            "metric": "tokens/s of all", "value": rate, "ratio": rate / one,
+        }  # fmt: skip
     step = ours.runner._steps[1]  # of one request
     yield base_row("model", "model.launches", args.target) | {
         "input": f"{path.stem} decode", "width": 1, "dtype": "float32", "impl": _OURS, "ms": None,
@@ -84,6 +97,21 @@ def _timed(runner: Runner, prompt: list[int], tokens: int) -> tuple[float, float
     runner.write(tokens)
     ended = time.perf_counter()
     return len(prompt) / (between - began), tokens / (ended - between)
+
+
+def _together(engine: Engine, prompt: list[int], tokens: int, count: int) -> float:
+    """Tokens a second of so many answers at once, once all are being answered."""
+    how = Sampling(max_tokens=1 << 20, ignore_eos=True)
+    requests = [engine.submit(prompt, how) for _ in range(count)]
+    while not all(r.answered > 2 for r in requests):
+        engine.step()
+    began = time.perf_counter()
+    for _ in range(tokens):
+        engine.step()
+    took_s = time.perf_counter() - began
+    for request in requests:
+        engine.cancel(request)
+    return count * tokens / took_s
 
 
 def _ours(engine: Engine) -> Runner:

@@ -76,10 +76,9 @@ class NamedRecipe:
         code may read them, and a process may set them. A digest of plain data; of tables what they
         print, which has functions by their names."""
         modules = _modules_of(self.name.rpartition(".")[0])
-        names = [(n, x) for m in modules for n, x in vars(m).items() if n.isupper()]
         return tuple([
             (n, re.sub(" at 0x[0-9a-f]+", "", repr(x)) if isinstance(x, TABLES) else digest(x))
-            for n, x in names
+            for n, x in [(n, x) for m in modules for n, x in vars(m).items() if n.isupper()]
         ])  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import functools
 import itertools
 import operator
 import sys
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ import tilewright as tw
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 CASES_OF_A_KERNEL = 8  # cases that share a compiled kernel; all else differs
 FITS = {  # rows of K and of V that a family of a GPU takes
-    "decode": [(n, n) for n in (8, 16, 40, 64, 80, 96, 128)],
+    "decode": [(n, n) for n in (8, 16, 40, 64, 80, 96, 128, 192, 256)],
     "hopper": [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)],
 }
 DECODE_ROWS = 16  # queries × group of a request, at most, in the decode family
@@ -451,9 +452,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--fits", nargs="*", choices=FITS, default=[])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case after that")
     args = parser.parse_args()
     failed, families, number = 0, Counter[str](), args.first
-    while families.total() - families["refused"] < args.cases:
+    end = time.monotonic() + args.seconds
+    while families.total() - families["refused"] < args.cases and time.monotonic() < end:
         fits = args.fits or [""]
         case = draw(args.seed, number, fits[number // CASES_OF_A_KERNEL % len(fits)])
         number += 1
@@ -465,7 +468,7 @@ def main() -> int:
             failed += 1
             families["failed"] += 1
             print(f"{case}\n  {type(error).__name__}: {str(error).strip()[:600]}", flush=True)
-    print(f"{args.cases} cases from {args.first} on, {failed} failed; {dict(families)}")
+    print(f"cases {args.first} to {number - 1}, {failed} failed; {dict(families)}")
     return int(failed > 0)
 
 

@@ -1,4 +1,5 @@
-"""Hand-written CUDA kernels on a CPU: their own text, compiled with warps.h in front of it."""
+"""Hand-written CUDA kernels on a CPU: their own text, compiled with warps.h in front of it, and
+warps_hopper.h where it includes hopper.cuh."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from tilewright.attention.spec import template
 from tilewright.codegen import prelude_files
 from tilewright.toolchain import compilers, cxx
 
-REPLACED = {"gpu.cuh", "mma.cuh", "async.cuh"}  # by warps.h
+REPLACED = {"gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh"}
 RUN = """
 extern "C" __attribute__((visibility("default")))
 void run(const {params}* p, int threads, const int32_t* order, int ctas, uint64_t seed) {{
@@ -31,7 +32,7 @@ def expanded(text: str) -> str:
         return "" if found[1] in REPLACED else expanded(template(found[1]))
 
     text = re.sub(r'#include "([^"]+)"', file, text)
-    text = re.sub(r"extern __shared__ __align__\(16\) (\w+) (\w+)\[\];",
+    text = re.sub(r"extern __shared__ (?:__align__\(16\) )?(\w+) (\w+)\[\];",
                   r"\1* \2 = reinterpret_cast<\1*>(simulated::smem);", text)  # fmt: skip
     return text.replace("#pragma once", "")
 
@@ -39,7 +40,8 @@ def expanded(text: str) -> str:
 @functools.lru_cache(32)
 def kernel(text: str, entry: str = "stage0", params: str = "Params") -> Any:
     """`run(params, threads, order, ctas, seed)` of a kernel's CUDA C++."""
-    shim = (Path(__file__).parent / "warps.h").read_text(encoding="utf-8")
+    names = ["warps.h", *["warps_hopper.h"] * ('#include "hopper.cuh"' in text)]
+    shim = "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in names)
     parts = (
         prelude_files.prelude("cpu.h"),
         shim,

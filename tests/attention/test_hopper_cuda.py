@@ -52,7 +52,12 @@ KERNELS = [  # group, dims, dtype, variant, keys of a box, paged, dtype of o, in
     (4, (256, 256), "bfloat16", "alibi", 64, False, "bfloat16", False),
     (4, (128, 128), "bfloat16", "softcap_alibi", 128, False, "bfloat16", False),
 ]
-IDS = ["-".join(map(str, k)) for k in KERNELS]
+FEW = [  # of kernels that have narrow items too
+    (4, (128, 128), "bfloat16", "causal", 16, True, "bfloat16", False),
+    (8, (128, 128), "float16", "softcap_alibi", 128, False, "float32", True),
+    (1, (96, 96), "bfloat16", "window", 8, True, "bfloat16", True),
+]
+IDS = ["-".join(map(str, k)) for k in KERNELS + FEW]
 
 
 def kernel_of(case) -> tuple[Spec, int, bool]:
@@ -62,12 +67,12 @@ def kernel_of(case) -> tuple[Spec, int, bool]:
     return dataclasses.replace(spec, head_dim_vo=dim_vo), box, chunked
 
 
-def compiled(case) -> tuple[str, bytes]:
+def compiled(case, narrow: bool) -> tuple[str, bytes]:
     """The log of NVRTC and ptxas, and the cubin; past the cache, which keeps no log. The numbers
     that Python launches with are checked too."""
     spec, box, chunked = kernel_of(case)
-    text = hopper.source(spec, box, chunked)
-    wanted = {"SMEM_BYTES": hopper.smem_bytes(spec), "THREADS": hopper.threads(spec, box)}
+    text = hopper.source(spec, box, chunked, narrow)
+    wanted = {"SMEM_BYTES": hopper.smem_bytes(spec, narrow), "THREADS": hopper.threads(spec, box)}
     wanted |= {"BM": hopper.rows_of(spec)}
     for name, value in wanted.items():
         text += f'\nstatic_assert(attention::{name} == {value}, "");'
@@ -79,12 +84,12 @@ def compiled(case) -> tuple[str, bytes]:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("case", KERNELS, ids=IDS)
-def test_what_ptxas_makes_of_it(case, tmp_path):
+@pytest.mark.parametrize("case, narrow", [(c, c in FEW) for c in KERNELS + FEW], ids=IDS)
+def test_what_ptxas_makes_of_it(case, narrow, tmp_path):
     """No spill, no serialised wgmma; in the loop over full tiles more than half of the weights are
     computed while P·V is under way, and all of a soft-cap's tanh, between the wait that leaves one
     group pending and the one of none; the others behind it, where they hide the packing."""
-    log, image = compiled(case)
+    log, image = compiled(case, narrow)
     assert "C75" not in log, log
     found = nvrtc.parse_resources(log)["stage0"]
     assert found.spill_bytes == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.attention.cases import TYPES, arrays_of, csr, paged, queries
+from tests.attention.cases import ALL_VARIANTS, TYPES, arrays_of, csr, paged, queries, values_of
 from tests.attention.test_flash_cuda import _bits
 from tests.attention.test_hopper_cuda import card, close, ragged, to_card
 
@@ -110,6 +110,46 @@ def test_nothing_to_see_and_one_key(card, rng, dims, page_size):
         q, indptr = queries(rng, [n for n, _ in lengths], 8, dims[0], TYPES["bfloat16"])
         wanted = reference.attention(q, kv, indptr, attn.variant)
         check(attn, q, indptr, to_card(kv), wanted)
+
+
+FEW = [  # group, kv_heads, head_dim, dtype, variant, page_size (0: ragged), dtype of o
+    (4, 2, 128, "bfloat16", "causal", 16, "bfloat16"),
+    (8, 1, 128, "float16", "window", 64, "float16"),
+    (1, 3, 96, "float16", "softcap_alibi", 8, "float32"),
+    (3, 2, 128, "bfloat16", "full", 0, "bfloat16"),
+    (2, 2, 128, "bfloat16", "strange", 256, "float32"),
+    (4, 1, 96, "bfloat16", "softcap", 128, "bfloat16"),
+    (4, 2, 128, "float16", "alibi", 1, "float16"),  # one list: pages are too short
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", FEW, ids=lambda c: "-".join(map(str, c)))
+def test_few_rows_beside_many(card, rng, case):
+    """Requests of up to 8 packed rows have a list of their own; a long one comes in chunks."""
+    group, kv_heads, dim, kind, name, page_size, out = case
+    lengths = [(200, 700), (1, 0), (1, 1), (1, 127), (2, 129), (1, 3000), (130, 130)]
+    lengths += [(1, 20011), (8 // group, 1000), (3, 2), (0, 5), (40, 40), (1, 128)]
+    keys = [n for _, n in lengths]
+    attn = Attention(group * kv_heads, kv_heads, dim, ALL_VARIANTS[name])
+    if page_size:
+        kv = paged(rng, keys, (page_size, kv_heads, dim), TYPES[kind])
+    else:
+        kv = ragged(rng, keys, kv_heads, dim, TYPES[kind])
+    q, indptr = queries(rng, [n for n, _ in lengths], group * kv_heads, dim, TYPES[kind])
+    values = values_of(rng, attn.variant, group * kv_heads, kv_heads)
+    wanted = reference.attention(q, kv, indptr, attn.variant, **values)
+    kv, values = to_card(kv), {name: there(x) for name, x in values.items()}
+    plan, first = attn.plan(indptr, kv), None
+    assert plan.narrow > 0 and (plan.slots > 0) == (name != "window")
+    for _ in range(3):
+        o = there(np.full(q.shape, np.nan, TYPES[out]))
+        bound = attn.bind(there(q), kv, o, plan=plan, **values)
+        assert ("NARROW = 1;" in bound.source) == (page_size != 1)
+        found = reference.as_float64(bound().o)
+        first = found if first is None else first
+        np.testing.assert_array_equal(found, first)
+        close(found, reference.as_float64(bound.state.lse), wanted)
 
 
 @pytest.mark.gpu

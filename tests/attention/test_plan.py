@@ -10,13 +10,14 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.attention.cases import paged
 
 from tilewright.attention import families, planner, ranges
 from tilewright.attention import plan as plans
 from tilewright.attention.batch import Attention
+from tilewright.attention.families import hopper
 from tilewright.attention.plan import Plan, Shape
 from tilewright.attention.variant import Causal, Full, SlidingWindow
 from tilewright.errors import ArgumentError
@@ -72,6 +73,36 @@ def test_work_is_cut_until_it_balances():
     skewed = [(1, 50), (1, 16000), (1, 300), (1, 20)]
     assert make(skewed, 8).imbalance < 1.3
     assert make(skewed, 8, splits="").imbalance > 3
+
+
+HOPPER = {"qo_tile": 32, "splits": "batch", "order": hopper.order, "few": 8, "group": 4}
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(0, 9000)), max_size=8), st.integers(1, 200)
+)
+@example([(1, 5003), (1, 4200)], 1)
+def test_items_of_few_rows_come_last(batch, workers):
+    plan = make(batch, workers, **HOPPER)
+    few = np.diff(plan.qo_indptr)[plan.items["request"]] <= 2
+    assert (np.diff(few.astype(int)) >= 0).all() and (plan.narrow > 0) == few.any()
+    assert plan.narrow <= few.sum() and 2 * plan.narrow <= workers + 1
+    assert Plan.load(plan.save()) == plan != dataclasses.replace(plan, narrow=plan.narrow + 1)
+    refused_with(plan, narrow=-1)
+    assert not make(batch, workers, **HOPPER | {"few": 0}).narrow
+
+
+def test_workers_by_predicted_time_and_a_last_round_that_is_cut():
+    """A chunk of 2048 queries on 16k beside 64 single tokens on 4k, as 132 workers take them."""
+    plan = make([(2048, 16384)] + [(1, 4096)] * 64, 132, kv_heads=8, **HOPPER)
+    wide = plan.items[plan.items["request"] == 0]
+    items, rest = 64 * 8, 64 * 8 % (132 - plan.narrow)
+    assert 14 <= plan.narrow <= 22 and f"132 workers ({plan.narrow} narrow)" in str(plan)
+    assert rest <= (wide["chunks"] > 1).sum() / wide["chunks"].max() < rest + 8
+    assert (wide["chunk"] == 0).sum() == items
+    assert (wide["chunks"][: items - rest - 8] == 1).all()
+    alone = make([(2048, 16384)], 132, kv_heads=8, **HOPPER)
+    assert alone.slots == alone.narrow == 0
 
 
 def test_longest_first():

@@ -114,6 +114,7 @@ inline void run(void (*f)(const void*), const void* p, int count, const int32_t*
   kernel = f;
   argument = p;
   threads = count;
+  grid = ctas;
   for (int n = 0; n < ctas; ++n) {
     cta = order[n];
     memset(smem, 0xff, sizeof smem);
@@ -134,7 +135,7 @@ inline void run(void (*f)(const void*), const void* p, int count, const int32_t*
       const int first = static_cast<int>(random32() % static_cast<unsigned>(count));
       int ended = 0;
       for (int i = 0; i < count; ++i) {
-        const int t = (first + i * 33) % count;  // 33 and the count have no divisor in common
+        const int t = (first + i * 37) % count;  // 37 and the count have no divisor in common
         if (fibers[t].ended) { ++ended; continue; }
         current = t;
         simulated_switch(&scheduler, fibers[t].sp);

@@ -292,8 +292,8 @@ def test_bench_model_times_prompts_and_answers(tmp_path, capsys, monkeypatch):
     found = rows_of(capsys.readouterr().out)
     ours = {(r["op"], r["width"]) for r in found if r["impl"] == "tilewright"}
     rates = {(f"model.{op}", n) for op in ("prompt", "decode") for n in (20, 30)}
-    assert ours == rates | {("model.launches", 1)}
-    metrics = {"model.launches": "launches a step"}
+    assert ours == rates | {("model.launches", 1)} | {("model.streams", n) for n in (1, 2, 4)}
+    metrics = {"model.launches": "launches a step", "model.streams": "tokens/s of all"}
     assert all(r["value"] > 0 for r in found)
     assert all(r["metric"] == metrics.get(r["op"], "tokens/s") for r in found)
 

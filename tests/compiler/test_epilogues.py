@@ -271,7 +271,7 @@ def layer(A=tw.sparse("m n"), X=tw.dense("n d"), bias=tw.dense("d"), R=tw.dense(
 
 
 WHOLE_ROWS = {
-    **{n: FORMATS[n] for n in ("csr", "dcsr", "ell", "ragged", "bsr", "bsr3", "dbsr")},
+    **{n: FORMATS[n] for n in ("csr", "dcsr", "ell", "ragged", "bsr", "bsr3", "dbsr", "sr_bcrs")},
     "hyb": tw.hyb(buckets=(1, 2, 4), long_rows="csr"),
 }
 

@@ -134,9 +134,9 @@ class Attention:
         workers = check_count("workers", workers, plan.MAX_WORKERS)
         size = (spec.head_dim + spec.head_dim_vo) * spec.kv.itemsize
         batch = Batch(lengths, size, reasons, gpu.name if gpu else "")
-        numbers = tuple((n, v) for n, v in values.items() if is_number(v))
         block = decode.shared_block(spec, pool, gpu.arch) if table.form.shared and gpu else 1
-        shape = _shape_of(self, family, family.qo_tile(spec), numbers, block)
+        numbers = tuple((n, v) for n, v in values.items() if is_number(v)), block, family.few(spec)
+        shape = _shape_of(self, family, family.qo_tile(spec), *numbers)
         result = plan.make(indptr, lengths, shape, workers, table.tree(lengths), batch)
         if gpu is not None:
             result.on_device(ordinal_of(table.device))
@@ -349,14 +349,15 @@ def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableFor
 
 @functools.lru_cache(512)
 def _shape_of(
-    attn: Attention, family: Family, qo_tile: int, values: tuple[Any, ...], block: int = 1
+    attn: Attention, family: Family, qo_tile: int, values: tuple[Any, ...], *rows: int
 ) -> plan.Shape:
-    """What a planner must know, with the scalars that are fixed or among `values`."""
+    """What a planner must know, with the scalars that are fixed or among `values`; `rows`: the last
+    two of `Shape`."""
     known = {n: v for n, v in (*attn.variant.fixed, *values) if is_number(v)}
     ctas = family.ctas_per_sm(attn.head_dim) if family.ctas_per_sm else 0
     return plan.Shape(
         family.name, attn.kv_heads, attn.group, traced_of(attn.variant).mask, known, qo_tile,
-        family.splits, ctas, family.order, block,
+        family.splits, ctas, family.order, *rows,
     )  # fmt: skip
 
 

@@ -42,13 +42,16 @@ MAX_WORKERS = 1 << 16
 CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
 
-_NUMBERS = ("kv_heads", "qo_tile", "workers", "slots", "counters", "group", "block")
+_NUMBERS = (
+    "kv_heads", "qo_tile", "workers", "slots", "counters", "group", "block", "narrow",
+)  # fmt: skip
 _ARRAYS = {
     "items": ITEM.numpy, "qo_indptr": np.dtype(np.int32), "cuts": CUT.numpy, "nodes": NODE.numpy,
 }  # fmt: skip
 _LAYOUT = ITEM.version + CUT.version + NODE.version
 _BAD_FILES = (zipfile.BadZipFile, zlib.error, NotImplementedError)  # of a damaged archive
 _BATCH_CHUNK_TILES = 16  # the fewest where the batch decides: a GPU's item starts anew in a CTA
+_NARROW_COST = 0.58  # of a tile of keys in an item of few rows, in such tiles of others
 _ITEMS_PER_REQUEST = 64  # to aim at, where a request has keys enough: work for many threads
 
 
@@ -68,9 +71,9 @@ class Plan:
     `qo_tile` is the most queries an item has; `slots` and `counters` size the work space; `workers`
     are threads or SMs; `imbalance` is the longest worker's estimated work over the mean. `longest`:
     the most queries of a request; `nodes`: an array of `NODE` where requests share keys, `group`:
-    query heads of a KV head, which packs their rows; `block`: queries
-    of an item of the launch in front that does shared keys; `tensors`: what `on_device` has copied
-    to GPUs; `batch`: what `report` needs.
+    query heads of a KV head, which packs their rows; `block`: queries of an item of the launch in
+    front that does shared keys; `narrow`: workers that begin with the items of few rows; `tensors`:
+    what `on_device` has copied to GPUs; `batch`: what `report` needs.
 
     Kernels trust a plan, so one that was not planned here is checked when it is constructed (see
     `check`): by `load`, `dataclasses.replace`, `pickle` and the constructor. It keeps arrays of its
@@ -90,6 +93,7 @@ class Plan:
     nodes: np.ndarray = field(default_factory=lambda: _NO_NODES)
     group: int = 1
     block: int = 1
+    narrow: int = 0
     batch: Batch | None = field(default=None, repr=False)
     tensors: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
     longest: int = field(default=0, init=False, repr=False)
@@ -155,7 +159,8 @@ class Plan:
         return (
             f"Plan({self.family}): {many(self.requests, 'requests')}, "
             f"{many(max(len(self.cuts) - 1, 0) or len(self.items), 'parts')}, "
-            f"{many(self.workers, 'workers')}, imbalance {self.imbalance:.2f}"
+            f"{many(self.workers, 'workers')}{f' ({self.narrow} narrow)' if self.narrow else ''}, "
+            f"imbalance {self.imbalance:.2f}"
         )
 
     def save(self) -> bytes:
@@ -234,10 +239,16 @@ def _items(
         visible = planner.visible_tiles(first, first + (end - begin) - 1, keys[node], shape)
     cost = visible * ((end - begin) * shape.group + 4) + 4
     chunks = np.ones(len(node), np.int64)
+    few = ((last_row - first_row) * shape.group <= shape.few)[node]
+    tiles = visible * np.where(few, _NARROW_COST, 1)
+    narrow = max(round(workers * tiles[few].sum() / max(tiles.sum(), 1)), int(few.any()))
+    narrow = min(narrow, int(few.sum()) * shape.kv_heads, -(-workers // 2))
     if shape.splits == "batch":
         share = visible.sum() * shape.kv_heads / workers
         chunks = np.clip(visible / max(share, 1), 1, np.maximum(visible // _BATCH_CHUNK_TILES, 1))
         chunks = chunks.astype(np.int64)
+        if 0 < narrow < workers:
+            _cut_last(chunks, np.where(few, 0, visible), shape.kv_heads, workers - narrow)
     elif shape.splits:
         wanted = -(-_ITEMS_PER_REQUEST // (np.bincount(node)[node] * shape.kv_heads))
         chunks = np.clip(visible // CHUNK_TILES, 1, wanted)
@@ -247,9 +258,19 @@ def _items(
     if shape.order is not None:
         order = shape.order(items, indptr, workers)
     return {
-        "items": _frozen(items[order]), "slots": slots, "counters": counters,
+        "items": _frozen(items[order]), "slots": slots, "counters": counters, "narrow": narrow,
         "imbalance": _imbalance(work[order], workers),
     }  # fmt: skip
+
+
+def _cut_last(chunks: np.ndarray, visible: np.ndarray, kv_heads: int, workers: int) -> None:
+    """Where workers have few items each, and alike, cut those of the last round, so that it ends
+    sooner. `visible`: 0 for items that others work on."""
+    own = np.flatnonzero(visible)
+    rounds, rest = divmod(len(own) * kv_heads, workers)
+    if rest and 0 < rounds < 8 and chunks.max() == 1 and visible.max() < 2 * visible[own].min():
+        pieces = min((1, 2, 3, 4), key=lambda n: -(-rest * n // workers) / n)
+        chunks[own[np.argsort(visible[own], kind="stable")][: -(-rest // kv_heads)]] = pieces
 
 
 def _rows_of_nodes(indptr: np.ndarray, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -327,7 +348,7 @@ def check(plan: Plan) -> None:
     indptr, items = plan.qo_indptr, plan.items
     from_zero = len(indptr) and indptr[0] == 0 and rises(indptr)
     _require(from_zero, "qo_indptr does not rise from 0")
-    limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group, plan.block)
+    limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group, plan.block, plan.narrow + 1)
     _require(min(limits) >= 1 and max(limits) < 2**31, "its numbers are out of range")
     _require(_is_tree(plan.nodes, plan.requests), "its nodes are no tree of the requests")
     first, last = _rows_of_nodes(indptr, plan.nodes)

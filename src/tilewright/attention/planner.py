@@ -37,7 +37,7 @@ class Shape:
     """What a planner must know of the attention and of the family that runs it: the heads, the mask
     with its known values, the most queries of an item, what decides how items are cut along the
     keys ("" where they are not; see `Family`), the CTAs of a worker where the plan is cuts (else
-    0), the order of items (None: longest first), and `Plan.block`."""
+    0), the order of items (None: longest first), `Plan.block`, and `Family.few` of a spec."""
 
     family: str
     kv_heads: int
@@ -49,6 +49,7 @@ class Shape:
     ctas_per_worker: int
     order: Callable[[np.ndarray, np.ndarray, int], np.ndarray] | None = None
     block: int = 1
+    few: int = 0
     packed: np.ndarray = field(init=False, compare=False, repr=False)
     """Int64: `Shape` of kernels/mask.h."""
 

@@ -8,8 +8,6 @@ to find it, and another matrix changes only the number of CTAs of a launch.
 import math
 import struct
 from dataclasses import dataclass, field, replace
-from itertools import groupby
-from typing import Any
 
 from tilewright.codegen.cfamily import atom_texts, has, operand_kind
 from tilewright.codegen.merge import MergeRenderer
@@ -184,20 +182,6 @@ class CudaRenderer(MergeRenderer):
             lane = "[e__ / 4][e__ % 4]" if len(index) == 3 else "[e__ / 2 % 2]"
             return f"{c_name(b.name)}[{self.expr(index[0])}].v{lane}"
         return super().register(b, index)
-
-    def seq(self, s: ir.Seq) -> None:
-        """Neighbours that multiply by one tile b become one operation."""
-        for b, group in groupby(s.body, lambda x: isinstance(x, ir.Mma) and not x.atom and x.b):
-            lines: list[Any] = list(group)
-            if not b or len(lines) == 1:
-                super().seq(ir.Seq(tuple(lines)))
-                continue
-            kind = operand_kind(b.buffer.dtype)
-            text = [self.fragment(b, f"b<{lines[0].shape[1]}>", kind)]
-            for x in lines:
-                acc = f"{c_name(x.acc.name)}[{self.expr(x.slot)}]"
-                text += [acc, self.fragment(x.a, "a", kind)]
-            self.line(f"tw::mma_column<{kind}>({', '.join(text)});")
 
     def mma(self, s: ir.Mma) -> None:
         kind = operand_kind(s.b.buffer.dtype)

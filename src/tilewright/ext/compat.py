@@ -256,8 +256,7 @@ class _Wrapper:
         if self._planned is None:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise ArgumentError("A110", "a CUDA graph is captured", hint="use_cuda_graph=True")
-            q_dtype = float_view("q", g.q).dtype
-            self._planned = attn.plan(self._rows, kv, q_dtype=q_dtype)
+            self._planned = attn.plan(self._rows, kv, q_dtype=float_view("q", g.q).dtype)
         state = attn.run(g.q, kv, self._planned, out=out, **tensors)
         if options.get("v_scale") is not None:
             state.o.mul_(g.v_scale)
@@ -421,8 +420,7 @@ def merge_state(g: SimpleNamespace) -> tuple[Tensor, Tensor]:
 @accepts("merge_in_place")
 def merge_state_in_place(g: SimpleNamespace) -> None:
     """Merge another state into (v, s), for the tokens where `mask` (tokens,) is true or absent."""
-    merged = merge_state(g.v, g.s, g.v_other, g.s_other)
-    for target, new in zip((g.v, g.s), merged, strict=True):
+    for target, new in zip((g.v, g.s), merge_state(g.v, g.s, g.v_other, g.s_other), strict=True):
         rows = None if g.mask is None else g.mask.reshape(-1, *(1,) * (target.ndim - 1))
         target.copy_(new if rows is None else torch.where(rows, new, target))
 

@@ -44,9 +44,7 @@ def parse_name(name: str) -> GeneratedName | None:
     """The parts of a generated name; None for a name of a user, or of a loop."""
     owner, dot, rest = name.rpartition(".")
     kind = rest.rstrip("0123456789")
-    if not dot:
-        return None
-    return GeneratedName(owner, kind, int(rest[len(kind) :] or -1))
+    return GeneratedName(owner, kind, int(rest[len(kind) :] or -1)) if dot else None
 
 
 def is_generated(name: str, *kinds: str) -> bool:

@@ -50,9 +50,7 @@ def _product(a: Range, b: Range, full: Range) -> Range:
 
 
 def _quotient(a: Range, b: Range, full: Range) -> Range:
-    if b.low != b.high or b.low <= 0:
-        return full
-    return Range(a.low // b.low, a.high // b.low)
+    return full if b.low != b.high or b.low <= 0 else Range(a.low // b.low, a.high // b.low)
 
 
 def _remainder(a: Range, b: Range, full: Range) -> Range:
@@ -67,9 +65,7 @@ def _both(a: Range, b: Range, full: Range) -> Range:
 
 
 def _either(a: Range, b: Range, full: Range) -> Range:
-    if a.low < 0 or b.low < 0:
-        return full
-    return Range(0, (1 << max(a.high, b.high).bit_length()) - 1)
+    return full if min(a.low, b.low) < 0 else Range(0, (1 << max(a.high, b.high).bit_length()) - 1)
 
 
 def _shifted(by: Callable[[int, int], int]) -> Callable[[Range, Range, Range], Range]:

@@ -409,9 +409,7 @@ def ceil_div(a: Any, b: int) -> ir.Expr:
 
 
 def broadcast(e: ir.Expr, lanes: int) -> ir.Expr:
-    if lanes == 1 or e.dtype.lanes == lanes:
-        return e
-    return ir.Broadcast(e, e.dtype.vector(lanes))
+    return e if lanes in (1, e.dtype.lanes) else ir.Broadcast(e, e.dtype.vector(lanes))
 
 
 def loads(n: Any) -> Iterator[ir.Load]:

@@ -323,12 +323,6 @@ class Program:
     def outputs(self) -> tuple[Tensor, ...]:
         return tuple(t for t in self.tensors if t.role == "output")
 
-    def tensor(self, name: str) -> Tensor:
-        for t in self.tensors:
-            if t.name == name:
-                return t
-        raise KeyError(name)
-
     def __str__(self) -> str:
         return program_text(self)
 

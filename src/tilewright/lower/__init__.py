@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tilewright import knobs
 from tilewright.ir import nodes as ir
 from tilewright.ir.verify import verify
+from tilewright.lower import vectorize
 from tilewright.lower.bind import bind_grid, bind_threads, serialize_threads
 from tilewright.lower.blocks import materialize_blocks
 from tilewright.lower.flatten import flatten_addresses, inline_lets
@@ -22,12 +23,6 @@ from tilewright.lower.predicate import predicate_loads
 from tilewright.lower.reductions import check_threads, materialize_reductions
 from tilewright.lower.rows import keep_rows
 from tilewright.lower.tiles import materialize_tiles
-from tilewright.lower.vectorize import (
-    pair_fragments,
-    split_registers,
-    unroll_loops,
-    vectorize_loops,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +52,10 @@ AFTER_SCHEDULE = (
     Pass(bind_threads, only=("cuda",)),
     Pass(predicate_loads, only=("cuda",)),
     Pass(flatten_addresses),
-    Pass(pair_fragments, only=("cuda",)),
-    Pass(vectorize_loops),
-    Pass(unroll_loops),
-    Pass(split_registers),
+    Pass(vectorize.pair_fragments, only=("cuda",)),
+    Pass(vectorize.vectorize_loops),
+    Pass(vectorize.unroll_loops),
+    Pass(vectorize.split_registers),
     Pass(load_operands_ahead, only=("cuda",)),
 )
 

@@ -19,8 +19,7 @@ def bind_grid(program: ir.Program) -> ir.Program:
     before: for i_o in 0:ceil(n/8)  # cta.x          after: grid (ceil(n/8)), i_o = unit
               body                                          body
     """
-    stages = tuple(tuple(map(_grid, stage)) for stage in program.stages)
-    return replace(program, stages=stages)
+    return replace(program, stages=tuple(tuple(map(_grid, stage)) for stage in program.stages))
 
 
 def bind_threads(program: ir.Program) -> ir.Program:
@@ -35,8 +34,7 @@ def bind_threads(program: ir.Program) -> ir.Program:
 
     A nest with tile operations has 32 threads along x: a tile operation is done by a warp.
     """
-    stages = tuple(tuple(map(_bound, stage)) for stage in program.stages)
-    return replace(program, stages=stages)
+    return replace(program, stages=tuple(tuple(map(_bound, stage)) for stage in program.stages))
 
 
 def _bound(nest: ir.Nest) -> ir.Nest:

@@ -60,7 +60,6 @@ def costs(program: ir.Program, count: Callable[[ir.Expr], Any]) -> tuple[Rows, R
     unique = {key: size for n in nests for key, size in n.unique.items()}
     moved = [m for n in nests for m in n.moved]
     searched = [s for n in nests for s in n.searched if s[1]]
-    formats = {t.structure: t.format for t in program.tensors if t.structure}
     return (
         tuple(
             (name, max(len(loops) for x, loops in searched if x == name),
@@ -79,7 +78,7 @@ def costs(program: ir.Program, count: Callable[[ir.Expr], Any]) -> tuple[Rows, R
         tuple(
             (name, amount(_symbol(name, len(f.levels) - 1, f, fmt) for f in fmt.formats),
              amount((ir.Var(f"{name}.entries", int64),)))
-            for name, fmt in formats.items()
+            for name, fmt in {t.structure: t.format for t in program.tensors if t.structure}.items()
             if not all(f.is_exact and not any(x.padded for x in f.levels) for f in fmt.formats)
         ),
     )  # fmt: skip

@@ -203,8 +203,7 @@ class NestBuilder:
             name = t.out.tensor.name
             is_inside = self.computed_in[name] == target.statement.out.tensor.name
             needed = {self.placed[name]} if name in self.placed else self._names_of(t, axes=False)
-            is_ready = needed <= scope.coordinates.keys()
-            if name not in self.emitted and is_inside and is_ready:
+            if name not in self.emitted and is_inside and needed <= scope.coordinates.keys():
                 self.emitted.add(name)
                 before.append(self._temporary(t, scope))
         if not specs:
@@ -234,8 +233,7 @@ class NestBuilder:
         lists = [scope.list_of(d, before) for d in it.drivers]
         loop = merge_of(var, lists, it.op, (target.tag(s.axis.name),))
         for n, d in enumerate(it.drivers):
-            optional = it.op == "union" and len(lists) > 1
-            position = ir.Cursor(var, n, self.tables.index, optional)
+            position = ir.Cursor(var, n, self.tables.index, it.op == "union" and len(lists) > 1)
             scope.known_positions[d] = position
             if scope.is_read_at(d):
                 scope.walks[d.structure].variables[s.depth] = position
@@ -398,8 +396,7 @@ class NestBuilder:
         position = scope.position(driver.structure, last)
         if not may_miss(position):
             return []
-        var = scope.named_position(driver.structure, last, position, lets)
-        return [ir.binary(">=", var, 0)]
+        return [ir.binary(">=", scope.named_position(driver.structure, last, position, lets), 0)]
 
 
 def _inside(lets: Sequence[ir.Stmt], guards: list[ir.Expr], body: ir.Stmt) -> ir.Stmt:

@@ -49,8 +49,7 @@ def check(t: Statement, placed: dict[str, str], emitted: set[str], around: set[s
     read = names_read(*values_of(t)) & placed.keys()
     for late in sorted(read - emitted - {name}):
         raise refuse(late, f"{name} reads it first", f"compute_at {name} further in")
-    own = {loop, *(x.name for x in indices_of(t.out))}
-    for again in sorted(around - own) if loop else ():
+    for again in sorted(around - {loop, *(x.name for x in indices_of(t.out))}) if loop else ():
         hint = f"order_axes the statement that reads it, {loop} before {again}"
         raise refuse(name, f"loop {again} is around loop {loop}, and would repeat it", hint)
 

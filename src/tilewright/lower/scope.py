@@ -100,8 +100,7 @@ class Scope:
         walk = self.walks[structure]
         if depth in walk.variables:
             level, storage = self.storage(structure, depth)
-            parent = self.position(structure, depth - 1)
-            return level.pos(storage, parent, walk.variables[depth])
+            return level.pos(storage, self.position(structure, depth - 1), walk.variables[depth])
         if depth not in walk.positions:
             walk.positions[depth] = self._located(structure, depth)
         return walk.positions[depth]
@@ -122,8 +121,7 @@ class Scope:
         scope = self.copy()
         if not scope.is_read_at(driver):
             scope.walks = {structure: Walk(driver.indices)}
-        parent = scope.position(structure, depth - 1)
-        begin, end, _ = scope.range_of(structure, depth, parent, lets)
+        begin, end, _ = scope.range_of(structure, depth, scope.position(structure, depth - 1), lets)
         level, storage = scope.storage(structure, depth)
         return List(driver, storage[level.keys], ir.cast(begin, self.tables.index), end)
 

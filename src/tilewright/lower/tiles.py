@@ -82,8 +82,7 @@ class _Tiler:
             slot = slot_of(() if p.escapes else p.slots)
             update, store = p.update(accs, slot), p.store(accs, slot)
             if p.escapes:
-                allocs = map(ir.Alloc, accs)
-                new = ir.seq(*allocs, framed(update, p.inner), store)
+                new = ir.seq(*map(ir.Alloc, accs), framed(update, p.inner), store)
             else:
                 new = framed(update, p.inner)
                 before += map(ir.Alloc, accs)

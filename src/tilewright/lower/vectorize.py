@@ -118,12 +118,10 @@ def _rename_buffers(s: Any, buffers: dict[str, ir.Buffer]) -> Any:
         return s
 
     def visit(x: Any) -> Any:
-        if isinstance(x, (ir.Load, ir.Store)) and x.buffer.name in buffers:
+        if isinstance(x, (ir.Load, ir.Store, ir.Tile)) and x.buffer.name in buffers:
             return replace(x, buffer=replace(x.buffer, name=buffers[x.buffer.name].name))
         if isinstance(x, ir.Mma) and x.acc.name in buffers:
             return replace(x, acc=buffers[x.acc.name])
-        if isinstance(x, ir.Tile) and x.buffer.name in buffers:
-            return replace(x, buffer=buffers[x.buffer.name])
         return x
 
     return ir.transform(s, visit)
@@ -235,10 +233,6 @@ class _Vectorizer:
         self.wide[buffer.name] = (dims[0], self.lanes)
         return tuple(ir.Const(0, i.dtype) if n == dims[0] else i for n, i in enumerate(index))
 
-    def reads_memory(self, *arms: ir.Expr) -> bool:
-        loads = (x for e in arms for x in ir.walk(e, ir.Load))
-        return any(x.buffer.scope != "register" for x in loads)
-
     def vector(self, e: ir.Expr) -> ir.Expr:
         return ir.broadcast(e, self.lanes) if not self.varies(e) else self.expr(e)
 
@@ -251,7 +245,8 @@ class _Vectorizer:
             return replace(ir.rebuild(e, self.vector), dtype=e.dtype.vector(self.lanes))
         if isinstance(e, ir.Select):
             dtype = e.dtype.vector(self.lanes)
-            if self.varies(e.cond) and self.reads_memory(e.a, e.b):
+            loads = (x for arm in (e.a, e.b) for x in ir.walk(arm, ir.Load))
+            if self.varies(e.cond) and any(x.buffer.scope != "register" for x in loads):
                 raise self.refuse(f"whether it reads {e.a} differs from lane to lane")
             cond = self.vector(e.cond) if self.varies(e.cond) else e.cond
             return ir.Select(cond, self.vector(e.a), self.vector(e.b), dtype)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tilewright.build import Definition, kernels, named_recipe, program
 from tilewright.errors import ArgumentError
+from tilewright.ops.gemm import COLS, DEPTH, HALVES, LOAD, ROWS
 from tilewright.ops.recipes import fixed_width
 from tilewright.ops.spmm import check_packed, last_size
 from tilewright.schedule import Schedule
@@ -18,14 +19,11 @@ from tilewright.sparse.formats import Format
 from tilewright.sparse.pack import Packed
 from tilewright.sparse.trace import dense, indices, out, sparse
 
-ROWS, COLS, DEPTH = 16, 8, 16  # one tile operation
 WARP_COLS = 32  # features that a warp keeps in its registers
 WIDE_COLS, MANY, LOW = 64, 1024, 32  # on a GPU, of `MANY` and for blocks of up to `LOW` rows
 WARP_ROWS = {"cpp": 32, "cuda": 64}  # of a block; taller blocks take several passes
 WARPS = 4  # of a CTA, at most
-LOAD = 8  # elements that a thread copies at once: 16 bytes
 STAGES = 3  # blocks in shared memory
-HALVES = ("float16", "bfloat16")
 
 
 @program

@@ -45,7 +45,7 @@ class Tile(NamedTuple):
 TileName = Literal["large", "square", "small", "low", "few"]
 TILES: dict[TileName, Tile] = {
     "large": Tile(256, 128, 64, 64, 16, 32, 4, cost=1.0, least=120),
-    "square": Tile(128, 128, 64, 64, 16, 32, 4, cost=1.07, least=264),
+    "square": Tile(128, 128, 64, 64, 16, 32, 4, cost=0.99, least=264),
     "small": Tile(64, 64, 32, 32, 16, 64, 3, cost=1.45),
     "low": Tile(32, 64, 32, 16, 16, 128, 4, 4),  # many bytes under way: B is what is read
     "few": Tile(16, 32, 16, 8, 8, 128, 8, 1),
@@ -71,8 +71,7 @@ def recipe(
     s = s.specialize("k", k) if k else s
     if not s.target.is_cuda:
         return cpu_recipe(s)
-    known = n and k and n % LOAD == 0 and k % LOAD == 0
-    t = TILES[tile] if known else ANY
+    t = TILES[tile] if (n and k and n % LOAD == 0 and k % LOAD == 0) else ANY
     return gpu_recipe(s, t._replace(cols=t.cols // products, warp_cols=t.warp_cols // products))
 
 

@@ -74,8 +74,7 @@ def rope_kernel(
 ) -> Kernel:
     """X (t, h, p, 2) or (t, h, 2, p) in `given`, C and S (positions, p), P (t,) → X rotated, in
     `dtype`."""
-    rotated = _program(not interleaved, False, dtype).typed(X=given)
-    return rotated.schedule(by_token).build(target)
+    return _program(not interleaved, False, dtype).typed(X=given).schedule(by_token).build(target)
 
 
 @cache
@@ -83,8 +82,7 @@ def rope_append_kernel(
     interleaved: bool, target: str = "cpp", dtype: str = "float32", given: str = "float32"
 ) -> Kernel:
     """Builds the kernel that rotates keys and writes that of token t to K[page[t], slot[t]]."""
-    appended = _program(not interleaved, True).typed(K=dtype, X=given)
-    return appended.schedule(by_token).build(target)
+    return _program(not interleaved, True).typed(K=dtype, X=given).schedule(by_token).build(target)
 
 
 @cache

@@ -137,8 +137,7 @@ def gpu_recipe(s: Schedule, tile: int = 128, many: bool = False) -> Schedule:
         shared = even and s.has(at.j, n) and fmt.name in (TALL, GIANT, "dcsr")
         across = 2 if shared and fmt.name == GIANT else tile // lanes if lanes > 1 else 32
         across = min(_power(d // lanes), across) if even else across  # threads of one row
-        by_column = s.has(at.j, n) and fmt.levels[0].dim == 1
-        axes = (at.j, at.i) if by_column else (at.i, at.j)
+        axes = (at.j, at.i) if (s.has(at.j, n) and fmt.levels[0].dim == 1) else (at.i, at.j)
         s = _gpu_features(s.on(n), at.k, lanes, across, axes)
         if shared:
             sweep = SWEEP if fmt.name in (TALL, GIANT) else SWEEP // 4

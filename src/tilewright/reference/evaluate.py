@@ -284,8 +284,7 @@ class _Evaluator:
     def access(self, e: ir.Access, scope: Scope) -> np.ndarray:
         t, values = e.tensor, self.data[e.tensor.name]
         if not values.size:
-            fill = t.fill if t.is_sparse else 0
-            return np.full((1,) * scope.rank, fill, self.kind(t.dtype))
+            return np.full((1,) * scope.rank, t.fill if t.is_sparse else 0, self.kind(t.dtype))
         if t.is_sparse:
             coords = [self.expr(c, scope) for c in e.coords]
             own = len(e.stored_coords)

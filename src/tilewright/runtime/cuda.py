@@ -45,9 +45,7 @@ def available() -> bool:
 
 def current_device() -> int:
     """The number of the GPU in use: torch's where torch is in use, else 0."""
-    if _torch_streams():
-        return int(sys.modules["torch"].cuda.current_device())
-    return 0
+    return int(sys.modules["torch"].cuda.current_device()) if _torch_streams() else 0
 
 
 def current_stream(ordinal: int | None = None) -> int:
@@ -56,9 +54,7 @@ def current_stream(ordinal: int | None = None) -> int:
     if streams is not None:
         return streams(current_device() if ordinal is None else ordinal)
     cupy = sys.modules.get("cupy")
-    if cupy is not None:
-        return int(cupy.cuda.get_current_stream().ptr)
-    return 0
+    return 0 if cupy is None else int(cupy.cuda.get_current_stream().ptr)
 
 
 _stream_getters: list[Callable[[int], int]] = []
@@ -96,8 +92,7 @@ def clear(array: View) -> None:
     if array.device == "cpu":
         ctypes.memset(array.pointer, 0, nbytes)
         return
-    stream = _active_stream(int(array.device.partition(":")[2]))
-    Fill(array.pointer, nbytes).run(stream)
+    Fill(array.pointer, nbytes).run(_active_stream(int(array.device.partition(":")[2])))
 
 
 def synchronize(stream: int = 0, ordinal: int = 0) -> None:
@@ -391,8 +386,7 @@ class DeviceArray:
         return f"DeviceArray({self.shape}, {self.dtype}, cuda:{self.device.ordinal})"
 
     def __del__(self) -> None:
-        own = getattr(self, "pointer", 0) and self.owner is None
-        if own and not sys.is_finalizing():
+        if getattr(self, "pointer", 0) and self.owner is None and not sys.is_finalizing():
             self.device.activate()
             driver().functions["cuMemFree_v2"](self.pointer)
 

@@ -13,15 +13,7 @@ from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.ir import names
 from tilewright.runtime.arguments import Arguments
-from tilewright.runtime.layout import Struct
-from tilewright.runtime.manifest import (
-    ROW_HEAD,
-    Manifest,
-    StageSpec,
-    TensorSpec,
-    structs,
-    unit_count,
-)
+from tilewright.runtime.manifest import ROW_HEAD, StageSpec, TensorSpec, structs, unit_count
 from tilewright.runtime.view import View, address, allocate, allocator, byte_range
 
 Slot = tuple[Any, int]
@@ -76,10 +68,9 @@ def build_frame(arguments: Arguments) -> Frame:
     """The frame of a layout: counts the units of each stage and fills in all that is not an
     argument."""
     manifest, inputs = arguments.manifest, arguments.inputs
-    row, params = structs(manifest)
-    stages = [_block(arguments, stage, row, params) for stage in manifest.stages]
+    stages = [_block(arguments, stage) for stage in manifest.stages]
     blocks = [block for block, _ in stages]
-    slots = _slots(manifest, blocks, row, params)
+    slots = _slots(arguments, blocks)
     specs = [t for t in manifest.tensors if t.role in ("output", "temp")]
     outputs = [_output(t, slots.get(t.name, ()), arguments) for t in specs]
     temps = []
@@ -110,10 +101,11 @@ def build_frame(arguments: Arguments) -> Frame:
     )
 
 
-def _block(arguments: Arguments, stage: StageSpec, row: Struct, params: Struct) -> tuple[Any, int]:
+def _block(arguments: Arguments, stage: StageSpec) -> tuple[Any, int]:
     """The parameter block of a stage without addresses, and its units. The work table follows the
     parameters: a row for each part of the structure that the stage follows."""
     manifest, structures = arguments.manifest, arguments.structures
+    row, params = structs(manifest)
     block = ctypes.create_string_buffer(params.size + manifest.max_rows * row.size)
     values = [_parameter(name, arguments) for name in manifest.param_names]
     fields = (f.name for f in params.fields)
@@ -161,12 +153,12 @@ def _row_value(name: str, parts: dict[str, Any]) -> int:
     return address(part.arrays[level][parsed.kind])
 
 
-def _slots(
-    manifest: Manifest, blocks: list[Any], row: Struct, params: Struct
-) -> dict[str, list[Slot]]:
+def _slots(arguments: Arguments, blocks: list[Any]) -> dict[str, list[Slot]]:
     """The fields that each argument fills: the address of a dense array, a number, or the values
     of each part of a sparse tensor."""
     slots: dict[str, list[Slot]] = {}
+    manifest = arguments.manifest
+    row, params = structs(manifest)
     structure_of = {t.name: t.structure for t in manifest.tensors}
     for block, stage in zip(blocks, manifest.stages, strict=True):
         for f, name in zip(params.fields, manifest.param_names, strict=False):

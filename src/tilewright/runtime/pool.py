@@ -67,8 +67,7 @@ class Pool:
 
     def configure(self, threads: int, spin_us: float = SPIN_US) -> None:
         """Set the number of threads and how long idle ones spin before they sleep."""
-        crowded = threads > available_cores()
-        self._configure(threads, int(spin_us * 1000), crowded)
+        self._configure(threads, int(spin_us * 1000), threads > available_cores())
         self._threads = threads
 
     def prepare(self, launches: list[Launch]) -> Callable[[], None]:

@@ -194,8 +194,7 @@ def _together(parts: tuple[Part, ...], ordinal: int, overlaps: bool) -> cuda.Lau
     macros = tuple(sorted({m for p in parts for m in p.macros}))
     first = [0, *itertools.accumulate(p.units for p in parts)]
     data = b"".join(bytes(p.params) for p in parts) + np.array(first[:-1], np.int64).tobytes()
-    function = _function(parts[0].compile_step, bodies, macros, ordinal)
-    return function.prepare(
+    return _function(parts[0].compile_step, bodies, macros, ordinal).prepare(
         (first[-1], 1, 1), (max(b.threads for b in bodies), 1, 1),
         max(b.smem_bytes for b in bodies), ctypes.create_string_buffer(data, len(data)), overlaps,
     )  # fmt: skip

@@ -243,8 +243,7 @@ def _refuse_fake(x: Any) -> View:
 
 def _layout_torch(x: Any) -> tuple[Any, int, object]:
     try:
-        key = x.dtype, x.shape, x.stride(), x.device, x.is_neg()
-        return key, x.data_ptr(), None
+        return (x.dtype, x.shape, x.stride(), x.device, x.is_neg()), x.data_ptr(), None
     except RuntimeError:  # no dense array: `view` raises the error
         return _layout_any(x)
 

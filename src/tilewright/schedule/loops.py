@@ -50,8 +50,7 @@ def split(
     nest: ir.Stmt = ir.For(outer, zero, count, inner_loop, f.kind, f.axes)
     if tail != "cut" or exact:
         return nest
-    start = ir.simplify(ir.add(f.begin, ir.mul(count, factor)))
-    return ir.seq(nest, _tail(f, f"{own}_t", start))
+    return ir.seq(nest, _tail(f, f"{own}_t", ir.simplify(ir.add(f.begin, ir.mul(count, factor)))))
 
 
 def _tail(f: ir.For, name: str, begin: ir.Expr) -> ir.For:
@@ -138,8 +137,7 @@ def mark(f: ir.For, loop: str, kind: ir.LoopKind) -> ir.Stmt:
                 raise illegal(why, "make the updates atomic, or parallelise a loop of the output")
     if kind not in ("serial", "unroll", "vector"):
         for c in tree.computes(f.body):
-            scatters = c.in_place and not c.reduce
-            if kind.startswith("thread") and not scatters:
+            if kind.startswith("thread") and not (c.in_place and not c.reduce):
                 continue
             if c.in_place and not c.atomic and (c.shared or not _owns_rows(f, c)):
                 why = f"units of loop {f.name} update the same elements of {c.out.buffer.name}"

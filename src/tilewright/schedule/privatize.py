@@ -91,8 +91,7 @@ class _Copies:
             raise unknown(why, f"the outermost is {getattr(top, 'name', 'none')}")
         if top.kind != "serial":
             raise illegal(f"loop {top.name} is marked {top.kind}", "privatize it first")
-        extent = simplify(ir.binary("-", top.end, top.begin))
-        share = ceil_div(extent, self.copies)
+        share = ceil_div(simplify(ir.binary("-", top.end, top.begin)), self.copies)
         first = add(top.begin, mul(self.copy, share))
         begin = ir.binary("min", top.end, first)  # none runs backwards
         end = ir.binary("min", top.end, add(begin, share))

@@ -117,8 +117,7 @@ class CostModel:
 def cost_key(file: ModelFile, target: Target, invariant: bool, products: str) -> str:
     """What a fitted cost holds for: device, weights, version, and how rows are computed."""
     weights = f"{file.path.name} of {file.nbytes} bytes on {target}"
-    kind = "invariant" if invariant else "fast"
-    kind += f"; products by {products}"
+    kind = f"{'invariant' if invariant else 'fast'}; products by {products}"
     return f"{device_name(target)}; {weights}; {kind}; tilewright {tilewright.__version__}"
 
 

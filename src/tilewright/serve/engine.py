@@ -24,14 +24,7 @@ from tilewright.serve.cost import HOW_TO_TUNE, CostModel, Work, cost_key
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama
 from tilewright.serve.policy import SAFETY
-from tilewright.serve.request import (
-    Request,
-    Sampling,
-    TokenLogprob,
-    check_fields,
-    check_tokens,
-    is_count,
-)  # fmt: skip
+from tilewright.serve.request import Request, Sampling, check_fields, check_tokens, is_count
 from tilewright.serve.runner import Logits, Runner
 from tilewright.serve.sampler import NO_MEMORY, Sampled, native, sample
 from tilewright.serve.scheduler import PENDING, Batch, Limits, Scheduler, work_of
@@ -151,8 +144,8 @@ class Engine:
             return []
         batch, logits = flight
         ready, behind = self._commit(batch, logits)
-        for request, (token, logprob) in self._tokens(batch, logits):
-            self._answer(request, token, logprob)
+        for request, sampled in self._tokens(batch, logits):
+            self._answer(request, *sampled)
         self._flight = behind  # forgotten after an exception: the tokens are computed again
         return ready
 
@@ -214,13 +207,12 @@ class Engine:
             "cascade_saved_bytes_total": pages * cascade.page_bytes * len(cascade.pools),
         }  # fmt: skip
 
-    def _answer(self, request: Request, token: int, logprob: TokenLogprob | None) -> None:
+    def _answer(self, request: Request, token: int, logprob: Any) -> None:
         """Adds the next token, and ends the request where it ends."""
         if token < 0:
             rule = "the model computes no numbers: its logits are NaN or infinite"
             hint = "fetch the file again and compare its checksum"
-            where = str(self.model.file.path)
-            request.error = ModelError("M101", rule, where=where, hint=hint)
+            request.error = ModelError("M101", rule, where=str(self.model.file.path), hint=hint)
             if token == NO_MEMORY:
                 request.error = ModelError("M111", "no memory is left to sample a token")
             return self.scheduler.finish(request, "error")

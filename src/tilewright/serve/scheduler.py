@@ -120,7 +120,6 @@ class Scheduler:
             return
         request.finish = reason
         if request in self.running:
-            self.running.remove(request)
             self._release(request)
         elif request in self.waiting:
             self.waiting.remove(request)
@@ -228,7 +227,6 @@ class Scheduler:
 
     def _preempt(self, number: int) -> int:
         request = next(r for r in self.running if r.id == number)
-        self.running.remove(request)
         self._release(request)
         request.computed, request.since = 0, self.step
         if not self.limits.invariant:
@@ -238,6 +236,7 @@ class Scheduler:
         return number
 
     def _release(self, request: Request) -> None:
+        self.running.remove(request)
         self.prefix.touch(request.node)
         for page in request.pages:
             self.pages.release(page)

@@ -103,8 +103,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], special: bool = True) -> str:
         """The text of `ids`, U+FFFD for invalid UTF-8; without `special`, no control tokens."""
         hidden = () if special else self.control
-        kept = (self.piece(i) for i in ids if i not in hidden)
-        return b"".join(kept).decode("utf-8", "replace")
+        return b"".join(self.piece(i) for i in ids if i not in hidden).decode("utf-8", "replace")
 
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
@@ -249,8 +248,7 @@ def byte_level(
         raise _unusable(f"the pre-tokenizer {pre!r} is not known", "tokenizer.ggml.pre", hint)
     if len(set(merges)) < len(merges):
         raise _unusable("a merge occurs twice", "tokenizer.ggml.merges")
-    pairs = [tuple(pair.split(" ")) for pair in merges]
-    out = _tokenizer(tokens, types, pairs, _from_bytes)
+    out = _tokenizer(tokens, types, [tuple(pair.split(" ")) for pair in merges], _from_bytes)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     out.library.pre_tokenizer = pre_tokenizers.Sequence([*_PRE[pre], words])
     return out

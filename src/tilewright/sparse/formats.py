@@ -434,8 +434,7 @@ def bsr(block: int) -> Format:
 def dbsr(block: int) -> Format:
     """BSR without its empty rows of tiles; explicit zeros as in `bsr`. Raises FormatError[F101]."""
     block = integer(f"dbsr({block!r})", "block", block, 1)
-    outer = Compressed(0, block=block)
-    return Format(f"dbsr({block})", (outer, *bsr(block).levels[1:]))
+    return Format(f"dbsr({block})", (Compressed(0, block=block), *bsr(block).levels[1:]))
 
 
 def sr_bcrs(rows: int) -> Format:

@@ -168,8 +168,7 @@ def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
                 raise refusal("P102", rule, hint=hint)
         if not all(isinstance(c, Index) for c in x.coords[len(x.stored_coords) :]):
             raise refusal("P103", f"{x}: the dense dimensions of a structure are read at indices")
-    written = set().union(*map(free_indices, coords))
-    loose = sorted(free_indices(value).keys() - written)
+    loose = sorted(free_indices(value).keys() - set().union(*map(free_indices, coords)))
     if loose:
         rule = f"index {', '.join(loose)} is neither in the output nor under a reduction"
         raise refusal("P104", rule, hint=f"write sum(…, over={loose[0]})")

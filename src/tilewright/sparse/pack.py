@@ -351,10 +351,9 @@ def of_rows(
     """The CSR tensor of arrays that an operator computed. They are not checked: the columns of each
     row ascend."""
     index = _index_type(None, max(len(indices), *shape)).numpy
-    lists = ("indptr", indptr), ("indices", indices)
-    arrays = {name: a.astype(index, copy=False) for name, a in lists}
+    arrays = {n: a.astype(index, copy=False) for n, a in (("indptr", indptr), ("indices", indices))}
     nnz = len(indices)
     numbers = _numbers()[:nnz] if nnz <= FEW else np.arange(nnz)
     part = Part(_CSR, ({}, arrays), (shape[0], nnz), numbers, numbers)
-    structure = Structure(part.format, shape, (part,), len(indices), dtypes.dtype(index.name))
+    structure = Structure(part.format, shape, (part,), nnz, dtypes.dtype(index.name))
     return Packed(structure, (values,), dtype)

@@ -49,8 +49,7 @@ def load_cpp(source: str, *, name: str = "", isa: str = "", full_link: bool = Fa
     except BuildError as error:
         if error.code != "B105":
             raise
-    library = disk_cache.get("so", job.key) or job.run()
-    return load(disk_cache.put_private("so", job.key, library))
+    return load(disk_cache.put_private("so", job.key, disk_cache.get("so", job.key) or job.run()))
 
 
 def load(path: Path) -> ctypes.CDLL:

@@ -84,7 +84,8 @@ class Family:
     they are items.
     `refuses(spec, rows, pool)`: the reason why it cannot run a call, or "".
     `order(items, qo_indptr, workers)`: the order of a plan's items, as indices (None: longest
-    first). `shares`: whether requests may share keys.
+    first). `shares`: whether requests may share keys. `few(spec)`: the packed rows of a request up
+    to which its items are narrow: some workers begin with these.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Family:
     prepare: Callable[[Call], Prepared]
     order: Order | None = None
     shares: bool = False
+    few: Callable[[Spec], int] = lambda spec: 0
 
     def reason(self, spec: Spec, rows: int, pool: Pool | None) -> str:
         """Why it cannot run a call, or ""."""

@@ -31,7 +31,9 @@ from tilewright.runtime.view import view
 
 ARCH = "sm_90a"
 MAX_GROUP = 64
+NARROW_ROWS = 8  # packed rows of a narrow item, at most: the columns of a tensor core's result
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
+_LISTS = ("items", "item_count", "narrow_count", "narrow_ctas")  # parameters of a plan's items
 _TAIL = 4  # items of a CTA that are drawn in the order of their keys
 _SHORT = 512  # queries of a request up to which its items follow each other always
 
@@ -39,9 +41,8 @@ _SHORT = 512  # queries of a request up to which its items follow each other alw
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """How a kernel divides its work: warpgroups that consume, 64 packed rows of an item each; keys
-    of a tile; tiles of Q, of K and of V in shared memory; keys' tiles of a segment, which the
-    scheduler sorts at once. With more tiles of Q than one the next items' queries arrive early, and
-    outputs pass through them."""
+    of a tile; tiles of Q, of K and of V in shared memory; tiles that the scheduler sorts at once.
+    With more tiles of Q than one queries arrive early, and outputs pass through them."""
 
     groups: int = 2
     keys: int = 128
@@ -60,8 +61,10 @@ TILES = {  # by head_dim and head_dim_vo
 }
 
 
+@functools.lru_cache(256)
 def tiles_of(spec: Spec) -> Tiles:
-    return TILES.get((spec.head_dim, spec.head_dim_vo), Tiles())
+    tiles = TILES.get((spec.head_dim, spec.head_dim_vo), Tiles())
+    return Tiles() if tiles.segment < 512 and key_array(spec) else tiles  # extremes take room
 
 
 def rows_of(spec: Spec) -> int:
@@ -101,16 +104,16 @@ def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
 
     Requests with many queries come first. Within one, the items of a KV head follow each other, so
     that CTAs read the same keys at the same time; the last queries first: under a causal mask they
-    see the most keys. The last few items of each CTA are sorted by that number over requests and
-    heads, so that none of them ends long after the others; not those of short requests, which would
-    read a long cache once for each of their items.
+    see the most keys. The last few items of each CTA that are not narrow are sorted by that number
+    over requests and heads, so that none of them ends long after the others; not those of short
+    requests, which would read a long cache once for each of their items.
     """
     indptr = np.asarray(qo_indptr, np.int64)
     request, head = items["request"], items["kv_head"]
     begin, queries = items["qo_begin"] - indptr[request], np.diff(indptr)[request]
     by = np.lexsort((-begin, head, request, -queries))
     unit = items[["request", "kv_head"]][by]
-    tail = max(0, len(by) - _TAIL * workers)
+    tail = max(0, int((queries > NARROW_ROWS).sum()) - _TAIL * workers)
     tail = int(np.argmax(unit == unit[tail])) if tail else 0  # whole units
     key = np.where(queries > _SHORT, -begin, 1)
     by[tail:] = by[tail:][np.argsort(key[by[tail:]], kind="stable")]
@@ -127,7 +130,7 @@ def threads(spec: Spec, box: int) -> int:
     return ((2 * loaders + 2) // 4 + groups) * 128
 
 
-def smem_bytes(spec: Spec) -> int:
+def smem_bytes(spec: Spec, narrow: bool = False) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of prefill_hopper.cuh."""
     tiles = tiles_of(spec)
     k, v = (-(-n // 64) * 128 for n in (spec.head_dim, spec.head_dim_vo))  # bytes of a row
@@ -135,7 +138,7 @@ def smem_bytes(spec: Spec) -> int:
     rows += rows_of(spec) * 128 * (tiles.q == 1)  # outputs on their way
     barriers = 2 * tiles.k + 3 * tiles.v + 2 * tiles.q + 4
     rows += 8 * tiles.segment * bool(key_array(spec))  # extremes of its elements
-    return rows + 2 * (22 + tiles.segment) * 4 + barriers * 8 + 1024
+    return rows + 2 * (22 + tiles.segment) * 4 + barriers * 8 * (1 + narrow) + 1024
 
 
 def params_struct(spec: Spec) -> Struct:
@@ -144,7 +147,7 @@ def params_struct(spec: Spec) -> Struct:
     work: tuple[tuple[str, ...], ...] = (
         ("items", "ptr", "const Item*"), ("counter", "ptr", "int32_t*"),
         ("cycles", "ptr", "int64_t*"), ("item_count", "int32"), ("page_shift", "int32"),
-        *PARTIALS[:2],
+        ("narrow_count", "int32"), ("narrow_ctas", "int32"), *PARTIALS[:2],
     )  # fmt: skip
     rest = -common_params(spec, work, maps).size % 64
     padding = (("padding", f"uint64[{rest // 8}]"),) if rest else ()
@@ -164,7 +167,7 @@ def box_keys(spec: Spec, page_size: int) -> int:
     return math.gcd(page_size, keys) if keys_lie(spec) == IN_PAGES else keys
 
 
-ONE, ZERO = Const(1.0, dtypes.float32), Const(0, dtypes.int32)
+ONE, ZERO, LAST = Const(1.0, dtypes.float32), *(Const(x, dtypes.int32) for x in (0, 2**31 - 1))
 REQUEST = Var("at.request", dtypes.int32)
 _KEYS = {"at.kv", "at.key", "s"}  # what differs between the keys of a row
 
@@ -195,9 +198,9 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
                 newest, width = a, b
             case _:
                 rest.append(x)
-    limit = functools.reduce(functools.partial(binary, "min"), uppers or [ZERO])
+    limit = functools.reduce(functools.partial(binary, "min"), uppers or [LAST])
     numbers = {
-        "DIRECT": e == SCORE, "BENDS": outer is not ONE, "LIMITED": uppers != [],
+        "DIRECT": e == SCORE, "BENDS": outer is not ONE, "RESTS": rest != [],
         "TRAILS": width is not ZERO, "LEANS": e == SCORE and distance is not ZERO,
         "PLAIN": e == SCORE and distance is ZERO and width is ZERO and not rest,
         "READS": any(x.index for x in walk(spec.traced.mask, Load)),
@@ -224,15 +227,16 @@ def _names(e: Expr) -> set[str]:
 
 
 @functools.lru_cache(256)
-def source(spec: Spec, box: int, chunked: bool = False) -> str:
-    """The CUDA C++ of one kernel; `box`: keys of a TMA box; `chunked`: items may be chunks."""
+def source(spec: Spec, box: int, chunked: bool = False, narrow: bool = False) -> str:
+    """The CUDA C++ of one kernel; `box`: keys of a TMA box; `chunked`: items may be chunks,
+    `narrow`: some may be narrow."""
     tiles, (numbers, methods) = tiles_of(spec), forms(spec)
     numbers |= {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BN": tiles.keys, "BOX": box,
         "CONSUMERS": tiles.groups,
         "IN_PAGES": IN_PAGES, "IN_ROWS": IN_ROWS, "KEYS_LIE": keys_lie(spec), "Q_TILES": tiles.q,
         "K_STAGES": tiles.k, "V_STAGES": tiles.v, "MAX_TILES": tiles.segment, "MAX_KEYS": MAX_KEYS,
-        "CHUNKED": int(chunked), "EXTREMES": int(key_array(spec) != ""),
+        "CHUNKED": int(chunked), "NARROW": int(narrow), "EXTREMES": int(key_array(spec) != ""),
         "MOST_QUERIES": max(1, ROWS // spec.group),
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
@@ -268,6 +272,14 @@ def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]
     return words
 
 
+def _lists(spec: Spec, plan: Plan, box: int) -> tuple[int, int]:
+    """How many items come in front of the narrow ones, and how many CTAs begin with those."""
+    wide = np.diff(plan.qo_indptr)[plan.items["request"]] * spec.group > NARROW_ROWS
+    count = int(wide.sum())
+    hosts = tiles_of(spec).keys == 128 and box >= 8 and wide[:count].all()
+    return (count, min(plan.narrow, len(wide) - count)) if hosts and plan.narrow else (len(wide), 0)
+
+
 def _prepare(call: Call) -> Prepared:
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     assert isinstance(plan, Plan)  # a workspace is of the decode family
@@ -276,11 +288,13 @@ def _prepare(call: Call) -> Prepared:
         raise ArgumentError("A104", "q has a negative stride", where="q", hint="a contiguous copy")
     indptr, items, _ = plan.on_device(ordinal)
     floats = plan.slots * rows_of(spec) * (spec.head_dim_vo + 8)
-    counts = 1 + 4 * tiles_of(spec).groups * plan.counters
+    counts = 2 + 4 * tiles_of(spec).groups * plan.counters
     partials, counters = call.scratch.grown(call.like, floats, counts)
-    work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": len(plan.items)}
-    ctas, memory = min(len(plan.items), cuda.device(ordinal).sms), (partials, counters)
-    launch, text = _launch(call, ctas, work, *(view(x).pointer for x in memory))
+    sms, memory = cuda.device(ordinal).sms, (partials, counters)
+    wide, narrow = _lists(spec, plan, box_keys(spec, values["page_size"]))
+    work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": wide}
+    work |= {"narrow_count": len(plan.items) - wide, "narrow_ctas": min(narrow, sms)}
+    launch, text = _launch(call, min(wide + narrow, sms), work, *(view(x).pointer for x in memory))
     keep = (indptr, items, counters, partials)
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
 
@@ -292,11 +306,12 @@ def _launch(call: Call, ctas: int, work: dict[str, int], *memory: int) -> tuple[
     padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
     block = struct.pack(
         **values, **maps(spec, values, plan.tokens), **padding, **work, partials=memory[0],
-        counter=memory[1], counters=memory[1] + 4, page_shift=page_size.bit_length() - 1, cycles=0,
+        counter=memory[1], counters=memory[1] + 8, page_shift=page_size.bit_length() - 1, cycles=0,
     )  # fmt: skip
     chunked = not isinstance(plan, Plan) or shared or plan.slots > 0
-    text = source(spec, box := box_keys(spec, page_size), chunked)
-    cta, smem = (threads(spec, box), 1, 1), smem_bytes(spec)
+    narrow = work["narrow_ctas"] > 0
+    text = source(spec, box := box_keys(spec, page_size), chunked, narrow)
+    cta, smem = (threads(spec, box), 1, 1), smem_bytes(spec, narrow)
     return loaded(text, call.ordinal).prepare((ctas, 1, 1), cta, smem, block, shared), text
 
 
@@ -308,8 +323,11 @@ def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
     planned = call.plan.block == rows_of(call.spec) // call.spec.group
     if not (aligned and planned) or refuses(call.spec, 0, call.pool):
         return None
-    items = {n: work[n] for n in ("qo_indptr", "nodes")} | {"items": 0, "item_count": 0}
+    items = {n: work[n] for n in ("qo_indptr", "nodes")} | dict.fromkeys(_LISTS, 0)
     return _launch(call, ctas, items, work["states"], work["arrivals"])[0]
 
 
-FAMILY = Family("hopper", "cuda", rows_of, "batch", None, refuses, _prepare, order)
+FAMILY = Family(
+    "hopper", "cuda", rows_of, "batch", None, refuses, _prepare, order,
+    few=lambda spec: NARROW_ROWS * (tiles_of(spec).keys == 128),
+)  # fmt: skip

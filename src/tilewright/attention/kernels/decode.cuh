@@ -323,8 +323,8 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
 namespace attention {
 
 // The units from `w` on, up to the end of the range.
-TW_INLINE void run(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, unsigned cta, unsigned thread, int member) {
-  const int warp = thread / 32, lane = thread % 32;
+TW_INLINE void run(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, unsigned cta, unsigned thread) {
+  const int warp = thread / 32, lane = thread % 32, member = cta % HEAD_BLOCK;
   Element* ring = reinterpret_cast<Element*>(smem) + warp * STAGES * STAGE;
   tw::Row* whose = rows_of_warp(smem, warp);
   Copier copier(p, w);
@@ -399,19 +399,19 @@ TW_INLINE void body(const Params& p, unsigned cta, unsigned ctas, unsigned threa
       for (int token = item.token; token < item.end; token += TOKENS) {
         Range range;
         Walk w = start_item(p, variant, item, token, range);
-        run(p, variant, w, range, smem, cta, thread, 0);
+        run(p, variant, w, range, smem, cta, thread);  // of one unit: no member of a range matters
       }
     }
   } else if constexpr (!Q_SHARED) {
     const Range range = range_of(p, cta);
     Walk w = start(p, variant, range, cta % HEAD_BLOCK);
-    if (in_range(w, range)) run(p, variant, w, range, smem, cta, thread, cta % HEAD_BLOCK);
+    if (in_range(w, range)) run(p, variant, w, range, smem, cta, thread);
   } else {
     __shared__ Range range;  // the tiles take all registers
     if (thread == 0) range = range_of(p, cta);
     tw::bar_sync(1, THREADS);
     Walk w = start(p, variant, range, cta % HEAD_BLOCK);
-    if (in_range(w, range)) run(p, variant, w, range, smem, cta, thread, cta % HEAD_BLOCK);
+    while (in_range(w, range)) run(p, variant, w, range, smem, cta, thread);  // once; with `if` ptxas spills
   }
 }
 

@@ -179,8 +179,8 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows& rows, char* smem, in
     if (*arrived) {
       if (thread == 0) *counter = 0;
       // Outputs of two rows for a thread, where there are so many; as many parts as registers hold.
-      constexpr int TOGETHER = G * DP > 4 * THREADS ? 2 : 1, HELD = CTAS > 2 || Q_SHARED ? 16 : DKP > 128 ? 24 : 32;
-      constexpr int SOME = HELD / 2 / TOGETHER, MANY = HELD / TOGETHER + 1;
+      constexpr int TOGETHER = G * DP > 4 * THREADS ? 2 : 1, SOME = 16 / TOGETHER;
+      constexpr int MANY = BLOCKS > 1 || DP > 128 || CTAS > 2 ? SOME : 32 / TOGETHER + 1;
       const int member = cta % HEAD_BLOCK;
       if (last - first < 4) merge<4, TOGETHER>(p, w, whose, first, last, member, thread);
       else if (last - first < SOME) merge<SOME, TOGETHER>(p, w, whose, first, last, member, thread);

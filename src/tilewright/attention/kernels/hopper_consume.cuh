@@ -89,8 +89,8 @@ struct Consumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       at[half] = at_of(p, item, group * 64 + warp * 16 + half * 8 + lane / 4, 0);
-      const int limit = LIMITED ? variant.limit(at[half]) : item.length, base = SHARED ? item.base : 0;  // keys of lower levels
-      const int last = max(min(item.length - 1, SHARED && LIMITED ? max(limit, base - 1) - base : limit), -1);
+      const int limit = variant.limit(at[half]), base = SHARED ? item.base : 0;  // keys of lower levels
+      const int last = max(min(item.length - 1, SHARED ? max(limit, base - 1) - base : limit), -1);
       bits[half] = columns_below(last - tile * BN + 1 - column);
       if constexpr (TRAILS) {
         const int64_t first = int64_t{variant.newest(at[half])} - variant.width(at[half]) + 1 - tile * BN - column;
@@ -192,8 +192,8 @@ struct Consumer {
     tw::barrier_wait(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
   }
 
-  // A tile that is not the first: its scores and weights, and the outputs of the tile before. `Applies`:
-  // with the mask, which may have branches, so nothing is under way meanwhile.
+  // A tile that is not the first: its scores and weights, and the outputs of the tile before. `Applies`: with the
+  // mask; one of more than limits, and logits that are not DIRECT, need registers, so nothing is under way meanwhile.
   // `last` of the item: its queries are not read any more. Some exponentials come behind the wait for P·V: they hide what the registers of the weights must wait for.
   template <bool Applies>
   TW_INLINE void step(const Slot& item, int tile, int done, int buffer, bool last, bool& arrived, bool& fresh, float (&o)[DV / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
@@ -210,7 +210,7 @@ struct Consumer {
     issue_scores(s, buffer, done % K_STAGES);
     issue_outputs(o, weights, done % V_STAGES, fresh);
     shared.trace(WAIT_SCORES);
-    tw::wgmma_wait<Applies ? 0 : 1>();
+    tw::wgmma_wait<Applies && (RESTS || READS || !DIRECT) ? 0 : 1>();
     tw::tie(s);
     if (Applies || BENDS || LEANS) shared.trace(MASK);
     bend(s, rows, tile & ~WHOLE);
@@ -443,7 +443,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   bool arrived = false, fresh = true;  // whether the next tile has, whether nothing of o is kept
   if (!STAGED) consumer.free_queries(0);
   for (int n = 0;; ++n) {
-    const Slot& item = next_item(shared, n);
+    const Slot& item = next_item<Wide>(shared, n);
     if (item.tokens < 0) break;
     const int tiles = item.partial + item.full, applied = DIRECT ? item.partial : tiles;  // tiles that the variant is applied to
     float s[BN / 2], sum[2] = {};
@@ -467,7 +467,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     shared.trace(MASK);
     consumer.bend(s, rows, tile_at(item, 0));
     int blocks = BN / 32;  // that this warp sees: of a first tile it is often a part
-    if (applied) blocks = consumer.apply(item, item.partial ? item.tiles[0] : tile_at(item, 0), s, DIRECT && LIMITED);
+    if (applied) blocks = consumer.apply(item, item.partial ? item.tiles[0] : tile_at(item, 0), s, DIRECT);
     // With two tiles of Q the next item's queries wait for this one.
     if (STAGED && item.begins && Q_TILES == 2) consumer.free_queries(previous);
     const Rows old = rows;

@@ -32,14 +32,18 @@ TW_INLINE void sort_tiles(const Variant& variant, Slot& s, const Tiles& seen, in
 
 // The number of the next item of this CTA, the n-th. Each CTA draws until it gets none, so the draw that
 // brings the counter to `count` is the last of all: it sets the counter back.
+template <class R>
 TW_INLINE int draw(const Params& p, int n, int count, int lane) {
-  if (n == 0) return blockIdx.x;
+  constexpr bool FEW = NARROW_ITEMS<R>, LATE = NARROW && !FEW;  // LATE: some CTAs come late and have no first item
+  const int grid = FEW ? p.narrow_ctas : gridDim.x;
+  if (!LATE && n == 0) return blockIdx.x;
   int drawn = 0;
   if (lane == 0) {
-    drawn = atomicAdd(p.counter, 1);
-    if (drawn == count - 1) *p.counter = 0;
+    int* counter = p.counter + FEW;
+    drawn = atomicAdd(counter, 1);
+    if (drawn == count - 1 + (LATE ? grid : 0)) *counter = 0;
   }
-  return gridDim.x + __shfl_sync(0xffffffffu, drawn, 0);
+  return (LATE ? 0 : grid) + __shfl_sync(0xffffffffu, drawn, 0);
 }
 
 TW_INLINE Item item_of(const tw::SharedItem& x) { return Item{x.node, x.head, x.token, x.end, x.chunk, x.chunks, x.row, 0}; }
@@ -109,11 +113,12 @@ TW_INLINE void learn(Variant& variant, const Shared& shared, const Work& work, i
 }
 #endif
 
+template <class R>
 TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, int items, int lane) {
   int segments = 0;
   for (int n = 0;; ++n) {
     shared.trace(SORT_TILES);
-    const int number = draw(p, n, items, lane);
+    const int number = draw<R>(p, n, items, lane);
     const bool ends = number >= items;
     Item item;
     tw::Pages pages;
@@ -123,7 +128,7 @@ TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, 
       pages = tw::pages_of(p, n, MAX_KEYS);
       item = item_of(tw::shared_item<TOKENS>(p, n, node, ends ? 0 : number));
     } else {
-      item = p.items[ends ? 0 : number];
+      item = p.items[ends ? 0 : number + (NARROW_ITEMS<R> ? p.item_count : 0)];  // narrow items come behind the others
       pages = tw::pages_of(p, item.request, MAX_KEYS);
     }
     Work work = work_of(p, item, pages);
@@ -138,7 +143,7 @@ TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, 
     for (int first = 1; first || top >= bottom; top -= MAX_TILES, first = 0, ++segments) {
       Slot& s = shared.slot(segments);
       shared.trace(WAIT_STAGE);
-      tw::barrier_wait(shared.barrier(ITEM_EMPTY + (segments & 1)), (segments >> 1 & 1) ^ 1);
+      tw::barrier_wait(shared.barrier(R::ITEM_EMPTY + (segments & 1)), (segments >> 1 & 1) ^ 1);
       shared.trace(SORT_TILES);
       if (lane == 0) {
         static_cast<Work&>(s) = work;
@@ -149,7 +154,7 @@ TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, 
       }
       __syncwarp();
       if (!ends) sort_tiles(variant, s, seen, top, max(bottom, top - MAX_TILES + 1), lane);
-      release(shared.barrier(ITEM_FULL + (segments & 1)), lane);
+      release(shared.barrier(R::ITEM_FULL + (segments & 1)), lane);
       if (ends) return;
     }
   }
@@ -211,7 +216,7 @@ struct Loader {
 TW_INLINE void load_queries(const Params& p, const Shared& shared, int lane) {
   int items = 1;  // 0 is the consumers' empty one, whose tile of Q is free at once
   for (int n = 0;; ++n) {
-    const Slot& s = next_item(shared, n);
+    const Slot& s = next_item<Wide>(shared, n);
     if (s.tokens < 0) return;
     if (s.begins) {
       const int buffer = items % Q_TILES;
@@ -230,10 +235,11 @@ TW_INLINE void load_queries(const Params& p, const Shared& shared, int lane) {
   }
 }
 
+template <class R>
 TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
   int done = 0;
   for (int n = 0;; ++n) {
-    const Slot& s = next_item(shared, n);
+    const Slot& s = next_item<R>(shared, n);
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
     Loader<K_BLOCKS> loader;
@@ -242,12 +248,12 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
     for (int i = 0; i < tiles; ++i, ++done) {
       const int stage = done % K_STAGES;
       shared.trace(WAIT_STAGE);
-      tw::barrier_wait(shared.barrier(K_EMPTY + stage), (done / K_STAGES & 1) ^ 1);
+      tw::barrier_wait(shared.barrier(R::K_EMPTY + stage), (done / K_STAGES & 1) ^ 1);
       shared.trace(LOAD);
-      loader.issue(p, tile_at(s, i), shared.base + K_AT + stage * K_BYTES, shared.barrier(K_FULL + stage));
+      loader.issue(p, tile_at(s, i), shared.base + K_AT + stage * K_BYTES, shared.barrier(R::K_FULL + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
     }
-    release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
+    release(shared.barrier(R::ITEM_EMPTY + (n & 1)), lane);
   }
 }
 
@@ -278,12 +284,13 @@ TW_INLINE void load_zeros(const Shared& shared, int part, int lane) {
   else release(shared.barrier(V_FULL), lane);
 }
 
+template <class R>
 TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared& shared, int lane) {
-  load_zeros(shared, 0, lane);
-  int done = 1;
+  int done = NARROW_ITEMS<R> ? 0 : 1;
+  if (done) load_zeros(shared, 0, lane);
   uint32_t patched = 0;  // a bit for each stage: the parity of its tiles that were patched
   for (int n = 0;; ++n) {
-    const Slot& s = next_item(shared, n);
+    const Slot& s = next_item<R>(shared, n);
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
     Loader<V_BLOCKS> loader;
@@ -299,12 +306,12 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
       }
       const bool patches = __any_sync(0xffffffffu, unseen != 0);
       shared.trace(WAIT_STAGE);
-      tw::barrier_wait(shared.barrier(V_EMPTY + stage), (done / V_STAGES & 1) ^ 1);
+      tw::barrier_wait(shared.barrier(R::V_EMPTY + stage), (done / V_STAGES & 1) ^ 1);
       shared.trace(LOAD);
-      loader.issue(p, tile, to, shared.barrier((patches ? V_LOADED : V_FULL) + stage));
+      loader.issue(p, tile, to, shared.barrier((patches ? R::V_LOADED : R::V_FULL) + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
       if (patches) {
-        tw::barrier_wait(shared.barrier(V_LOADED + stage), patched >> stage & 1);
+        tw::barrier_wait(shared.barrier(R::V_LOADED + stage), patched >> stage & 1);
         patched ^= 1u << stage;
         char* rows = shared.memory + V_AT + stage * V_BYTES;
 #pragma unroll 1
@@ -316,10 +323,10 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
               for (int c = 0; c < 8; ++c)
                 *reinterpret_cast<uint4*>(rows + block * KV_BLOCK + (j * 32 + lane) * 128 + ((c + lane) & 7) * 16) = make_uint4(0, 0, 0, 0);
         tw::fence_async();
-        release(shared.barrier(V_FULL + stage), lane);
+        release(shared.barrier(R::V_FULL + stage), lane);
       }
     }
-    release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
+    release(shared.barrier(R::ITEM_EMPTY + (n & 1)), lane);
   }
 }
 
@@ -339,7 +346,7 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
   if (VALUES) load_zeros(shared, part, lane);
   int done = VALUES;
   for (int n = 0;; ++n) {
-    const Slot& s = next_item(shared, n);
+    const Slot& s = next_item<Wide>(shared, n);
     if (s.tokens < 0) break;
     const int tiles = s.partial + s.full, head = s.head;
     const tw::Pages pages = s.pages();

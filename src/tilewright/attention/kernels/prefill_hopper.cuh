@@ -25,14 +25,14 @@
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, hopper.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (DK and DV: elements of a row of K and of V; G query heads of a KV head, BN keys of a tile,
-// BOX keys of a TMA box, CONSUMERS, KEYS_LIE, DIRECT, BENDS, LEANS, LIMITED, TRAILS, READS, BY_HEAD, CHUNKED, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
+// BOX keys of a TMA box, CONSUMERS, KEYS_LIE, DIRECT, BENDS, LEANS, TRAILS, RESTS, READS, BY_HEAD, CHUNKED, NARROW, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
 // MOST_QUERIES of a request that shares keys,
 // the types Kind and Out), the structs `Params`, `Item`, `At` and `Variant`.
 // DIRECT: logits need no branch: the score itself or, where it BENDS, outer · tanh(score / inner); where it LEANS,
 // plus slope · distance, which grows by 1 from key to key (all by methods of `Variant`). Others are computed as
 // the mask is, on every tile, with nothing under way.
 // EXTREMES: the mask compares elements of KEY_ARRAY, a member of `Variant` with one for each key.
-// LIMITED: the mask has key <= limit of a row, TRAILS: newest − key < width, both in `below`; the others are in `rest`, all methods too. READS: the mask reads tensors; BY_HEAD: the number of a head.
+// The mask has key <= limit of a row and, where it TRAILS, newest − key < width, both in `below`; the others, where it RESTS on more, are in `rest`, all methods too. READS: the mask reads tensors; BY_HEAD: the number of a head.
 // KEYS_LIE: the keys of a request are IN_PAGES of a table, IN_ROWS one after the other, or IN_ONE page.
 //
 // Launch: grid = at most min(items, SMs) CTAs, THREADS threads, SMEM_BYTES of dynamic shared memory:
@@ -87,7 +87,23 @@ constexpr int SLOTS_AT = STAGE_AT + (Q_TILES == 1 ? BM * 128 : 0);
 constexpr int BARRIERS_AT = SLOTS_AT + 2 * sizeof(Slot);
 enum Barrier { K_FULL, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES, V_EMPTY = V_FULL + V_STAGES, V_LOADED = V_EMPTY + V_STAGES,
                Q_FULL = V_LOADED + V_STAGES, Q_EMPTY = Q_FULL + Q_TILES, ITEM_FULL = Q_EMPTY + Q_TILES, ITEM_EMPTY = ITEM_FULL + 2, BARRIERS = ITEM_EMPTY + 2 };
-constexpr int EXTREMES_AT = BARRIERS_AT + BARRIERS * 8;
+// The barriers of the pipeline, as its scheduler and its loaders see them.
+struct Wide {
+  enum : int { K_FULL = attention::K_FULL, K_EMPTY = attention::K_EMPTY, V_FULL = attention::V_FULL, V_EMPTY = attention::V_EMPTY, V_LOADED = attention::V_LOADED,
+               Q_FULL = attention::Q_FULL, Q_EMPTY = attention::Q_EMPTY, ITEM_FULL = attention::ITEM_FULL, ITEM_EMPTY = attention::ITEM_EMPTY, END = attention::BARRIERS };
+};
+// The same of narrow items (hopper_narrow.cuh), in the same rings. Where tiles of Q are lie their queries, up to 8 rows of
+// two items, and outputs, maxima and sums of four warps, where an item ends.
+struct Narrow {
+  enum : int { FIRST = attention::BARRIERS, K_FULL = FIRST + Wide::K_FULL, K_EMPTY = FIRST + Wide::K_EMPTY, V_FULL = FIRST + Wide::V_FULL, V_EMPTY = FIRST + Wide::V_EMPTY,
+               V_LOADED = FIRST + Wide::V_LOADED, Q_FULL = FIRST + Wide::Q_FULL, Q_EMPTY = FIRST + Wide::Q_EMPTY, ITEM_FULL = FIRST + Wide::ITEM_FULL,
+               ITEM_EMPTY = FIRST + Wide::ITEM_EMPTY, END = FIRST + Wide::END };
+  static constexpr int PITCH = DV + 4;  // floats of a row of outputs
+  static constexpr int Q_AT = attention::Q_AT, O_AT = Q_AT + 2 * K_BLOCKS * 1024, SUMS_AT = O_AT + 4 * 8 * PITCH * 4, BYTES = SUMS_AT + 4 * 8 * 8;
+  static_assert(!NARROW || (BYTES <= K_AT && BN == 128 && CONSUMERS == 2 && LOADERS == 1), "");
+};
+template <class R> constexpr bool NARROW_ITEMS = R::K_FULL > 0;
+constexpr int EXTREMES_AT = BARRIERS_AT + (NARROW ? int(Narrow::END) : BARRIERS) * 8;
 constexpr int SMEM_BYTES = EXTREMES_AT + EXTREMES * MAX_TILES * 8 + 1024;  // the base is aligned to 1024 by hand
 static_assert(SMEM_BYTES <= 232448 && sizeof(Slot) % 8 == 0, "");
 
@@ -147,9 +163,10 @@ TW_INLINE At at_of(const Params& p, const Work& w, int row, int key) {
 }
 
 // Waits for item n and gives it; `release` when this warp has read what it needs.
+template <class R>
 TW_INLINE const Slot& next_item(const Shared& shared, int n) {
   shared.trace(WAIT_ITEM);
-  tw::barrier_wait(shared.barrier(ITEM_FULL + (n & 1)), n >> 1 & 1);
+  tw::barrier_wait(shared.barrier(R::ITEM_FULL + (n & 1)), n >> 1 & 1);
   return shared.slot(n);
 }
 TW_INLINE void release(uint32_t barrier, int lane) {
@@ -161,19 +178,33 @@ TW_INLINE void release(uint32_t barrier, int lane) {
 
 #include "hopper_load.cuh"
 #include "hopper_consume.cuh"
+#include "hopper_narrow.cuh"
 
 namespace attention {
+
+// Who arrives: the loaders or the scheduler, the consumer warps, all who read an item.
+template <class R>
+TW_INLINE void init_barriers(const Shared& shared) {
+  for (int i = R::K_FULL; i < R::END; ++i) {
+    const bool frees = (i >= R::K_EMPTY && i < R::V_FULL) || (i >= R::V_EMPTY && i < R::V_LOADED) || (i >= R::Q_EMPTY && i < R::ITEM_FULL);
+    const bool loaded = i < R::K_EMPTY || (i >= R::V_FULL && i < R::V_EMPTY);
+    tw::barrier_init(shared.barrier(i), i >= R::ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS + 1 : frees ? 4 * CONSUMERS : loaded ? (BY_ROWS ? 32 : 1) * LOADERS : 1);
+  }
+}
+
+// What was written where tiles of Q are comes before TMA writes there.
+TW_INLINE void end_narrow() {
+  tw::fence_async();
+  tw::bar_sync(NARROW_END, THREADS);
+}
 
 TW_INLINE void body(const Params& p, int thread, char* smem) {
   const uint32_t start = tw::shared_address(smem), base = (start + 1023) & ~1023u;
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32, group = warp / 4;
   const Shared shared{smem + (base - start), base, Trace(warp, lane)};
   if (thread == 0) {
-    for (int i = 0; i < BARRIERS; ++i) {  // who arrives: the loaders or the scheduler, the consumer warps, all who read an item
-      const bool frees = (i >= K_EMPTY && i < V_FULL) || (i >= V_EMPTY && i < V_LOADED) || (i >= Q_EMPTY && i < ITEM_FULL);
-      const bool loaded = i < K_EMPTY || (i >= V_FULL && i < V_EMPTY);
-      tw::barrier_init(shared.barrier(i), i >= ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS + 1 : frees ? 4 * CONSUMERS : loaded ? (BY_ROWS ? 32 : 1) * LOADERS : 1);
-    }
+    init_barriers<Wide>(shared);
+    if constexpr (NARROW) init_barriers<Narrow>(shared);
     tw::barrier_init_done();
   }
   int items = 0;
@@ -185,17 +216,31 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
   __syncthreads();
   if (SHARED && static_cast<int>(blockIdx.x) >= items) return;  // the launch behind takes this SM
   const Variant variant(p);
+  const bool narrow = NARROW && blockIdx.x < p.narrow_ctas;  // this CTA works on narrow items first
   if (group < LOADER_GROUPS) {
     tw::fewer_registers<LOADER_REGISTERS>();
     if (lane == 0) tw::prefetch_map(warp == 0 ? &p.o_map : warp > 2 * LOADERS ? &p.q_map : warp <= LOADERS ? &p.k_map : &p.v_map);
-    if (warp == 0) schedule(p, variant, shared, SHARED ? items : p.item_count, lane);
+    if constexpr (NARROW)
+      if (narrow) {
+        if (warp == 0) schedule<Narrow>(p, variant, shared, p.narrow_count, lane);
+        else if (warp == 1) load_keys<Narrow>(p, shared, lane);
+        else if (warp == 2) load_values<Narrow>(p, variant, shared, lane);
+        else load_few_queries(p, shared, lane);
+        end_narrow();
+      }
+    if (warp == 0) schedule<Wide>(p, variant, shared, SHARED ? items : p.item_count, lane);
     else if (warp > 2 * LOADERS) load_queries(p, shared, lane);
     else if (BY_ROWS && warp <= LOADERS) load_rows<false>(p, variant, shared, warp - 1, lane);
     else if (BY_ROWS) load_rows<true>(p, variant, shared, warp - 1 - LOADERS, lane);
-    else if (warp <= LOADERS) load_keys(p, shared, lane);
-    else load_values(p, variant, shared, lane);
+    else if (warp <= LOADERS) load_keys<Wide>(p, shared, lane);
+    else load_values<Wide>(p, variant, shared, lane);
   } else {
     tw::more_registers<CONSUMER_REGISTERS>();
+    if constexpr (NARROW)
+      if (narrow) {
+        consume_narrow(p, variant, shared, warp - LOADER_GROUPS * 4, lane);
+        end_narrow();
+      }
     consume(p, variant, shared, group - LOADER_GROUPS, warp % 4, lane);
   }
   shared.trace(END);

@@ -201,5 +201,4 @@ def locate_pair(outer: Storage, inner: Storage, a: Expr, b: Expr) -> Expr:
 def lists_rows(level: Level) -> bool:
     """Whether a level, the outermost of a part, lists rows or blocks of rows, each once: a composed
     format that covers all rows lists the empty ones too."""
-    listed = isinstance(level, Compressed) and level.dim == 0
-    return listed and level.unique
+    return isinstance(level, Compressed) and level.dim == 0 and level.unique

@@ -28,8 +28,7 @@ class Paged(Level):
 
     def loop(self, s: Storage, q: Expr) -> tuple[Expr, Expr]:
         room = mul(binary("-", s["indptr"][add(q, 1)], s["indptr"][q]), self.page)
-        end = binary("min", binary("min", s["length"][q], room), s.size)
-        return Const(0, dtypes.int32), end
+        return Const(0, dtypes.int32), binary("min", binary("min", s["length"][q], room), s.size)
 
     def pos(self, s: Storage, q: Expr, v: Expr) -> Expr:
         page = s["pages"][add(s["indptr"][q], binary("//", v, self.page))]

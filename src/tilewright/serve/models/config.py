@@ -231,8 +231,7 @@ def _rope(keys: Metadata, context: int, theta: float) -> Rope:
     kind = keys.get("rope_type", str, keys.get("type", str, "default"))
     if kind not in Rope.KINDS:
         rule = f"rotary scaling {short(kind)} is not supported"
-        hint = f"supported: {', '.join(Rope.KINDS)}"
-        raise ModelError("M102", rule, where=keys.where, hint=hint)
+        raise ModelError("M102", rule, where=keys.where, hint=f"supported: {', '.join(Rope.KINDS)}")
     for key, value in (("partial_rotary_factor", 1), ("mscale", 0), ("truncate", True)):
         keys.refuse(key, (value,))
     yarn = kind == "yarn"

@@ -13,26 +13,9 @@ import numpy as np
 
 from tilewright.attention.batch import Attention
 from tilewright.attention.variant import Causal, SlidingWindow, Softcap
+from tilewright.ops import linear, rowwise
 from tilewright.ops.embedding import embedding_kernel
-from tilewright.ops.linear import (
-    KINDS,
-    STORED,
-    TOGETHER,
-    After,
-    can_interleave,
-    interleave,
-    linear_kernel,
-    weight_views,
-)
 from tilewright.ops.rope import append_kernel, rope_append_kernel, rope_kernel
-from tilewright.ops.rowwise import (
-    added_norm_kernel,
-    argmax_kernel,
-    gated_kernel,
-    heads_norm_kernel,
-    rmsnorm_add_kernel,
-    scaled_kernel,
-)
 from tilewright.runtime.view import view
 from tilewright.serve.memory import Memory
 from tilewright.serve.products import products_of
@@ -58,7 +41,7 @@ class Linear:
 
     def as_written(self, out: Any) -> Any:
         """Views an array (t, rows) in the shape of the kernel's output."""
-        return out.reshape(out.shape[0], -1, TOGETHER) if self.interleaved else out
+        return out.reshape(out.shape[0], -1, linear.TOGETHER) if self.interleaved else out
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +108,7 @@ class Llama:
         embed = self._tensor("embed")
         self.table_kind = embed.kind
         shares = tied and not self.head.interleaved
-        self.table = self.head.arrays if shares else self._on_device(embed, weight_views)
+        self.table = self.head.arrays if shares else self._on_device(embed, linear.weight_views)
         self.norm = self._vector("norm")
         variants = self._variants()
         ropes = self.config.rope, self.config.local_rope or self.config.rope
@@ -173,21 +156,23 @@ class Llama:
     def _tensor(self, name: str) -> Weight:
         """A weight; those of kinds that there are no products for become float16."""
         w = self.file.tensors[name]
-        if w.kind in KINDS:
+        if w.kind in linear.KINDS:
             return w
         return Weight(name, "f16", w.shape, dequantize(w).astype(np.float16))
 
     def _linear(self, name: str) -> Linear:
         w = self._tensor(name)
         rows, cols = w.shape
-        interleaved = not self.target.is_cuda and can_interleave(w.kind, rows)
-        arrays = self._on_device(w, interleave if interleaved else weight_views)
+        interleaved = not self.target.is_cuda and linear.can_interleave(w.kind, rows)
+        arrays = self._on_device(w, linear.interleave if interleaved else linear.weight_views)
         bias: tuple[Any, ...] = ()
         if f"{name}.bias" in self.file.tensors:
             values = dequantize(self.file.tensors[f"{name}.bias"])
-            bias = (self.memory.put(values.reshape(-1, TOGETHER) if interleaved else values),)
+            bias = (
+                self.memory.put(values.reshape(-1, linear.TOGETHER) if interleaved else values),
+            )
         wide: Any = None
-        if self.products and STORED.get(w.kind) == self.products.dtype:
+        if self.products and linear.STORED.get(w.kind) == self.products.dtype:
             wide = self.products.tensor(arrays[0])
             arrays = (wide,)
         elif self.products:
@@ -242,11 +227,11 @@ class Llama:
         rope, rope_append = (f(c.rope_interleaved, name, *kinds) for f in rotations)
         append = append_kernel(name, *kinds)
         embedded = y if c.scaled_embedding else x
-        if self.table_kind not in STORED:
+        if self.table_kind not in linear.STORED:
             embedded = embedded.reshape(t, c.dim // 32, 2, 16)  # as the kernel writes it
         do(embedding_kernel(self.table_kind, name), b.ids, *self.table, out=embedded)
         if c.scaled_embedding:
-            do(scaled_kernel(name), y, c.dim**0.5, out=x)
+            do(rowwise.scaled_kernel(name), y, c.dim**0.5, out=x)
         norms = [layer.norms["attn_norm"] for layer in self.layers]
         normed = self._normed(x, norms[0], a, b.few, do)
         for i, (layer, then) in enumerate(zip(self.layers, [*norms[1:], self.norm], strict=True)):
@@ -258,8 +243,10 @@ class Llama:
                 q, k, v = a["q"], a["k"], a["v"]
                 for w, out in ((layer.q, q), (layer.k, k), (layer.v, v)):
                     self.linear(w, normed, out, b.few, do)
-            if c.qk_norm:
-                q, k = self._heads_normed(layer, q, k, b, do)
+            if c.qk_norm:  # each head divided by its root mean square
+                for x, n, out in ((q, "q", a["attended"]), (k, "k", a["k_normed"])):
+                    self._rmsnorm(x, layer.norms[f"attn.{n}_norm"], out, c.head_dim, do)
+                q, k = a["attended"], a["k_normed"]
             rotated = self.pairs(a["rotated"], t, c.qo_heads)
             do(rope, self.pairs(q, t, c.qo_heads), *angles, out=rotated)
             keys, pages = self.pairs(k, t, c.kv_heads), cache[0][i]
@@ -272,17 +259,10 @@ class Llama:
             normed = self._added(layer, "ffn", (x, y), then, b, do)
         return normed
 
-    def _heads_normed(self, layer: Layer, q: Any, k: Any, b: Rows, do: Do) -> tuple[Any, Any]:
-        """The queries and keys, each head divided by its root mean square."""
-        results = b.a["attended"], b.a["k_normed"]
-        for name, x, out in zip("qk", (q, k), results, strict=True):
-            self._rmsnorm(x, layer.norms[f"attn.{name}_norm"], out, self.config.head_dim, do)
-        return results
-
     def _rmsnorm(self, x: Any, norm: Any, out: Any, width: int, do: Do) -> None:
         """The RMSNorm of every `width` elements of rows."""
         kinds, shape = (view(a).dtype.name for a in (x, out)), (x.shape[0], -1, width)
-        kernel = heads_norm_kernel(width, *kinds, self.name)
+        kernel = rowwise.heads_norm_kernel(width, *kinds, self.name)
         do(kernel, x.reshape(*shape), norm, self.config.rms_eps, out=out.reshape(*shape))
 
     def _added(self, layer: Layer, part: str, y: Any, then: Any, b: Rows, do: Do) -> LayerInput:
@@ -297,9 +277,9 @@ class Llama:
         self.linear(w, LayerInput(x), added, b.few, do)
         if self.config.post_norms:
             norm = layer.norms[f"{part}_post_norm"]
-            do(rmsnorm_add_kernel(self.name), added, norm, eps, residual, out=out)
+            do(rowwise.rmsnorm_add_kernel(self.name), added, norm, eps, residual, out=out)
             return self._normed(out, then, a, b.few, do)
-        kernel = added_norm_kernel(self.config.dim, self.products.dtype, self.name)
+        kernel = rowwise.added_norm_kernel(self.config.dim, self.products.dtype, self.name)
         do(kernel, residual, added, then, eps, out=(out, a["normed"]))
         return LayerInput(a["normed"])
 
@@ -317,14 +297,14 @@ class Llama:
         if self.is_wide(few):
             self.linear(layer.gate_up, x, a["gate_up"], few, do)
             sizes = self.products.dtype, self.config.ffn_dim
-            kernel = gated_kernel(self.name, self.config.gelu, *sizes)
+            kernel = rowwise.gated_kernel(self.name, self.config.gelu, *sizes)
             return do(kernel, *a["gate_up"].chunk(2, 1), out=a["mixed"])
         if layer.gate.kind == layer.up.kind and not self.config.gelu:
             self.linear(layer.gate, x, a["mixed"], few, do, up=layer.up)
             return
         self.linear(layer.gate, x, a["gate"], few, do)
         self.linear(layer.up, x, a["up"], few, do)
-        do(gated_kernel(self.name, self.config.gelu), a["gate"], a["up"], out=a["mixed"])
+        do(rowwise.gated_kernel(self.name, self.config.gelu), a["gate"], a["up"], out=a["mixed"])
 
     def linear(
         self, w: Linear, x: LayerInput, out: Any, few: bool, do: Do, *,
@@ -334,19 +314,19 @@ class Llama:
         and many, and a library for the first."""
         if self.is_wide(few):
             return do(self.products, x.x, w.wide, *w.bias, out=out)
-        plain: After = "bias" if w.bias else ""
-        after: After = "gate" if up else plain if residual is None else "residual"
+        plain: linear.After = "bias" if w.bias else ""
+        after: linear.After = "gate" if up else plain if residual is None else "residual"
         if x.norm:
             after = "norm_gate" if up else "norm"
         more = up.arrays if up else w.bias
         if residual is not None:
             more = (w.as_written(residual),)
         many, shape = self.target.is_cuda or not few, (w.rows, w.cols)
-        kernel = linear_kernel(self.name, w.kind, many, *shape, w.interleaved, after)
+        kernel = linear.linear_kernel(self.name, w.kind, many, *shape, w.interleaved, after)
         do(kernel, x.x, *w.arrays, *x.norm, *more, out=w.as_written(out))
 
     def finish(self, a: dict[str, Any], few: bool, do: Do, normed: Any = None) -> None:
         """The `logits` of the rows of `x`, or of `normed`, and the `token` of each's largest."""
         normed = normed or self._normed(a["x"], self.norm, a, few, do)
         self.linear(self.head, normed, a["logits"], few, do)
-        do(argmax_kernel(self.name), a["logits"], out=a["token"])
+        do(rowwise.argmax_kernel(self.name), a["logits"], out=a["token"])
