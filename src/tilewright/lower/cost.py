@@ -301,7 +301,6 @@ class _Nest:
 
 
 def _operands(e: Any, op: str) -> list[ir.Expr]:
-    """The operands of a minimum or maximum."""
     nested = isinstance(e, ir.Binary) and e.op == op
     return [*_operands(e.a, op), *_operands(e.b, op)] if nested else [e]
 
