@@ -240,8 +240,7 @@ class _Nest:
 
     def _general(self, e: ir.Expr) -> str:
         """The text of an expression with its loop variables and lets numbered."""
-        variables = (x.name for x in ir.walk(e, ir.Var))
-        names = dict.fromkeys(x for x in variables if x in self._depends)
+        names = dict.fromkeys(x.name for x in ir.walk(e, ir.Var) if x.name in self._depends)
         return str(ir.substitute(e, {v: ir.Var(f"${n}") for n, v in enumerate(names)}))
 
     def _is_new(self, key: Any) -> bool:

@@ -160,8 +160,7 @@ def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict
         if llm.template and (left_out := llm.too_many([*messages, asked])):
             del messages[:left_out]  # the oldest turns: they leave no room for an answer
             print(f"[the {left_out} oldest messages no longer fit]")
-        prompt = [*messages, asked] if llm.template else question
-        for piece in llm.stream(prompt, **options):
+        for piece in llm.stream([*messages, asked] if llm.template else question, **options):
             answer.append(piece)
             print(piece, end="", flush=True)
     except KeyboardInterrupt:

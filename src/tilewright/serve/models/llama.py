@@ -116,10 +116,9 @@ class Llama:
             rope: tuple(map(self.memory.put, rope.tables(positions, self.config.head_dim)))
             for rope in set(ropes)
         }
-        windowed = self.config.windowed or (False,) * self.config.layers
         self.layers = [
             self._layer(f"layers.{i}.", variants[local], angles[ropes[local]])
-            for i, local in enumerate(windowed)
+            for i, local in enumerate(self.config.windowed or (False,) * self.config.layers)
         ]
 
     def _variants(self) -> tuple[Attention, Attention]:
