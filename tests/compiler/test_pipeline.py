@@ -301,12 +301,6 @@ def test_no_copies_are_added_to_a_pipeline():
         definition.scheduled("cuda")
 
 
-def test_as_many_buffers_as_there_is_room_for():
-    recipe = tiny(128, 256, Tile(256, 128, 64, 64, 16, 64, 3))
-    for where, stages in (("cuda:sm_90a", 3), ("cuda:sm_80", 3), ("cuda:sm_89", 2)):
-        assert f"{stages} stages" in str(gemm_program.schedule(recipe).scheduled(where))
-
-
 def test_more_shared_memory_than_the_target_has():
     recipe = tiny(64, 768, Tile(128, 128, 64, 64, 16, 384, 1))
     definition = gemm_program.typed(A="float16", B="float16").schedule(recipe)

@@ -25,10 +25,9 @@ HALVES = ("float16", "bfloat16")
 
 class Tile(NamedTuple):
     """A tile of C: of a CTA, of each of its warps, of a tile operation. `step`: elements of the sum
-    between two barriers; `stages`: buffers of A and B, where there is room for them; 1: copies
-    wait. `neighbours`: rows of tiles that CTAs take before the next column of tiles. `cost`:
-    measured time of an element of C, where there are `least` CTAs; 0: of few rows, which choose the
-    tile."""
+    between two barriers; `stages`: buffers of A and B; 1: copies wait. `neighbours`: rows of tiles
+    that CTAs take before the next column of tiles. `cost`: measured time of an element of C, where
+    there are `least` CTAs; 0: of few rows, which choose the tile."""
 
     rows: int
     cols: int
@@ -95,8 +94,7 @@ def gpu_recipe(s: Schedule, t: Tile) -> Schedule:
     s = s.unroll("k_u").mma("i_v", "j_v", "k_v").fuse("i_y", "j_y", into="warp")
     s = s.bind("i_g", "cta.x").bind("j_o", "cta.y").bind("i_n", "cta.x").bind("warp", "thread.y")
     s = s.cache("A", "k_o", "shared").cache("B", "k_o", "shared")
-    stages = min(t.stages, s.target.shared_bytes // (2 * t.step * (t.rows + t.cols)))
-    return s.pipeline("k_o", stages) if stages > 1 else s
+    return s.pipeline("k_o", t.stages) if t.stages > 1 else s
 
 
 def _operations(s: Schedule, wide: int) -> Schedule:
