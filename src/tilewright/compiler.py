@@ -120,24 +120,22 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
         for number, stage in enumerate(program.stages)
     )
     arrays = {b.name.removesuffix(".values") for b in program.buffers}
+    # Generated code has strides as constants, beyond the last, which is 1.
+    strides = ((t.name, d) for t in program.tensors for d in range(len(t.dims) - 1))
+    packed = dict.fromkeys(name for name, d in strides if stride_name(name, d) in params.packed)
     tensors = tuple(_spec(t) for t in program.tensors if t.role != "inline" or t.name in arrays)
     return Manifest(
         program.name, str(target), tensors, params.params, params.row,
         params.param_names, params.row_names, stages,
         formats=tuple((name, repr(f)) for name, f in format_of.items()),
         sizes=program.sizes, index=program.index.name,
-        packed=tuple(t.name for t in program.tensors if _strides_known(t, params)),
+        packed=tuple(packed),
     )  # fmt: skip
 
 
 def _rows(fmt: Any) -> tuple[int, ...]:
     """The body that serves each row of a stage's work table; `fmt` is that of its structure."""
     return (0,) if fmt is None else tuple(fmt.formats.index(f) for _, f in fmt.parts)
-
-
-def _strides_known(t: Tensor, params: Params) -> bool:
-    """Whether generated code has a stride of `t` as a constant (beyond the last, which is 1)."""
-    return any(stride_name(t.name, d) in params.packed for d in range(len(t.dims) - 1))
 
 
 def _spec(t: Tensor) -> TensorSpec:

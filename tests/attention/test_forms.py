@@ -73,8 +73,11 @@ def test_a_distance_of_keys_that_lie_elsewhere_is_no_line():
 
 
 def test_the_score_itself():
+    """Of a causal mask, under which rows of many requests may share keys, and of a window."""
     numbers, _ = forms(tw.Causal())
-    assert [name for name, x in numbers.items() if x] == ["DIRECT"]
+    assert [name for name, x in numbers.items() if x] == ["DIRECT", "PLAIN"]
+    numbers, _ = forms(tw.SlidingWindow(window=9))
+    assert [name for name, x in numbers.items() if x] == ["DIRECT", "TRAILS"]
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,6 @@ def _bits(options: dict[str, Any], qo: Tensor, table: Table) -> Tensor | None:
     return words(torch.cat(rows)).to(mask.device)
 
 
-# ---------------------------------------------------------------------------- wrappers
-
-
 class _Wrapper:
     """`plan` once a step, `run` for each layer. Of the workspace only the device is used.
 
@@ -340,9 +337,6 @@ class MultiLevelCascadeAttentionWrapper:
 
     begin_forward, forward = plan, run
     end_forward = reset_workspace_buffer = _Wrapper.end_forward
-
-
-# ---------------------------------------------------------------------------- one request
 
 
 def _single(g: SimpleNamespace) -> Any:

@@ -78,9 +78,6 @@ def operator(attn: Attention, room: Workspace | None = None) -> Operator:
     return _OPERATORS.setdefault(key, Operator(attn, room, key, names))
 
 
-# ---------------------------------------------------------------------------- implementations
-
-
 def _table(table: list[Tensor]) -> Table:
     return (Table.dense, Table, Table.csr)[len(table) - 1](*table)
 

@@ -266,8 +266,6 @@ class ReduceThreads(Expr):
     dtype: DType
 
 
-# ---------------------------------------------------------------------------- tensors, buffers
-
 Role = Literal["input", "output", "temp", "inline"]  # inline: lives inside the nest that reads it
 Kind = Literal["weight", "activation", "kv", "state"]
 

@@ -49,10 +49,6 @@ def _product(a: Range, b: Range, full: Range) -> Range:
     return Range(min(corners), max(corners))
 
 
-def _quotient(a: Range, b: Range, full: Range) -> Range:
-    return full if b.low != b.high or b.low <= 0 else Range(a.low // b.low, a.high // b.low)
-
-
 def _remainder(a: Range, b: Range, full: Range) -> Range:
     if b.low <= 0:
         return full
@@ -80,7 +76,8 @@ def _shifted(by: Callable[[int, int], int]) -> Callable[[Range, Range, Range], R
 _RULES: dict[str, Callable[[Range, Range, Range], Range]] = {
     "+": lambda a, b, _: Range(a.low + b.low, a.high + b.high),
     "-": lambda a, b, _: Range(a.low - b.high, a.high - b.low),
-    "*": _product, "//": _quotient, "%": _remainder, "&": _both, "|": _either, "^": _either,
+    "//": lambda a, b, top: Range(a.low // b.low, a.high // b.low) if b.low == b.high > 0 else top,
+    "*": _product, "%": _remainder, "&": _both, "|": _either, "^": _either,
     "<<": _shifted(lambda x, n: x << n), ">>": _shifted(lambda x, n: x >> n),
     "min": lambda a, b, _: Range(min(a.low, b.low), min(a.high, b.high)),
     "max": lambda a, b, _: Range(max(a.low, b.low), max(a.high, b.high)),

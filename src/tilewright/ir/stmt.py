@@ -269,9 +269,6 @@ class LoadTile(Stmt):
     shape: tuple[int, int, int]
 
 
-# ---------------------------------------------------------------------------- programs
-
-
 @dataclass(frozen=True, slots=True)
 class Nest:
     """One launch, or one case of a launch over the parts of a decomposition.

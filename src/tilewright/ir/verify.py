@@ -173,9 +173,8 @@ def _visits_all(body: ir.Stmt, compute: ir.Compute) -> bool:
 
 
 def _is_read(e: Any) -> bool:
-    return isinstance(e, (ir.Load, ir.Search)) or (
-        isinstance(e, ir.Var) and is_generated(e.name, COUNT)
-    )
+    is_count = isinstance(e, ir.Var) and is_generated(e.name, COUNT)
+    return is_count or isinstance(e, (ir.Load, ir.Search))
 
 
 def _is_tail(cond: ir.Expr) -> bool:

@@ -152,9 +152,8 @@ def _extent(body: ir.Stmt, kind: str) -> int:
 def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
     """Raises ScheduleError[S102] for a barrier that a guard keeps some threads from. Reductions
     over thread.y and copies to shared memory have barriers."""
-    over_y = isinstance(s, ir.Store) and any(
-        x.axis == "thread.y" for x in ir.walk(s.value, ir.ReduceThreads)
-    )
+    sums = ir.walk(s.value, ir.ReduceThreads) if isinstance(s, ir.Store) else ()
+    over_y = any(x.axis == "thread.y" for x in sums)
     if guarded and (over_y or s == ir.Sync()):
         rule = "a guard keeps some threads from a barrier"
         raise illegal(rule, "specialize() the dimension and split it by a factor that divides it")

@@ -259,8 +259,6 @@ class _Nest:
         self.unique[b.name, part] = _product(*shape, size)
         self.moved.append((b.name, way, _times(loops, *factors, size)))
 
-    # -- amounts -------------------------------------------------------------------------------
-
     def _trips(self, begin: ir.Expr, end: ir.Expr) -> ir.Expr:
         """The trip count of a loop: of the operands of a minimum those whose difference to one of a
         maximum does not depend on other loops, a number if there is one."""

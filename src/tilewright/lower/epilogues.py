@@ -44,8 +44,7 @@ def fused(
         return t.out.tensor.name in read and walks_one and depends
 
     def is_elsewhere(t: Statement) -> bool:
-        driver = outer_driver(t)
-        return (driver.structure if driver else "") != structure
+        return getattr(outer_driver(t), "structure", "") != structure
 
     candidates = sorted(filter(is_candidate, temps), key=is_elsewhere)
     if not candidates:

@@ -81,9 +81,8 @@ class NestBuilder:
         scope = Scope(self.tables)
         specs = self._follow(st, driver, scope)
         is_sparse, reduced = st.out.tensor.is_sparse, {a.name for a in st.axes}
-        covers = is_sparse or all(
-            visits_all(self.tables, s) for s in specs if s.axis.name not in reduced
-        )
+        own = (s for s in specs if s.axis.name not in reduced)
+        covers = is_sparse or all(visits_all(self.tables, s) for s in own)
         is_update = bool(st.op) and not st.axes
         if st.op == "append":
             return BuiltNest(self._loops(_Target(st, False), specs, scope), driver, False, True)
@@ -212,8 +211,6 @@ class NestBuilder:
         wrap = self._open(specs[0], target, inside)
         return ir.seq(*before, wrap(self._loops(target, specs[1:], inside)))
 
-    # -- opening a loop ------------------------------------------------------------------------
-
     def _open(self, s: LoopSpec, target: _Target, scope: Scope) -> Wrap:
         """Enters a loop: adds its variable to `scope`, returns its wrapper of bodies."""
         if s.merged is not None:
@@ -321,8 +318,6 @@ class NestBuilder:
         scope.walks[s.structure].positions.update({0: parent, 1: var})
         axes = (target.tag(row), target.tag(col))
         return lambda body: ir.For(var, zero, storage.count, _inside(lets, [], body), axes=axes)
-
-    # -- the innermost statement ---------------------------------------------------------------
 
     def _leaf(self, target: _Target, scope: Scope) -> ir.Stmt:
         st, in_place = target.statement, target.in_place

@@ -94,9 +94,8 @@ class Row:
         most = {name: most for name, *_, most in tables.program.placed}.get(tensor.name, 0)
         if not most or all(isinstance(e, ir.Const) for e in self.extents):
             return ir.Alloc(self.buffer, self.extents, self.extents)
-        inner = [
-            int(e.value) for e in self.extents[1 : len(self.levels)] if isinstance(e, ir.Const)
-        ]
+        below = self.extents[1 : len(self.levels)]
+        inner = [int(e.value) for e in below if isinstance(e, ir.Const)]
         if len(inner) + 1 < len(self.levels):
             raise refuse(tensor.name, "its rows have rows of their own", 'scope="global"')
         first = len(out.stored_coords) if tensor.is_sparse else 0
@@ -108,9 +107,8 @@ class Row:
             walk = start.walks[tensor.structure]
             names = {d: ir.Var(f"at{d}", tables.index) for d, *_ in self.levels}
             walk.variables |= names
-            form = affine(
-                start.position(tensor.structure, last), frozenset(map(str, names.values()))
-            )
+            position = start.position(tensor.structure, last)
+            form = affine(position, frozenset(map(str, names.values())))
             if form is None:
                 raise refuse(tensor.name, "its rows are not side by side", 'scope="global"')
             steps = [*(form.steps[x.name] for x in names.values()), *steps]
@@ -133,9 +131,6 @@ class Row:
                 raise refuse(e.tensor.name, f"{e} is read where no loop follows it", hint)
             index += (ir.binary("-", walked[d], begin) for d, begin, _ in self.levels)
         return ir.Load(self.buffer, (*index, *(coords[n] for n in self.dims)), e.dtype)
-
-
-# ---------------------------------------------------------------------------- the online form
 
 
 def online(body: ir.Stmt) -> ir.Stmt:

@@ -189,9 +189,8 @@ class Product:
             value = ir.binary("+", ir.cast(c.out, value.dtype), value)
         body = ir.seq(*lets, ir.Store(c.out.buffer, c.out.index, ir.cast(value, c.out.dtype)))
         reduced = reduced_names(path, c)
-        body = framed(
-            body, frame_of([s for s in self.region if not isinstance(s, ir.For)], reduced)
-        )
+        inside = [s for s in self.region if not isinstance(s, ir.For)]
+        body = framed(body, frame_of(inside, reduced))
         for f in (cols, rows):
             body = ir.For(f.var, f.begin, f.end, body, "fragment")
         return body if self.escapes else framed(body, frame_of(self.outer, reduced))
@@ -227,9 +226,8 @@ class Product:
         return x, y
 
     def _varies(self, x: ir.Load) -> set[str]:
-        return {name for i in x.index for name in ir.free_vars(ir.substitute(i, self.known))} & set(
-            self.names
-        )
+        index = (ir.free_vars(ir.substitute(i, self.known)) for i in x.index)
+        return set(self.names) & set().union(*index)
 
     def tile(self, x: ir.Load, rows: str, cols: str) -> ir.Tile:
         """The window of memory that `x` runs over as the loops `rows` and `cols` run."""

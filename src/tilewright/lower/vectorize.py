@@ -64,9 +64,6 @@ def split_registers(program: ir.Program) -> ir.Program:
     return ir.map_bodies(program, _split)
 
 
-# ---------------------------------------------------------------------------- unroll
-
-
 class _Unroller:
     def __init__(self) -> None:
         self.copies = 0
@@ -125,9 +122,6 @@ def _rename_buffers(s: Any, buffers: dict[str, ir.Buffer]) -> Any:
         return x
 
     return ir.transform(s, visit)
-
-
-# ---------------------------------------------------------------------------- vectorize
 
 
 def _vectorize(body: ir.Stmt) -> ir.Stmt:
@@ -302,9 +296,6 @@ def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
         return x
 
     return ir.transform(body, visit)
-
-
-# ---------------------------------------------------------------------------- registers
 
 
 def _split(body: ir.Stmt) -> ir.Stmt:

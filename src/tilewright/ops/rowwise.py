@@ -28,9 +28,8 @@ def wide_rows(s: Schedule, elements: tuple[str, ...], width: int) -> Schedule:
     s = s.bind("t", "cta.y").bind("h", "cta.x") if s.has("h") else s.bind("t", "cta.y")
     for e in elements:
         s = s.split(e, 4, into=(f"{e}_4", f"{e}_v")).vectorize(f"{e}_v")
-        s = s.split(f"{e}_4", threads, into=(f"{e}_o", "r")).split(
-            "r", 32, into=(f"{e}_y", f"{e}_x")
-        )
+        s = s.split(f"{e}_4", threads, into=(f"{e}_o", "r"))
+        s = s.split("r", 32, into=(f"{e}_y", f"{e}_x"))
         s = s.bind(f"{e}_y", "thread.y").bind(f"{e}_x", "thread.x")
         s = s.bind(f"{e}_o", "cta.x") if len(elements) == 1 else s.unroll(f"{e}_o", 8)
     return s

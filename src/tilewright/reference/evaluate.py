@@ -90,9 +90,6 @@ def _sparse_argument(t: ir.Tensor, x: Any, stored: dict[str, Stored]) -> np.ndar
     return np.asarray(values)
 
 
-# ---------------------------------------------------------------------------- stored coordinates
-
-
 def keys_of(shape: Sequence[int], coords: Sequence[Any]) -> np.ndarray:
     """Coordinates as single numbers, in row-major order."""
     key = np.zeros((), np.int64)
@@ -140,8 +137,6 @@ class Stored:
         return point, order[np.repeat(low, high - low) + rank]
 
 
-# ---------------------------------------------------------------------------- boxes
-
 Box = list[dict[str, np.ndarray]]
 """For each dimension of a box the indices that run along it, with their coordinates."""
 
@@ -163,9 +158,6 @@ def scope_of(box: Box, part: tuple[slice, ...]) -> Scope:
 def along(values: np.ndarray, d: int, rank: int) -> np.ndarray:
     """Reshapes a 1-D array to the given rank: its values along dimension d, size 1 elsewhere."""
     return values.reshape((1,) * d + (-1,) + (1,) * (rank - d - 1))
-
-
-# ---------------------------------------------------------------------------- evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,8 +247,6 @@ class _Evaluator:
             most *= -(-stored.count // max(outer, 1))
         return most * prod(self.size(a.dim) for a in axes_of(e) if a.name not in names)
 
-    # -- expressions -----------------------------------------------------------------------------
-
     def expr(self, e: Any, scope: Scope) -> np.ndarray:
         """The value of an expression at every point of the box of a scope."""
         if isinstance(e, ir.Const):
@@ -306,8 +296,6 @@ class _Evaluator:
 
     def number(self, raw: np.ndarray, t: ir.Tensor) -> np.ndarray:
         return decode(raw, t.dtype).astype(self.kind(t.dtype), copy=False)
-
-    # -- reductions ------------------------------------------------------------------------------
 
     def driver(self, e: ir.Reduce) -> tuple[str, tuple[str, ...]] | None:
         """The structure whose stored coordinates a reduction ranges over, and the names of its

@@ -61,7 +61,8 @@ class Arguments:
         except ArgumentError as e:
             raise _error(e.code, e.message, name, e.hint) from None
         dtype = self.dtypes[name]
-        if v.dtype != dtype and not _same_bits(v, dtype):
+        is_bits = v.dtype.kind == dtype.numpy.kind == "u"  # bfloat16 may come as uint16
+        if v.dtype != dtype and not (is_bits and v.dtype.bits == dtype.bits):
             raise _wrong_dtype(spec, dtype, v.dtype)
         self._add_sizes(spec, v.shape)
         if spec.dims and not spec.strided and v.strides[-1] != 1 and v.shape[-1] > 1 and v.size:
@@ -142,10 +143,9 @@ def scalar_value(spec: TensorSpec, dtype: dtypes.DType, arg: Any) -> float | int
     if not isinstance(arg, (str, bytes)):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             value = float(arg) if dtype.is_float else int(arg)
-    fits = value is not None and (
+    if value is None or not (
         dtype.is_float or (value == arg and dtype.least <= value <= dtype.most)
-    )
-    if value is None or not fits:
+    ):
         raise _error("A107", f"{spec.name} is a number of type {dtype}, not {arg!r}", spec.name)
     if dtype.name == "bfloat16":
         return int(dtypes.bfloat16_bits(np.array(value, np.float32)))
@@ -193,11 +193,6 @@ def _may_alias_itself(v: View) -> bool:
             return v.size > 0
         end += (n - 1) * step
     return False
-
-
-def _same_bits(v: View, dtype: dtypes.DType) -> bool:
-    """Whether unsigned integers pass as a dtype that NumPy lacks: bfloat16 as uint16."""
-    return v.dtype.kind == "u" and v.dtype.bits == dtype.bits and dtype.numpy.kind == "u"
 
 
 def _dims(spec: TensorSpec) -> str:

@@ -61,8 +61,6 @@ class Kernel:
             for t in (*self.inputs, *self.results)
         ]
 
-    # -- calling ---------------------------------------------------------------------------------
-
     def __call__(self, *args: Any, out: Any = None, **named: Any) -> Any:
         if named or len(args) != len(self.inputs):
             args = self._ordered(args, named)

@@ -98,9 +98,6 @@ def declarations(manifest: Manifest) -> str:
     )
 
 
-# ---------------------------------------------------------------------------- on disk
-
-
 @dataclass(frozen=True, slots=True)
 class Built:
     """The result of lowering and rendering: enough to compile, load and call a kernel. `bodies`:
@@ -149,9 +146,6 @@ def tuples(x: Any) -> Any:
     if isinstance(x, dict):
         return {name: tuples(v) for name, v in x.items()}
     return tuple(tuples(v) for v in x) if isinstance(x, list) else x
-
-
-# ---------------------------------------------------------------------------- units
 
 
 def unit_count(count: Count, values: Mapping[str, int]) -> int:

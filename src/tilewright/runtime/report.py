@@ -119,9 +119,8 @@ def report(manifest: Manifest, resources: Any, arguments: Arguments | None) -> R
 
 def _values(arguments: Arguments) -> dict[str, Any]:
     """The sizes and counts that amounts are made of, by name."""
-    values: dict[str, Any] = {
-        size_name(d): n for d, n in arguments.sizes.items() if isinstance(d, str)
-    }
+    sizes = arguments.sizes.items()
+    values: dict[str, Any] = {size_name(d): n for d, n in sizes if isinstance(d, str)}
     for name, s in arguments.structures.items():
         values[f"{name}.entries"] = s.nnz
         for fmt in s.format.formats:

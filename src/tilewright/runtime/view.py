@@ -148,9 +148,6 @@ def _empty_cupy(like: Any, shape: tuple[int, ...], dtype: DType) -> Any:
         return sys.modules["cupy"].empty(shape, _numpy_type(dtype))
 
 
-# ---- NumPy ------------------------------------------------------------------------------------
-
-
 def _view_numpy(x: np.ndarray) -> View:
     dtype = dtypes.from_numpy(x.dtype)
     strides = element_strides(x.strides, x.shape, x.itemsize)
@@ -203,8 +200,6 @@ def _numpy_type(dtype: DType) -> np.dtype:
     return np.dtype(getattr(extensions, dtype.ml_dtypes)) if extensions else dtype.numpy
 
 
-# ---- torch ------------------------------------------------------------------------------------
-
 # Of dtypes that NumPy lacks torch has the names of ml_dtypes.
 _TORCH_NAMES = {f"torch.{t.ml_dtypes or t.name}": t for t in dtypes.ALL.values()}
 
@@ -255,9 +250,6 @@ def _torch_device(device: Any) -> str:
     if device.type not in ("cpu", "cuda"):
         raise ArgumentError("A105", f"tensors on {device} cannot be used", hint="cpu or cuda")
     return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
-
-
-# ---- finding the adapter ------------------------------------------------------------------------
 
 
 class Adapter(NamedTuple):
@@ -318,9 +310,6 @@ def _root_module(kind: type) -> str:
         if (root, base.__name__) in (("torch", "Tensor"), ("cupy", "ndarray")):
             return root
     return kind.__module__.partition(".")[0] if kind.__module__.startswith("scipy.") else ""
-
-
-# ---- arithmetic -------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=4096)

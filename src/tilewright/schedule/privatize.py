@@ -77,9 +77,8 @@ class _Copies:
         """All copies start where the output did."""
 
         def started(c: ir.Compute) -> ir.Stmt:
-            first = replace(
-                c, out=self._at(self.copy, c), value=ir.cast(c.value, self.buffer.dtype)
-            )
+            value = ir.cast(c.value, self.buffer.dtype)
+            first = replace(c, out=self._at(self.copy, c), value=value)
             return ir.For(self.copy, ir.as_expr(0), ir.as_expr(self.copies), first)
 
         return replace(nest, body=self._each(nest.body, started))

@@ -288,9 +288,8 @@ class _Staging:
                 starts[f.name] = ir.mul(digit, wide)
                 digit = ir.add(starts[f.name], lane)
             digits.append(ir.Let(fresh[f.name], ir.simplify(digit)))
-        element = self._element(
-            scratch, fresh, tuple(ir.substitute(i, fresh) for i in self._index()), starts
-        )
+        to = tuple(ir.substitute(i, fresh) for i in self._index())
+        element = self._element(scratch, fresh, to, starts)
         body: ir.Stmt = ir.seq(*digits, element)
         if lanes > 1:
             body = ir.For(lane, ir.as_expr(0), ir.as_expr(lanes), body, "vector")

@@ -76,8 +76,7 @@ def has_loop(s: ir.Stmt, loop: str) -> bool:
 
 def _named(s: ir.Stmt) -> str:
     """A statement in words: the loop, or what it computes, copies or prefetches."""
-    if any(isinstance(x, ir.Store) for x in statements(s)):
-        stored = next(x for x in statements(s) if isinstance(x, ir.Store))
+    if stored := next(statements(s, ir.Store), None):
         return f"the copy to {stored.buffer.name}"
     if isinstance(s, ir.Prefetch):
         return f"the prefetch of {s.element.buffer.name}"
@@ -172,9 +171,7 @@ def matches(loop: ir.For, name: str) -> bool:
     `outer(j)` the loop over the axis j, or over its blocks (`j_o`, `j_o_p`), in any format."""
     statement, _, own = name.rpartition(".")
     axis = axis_name(own)
-    names = own, f"{own}_p"
-    if axis != own:
-        names = axis, f"{axis}_p", f"{axis}_o", f"{axis}_o_p"
+    names = (own, f"{own}_p") if axis == own else (axis, f"{axis}_p", f"{axis}_o", f"{axis}_o_p")
     if not statement:
         return loop.name in names
     of = (c.out.buffer.name.removesuffix(".values") for c in computes(loop))

@@ -192,8 +192,6 @@ class Runner:
                 step(0, longest - min(size, longest), min(size, longest))
         self.read_tokens()()  # waits
 
-    # -- inside ----------------------------------------------------------------------------------
-
     def _needs_row(self, chunk: Chunk) -> bool:
         """Whether the last work item of a chunk of a prompt would have one query. The row behind it
         is read as token 0; nobody sees its result, and its key is overwritten by the next token."""

@@ -84,9 +84,8 @@ def _from_torch(t: Any) -> Entries:
         return _from_csr(t.crow_indices(), t.col_indices(), t.values(), t.shape)
     if layout == "sparse_csc":
         shape, rows = _matrix_shape(t.shape), _index_array(t.row_indices(), "row_indices")
-        return _from_coo(
-            (rows, _expanded(t.ccol_indices(), len(rows), shape[1])), t.values(), shape
-        )
+        cols = _expanded(t.ccol_indices(), len(rows), shape[1])
+        return _from_coo((rows, cols), t.values(), shape)
     if layout == "sparse_coo":
         return _from_coo(t._indices(), t._values(), t.shape, repeats=True)
     hint = "its to_padded_tensor(0.0)" if t.is_nested else "its to_sparse_coo()"

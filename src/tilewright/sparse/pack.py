@@ -166,9 +166,8 @@ class Packed:
     def dense(self) -> np.ndarray:
         """The tensor as a NumPy array (*shape, *inner), with `fill` where nothing is stored."""
         coords, values = self.unpack()
-        out = np.full(
-            (*self.shape, *self.inner), entries.filling(self.fill, self.dtype), self.dtype.numpy
-        )
+        fill = entries.filling(self.fill, self.dtype)
+        out = np.full((*self.shape, *self.inner), fill, self.dtype.numpy)
         out[coords] = values
         return out
 
@@ -268,9 +267,6 @@ def _index_type(index: Any, largest: int) -> DType:
         rule = f"coordinates or positions go up to {largest}, beyond int32"
         raise FormatError("F108", rule, where="index", hint='index="int64"')
     return kind
-
-
-# ---------------------------------------------------------------------------- parts
 
 
 def _check_positions(of: Any, count: int) -> None:

@@ -55,9 +55,8 @@ def dense(dims: str, dtype: Any = None, *, kind: Kind = "activation", strided: b
 
     The last dimension is contiguous unless `strided`. `dtype` None: float32 until `typed` says
     otherwise."""
-    return Declared(
-        _dims(dims), dtypes.dtype(dtype) if dtype is not None else None, kind=kind, strided=strided
-    )
+    kind_ = dtypes.dtype(dtype) if dtype is not None else None
+    return Declared(_dims(dims), kind_, kind=kind, strided=strided)
 
 
 def sparse(

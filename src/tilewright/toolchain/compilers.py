@@ -111,9 +111,6 @@ def l2_bytes() -> int:
         return 1 << 20
 
 
-# ---------------------------------------------------------------------------- the compiler
-
-
 @dataclass(frozen=True, slots=True)
 class Compiler:
     """A C++ compiler: its command (an absolute path, then arguments), the first line of its

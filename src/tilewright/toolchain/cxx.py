@@ -13,7 +13,6 @@ from pathlib import Path
 from tilewright import knobs
 from tilewright.errors import BuildError
 from tilewright.toolchain import compilers, disk_cache
-from tilewright.toolchain.refusal import keep, refusal
 
 _TIMEOUT_S = 600
 _ELF_DYN = 3
@@ -126,12 +125,12 @@ class _Job:
                 how = f"was ended by signal {-status} ({signal.strsignal(-status)})"
             text = f"{self.compiler} {how}: {log or 'no message'}"
             hint = "free memory, or space in TMPDIR; the source is kept in that file"
-            return BuildError("B101", text, where=keep(self.source, self.key), hint=hint)
+            return BuildError("B101", text, where=disk_cache.keep(self.source, self.key), hint=hint)
         status, message, _ = self.call(_PROBE)
         if status:
             text = f"{self.compiler} cannot compile an empty kernel (exit status {status}): "
             return BuildError("B102", text + (message or "no message"), hint=_OTHER_COMPILER)
-        return refusal(str(self.compiler), self.name, log, self.source, self.key)
+        return disk_cache.refusal(str(self.compiler), self.name, log, self.source, self.key)
 
 
 def _job(source: str, name: str, isa: str, flags: Sequence[str], full_link: bool) -> _Job:

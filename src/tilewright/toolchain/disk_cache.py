@@ -3,7 +3,8 @@
 All entries are files `KEY.KIND` of one folder that is private to the user. A writer renames a
 temporary file of the same folder, so any number of processes can share the folder without locks.
 The last line of a file is a hash of its name and contents: a truncated, edited or moved file is a
-miss, never loaded. (ELF files, cubins and source texts all tolerate a trailing line.)
+miss, never loaded. (ELF files, cubins and source texts all tolerate a trailing line.) Sources that
+a compiler refused are kept there too.
 """
 
 import atexit
@@ -27,6 +28,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _KIND = re.compile(r"[a-z][a-z0-9]*")
 _TRAILER = b"\n//tilewright-sha256:"
 _TRAILER_BYTES = len(_TRAILER) + 64 + 1
+_MESSAGE_LINES = 30  # of a compiler that refused a source
 _STALE_S = 3600.0  # the writer of a temporary file this old has died
 
 
@@ -264,3 +266,25 @@ def _remove_temporary(owner: int, folder: str) -> None:
 def _nonblocking(path: str, flags: int) -> int:
     """An opener: a plain open of a named pipe would wait for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def refusal(compiler: str, name: str, log: str, source: str, key: str) -> BuildError:
+    """B101 with the kernel's name, the first error of the compiler's log, and the log itself. The
+    source is kept in the cache."""
+    lines = log.strip().splitlines()
+    first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+    kernel = f"kernel {name}" if name else "a kernel"
+    hint = "run again with TILEWRIGHT_VERIFY=1 to check the program after each pass"
+    if knobs.get("verify"):
+        hint = "this is a bug of Tilewright, or the compiler is too old"
+    text = f"{compiler} refused the code generated for {kernel}: {first.strip()}"
+    text = "\n".join([text, *(lines[:_MESSAGE_LINES] if len(lines) > 1 else [])])
+    hint = f"the source is kept in that file; {hint}"
+    return BuildError("B101", text, where=keep(source, key), hint=hint)
+
+
+def keep(source: str, key: str) -> str:
+    """Store a source text for the user to look at; its file, or nothing if it cannot be written."""
+    with contextlib.suppress(BuildError):
+        return str(put("failed", key, source.encode()))
+    return ""

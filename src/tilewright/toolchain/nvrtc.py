@@ -19,7 +19,6 @@ from types import MappingProxyType
 
 from tilewright.errors import BuildError, MissingExtra
 from tilewright.toolchain import disk_cache
-from tilewright.toolchain.refusal import refusal
 
 _REPORT = re.compile(
     r"Compiling entry function '(?P<entry>[^']+)'|Function properties for (?P<function>\S+)"
@@ -80,7 +79,7 @@ def compile_cuda(
         if status:
             lines = (line for line in log.splitlines() if not line.startswith("ptxas info"))
             compiler = f"NVRTC ({toolkit_version()}, {' '.join(options)})"
-            raise refusal(compiler, name, "\n".join(lines), source, key)
+            raise disk_cache.refusal(compiler, name, "\n".join(lines), source, key)
         if not image:
             raise BuildError("B101", f"no cubin for {options[0]}: is it a real architecture?")
         disk_cache.count_compiled(f"{name or 'CUDA C++'} for {arch}", began)

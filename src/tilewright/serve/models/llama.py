@@ -168,9 +168,8 @@ class Llama:
         bias: tuple[Any, ...] = ()
         if f"{name}.bias" in self.file.tensors:
             values = dequantize(self.file.tensors[f"{name}.bias"])
-            bias = (
-                self.memory.put(values.reshape(-1, linear.TOGETHER) if interleaved else values),
-            )
+            values = values.reshape(-1, linear.TOGETHER) if interleaved else values
+            bias = (self.memory.put(values),)
         wide: Any = None
         if self.products and linear.STORED.get(w.kind) == self.products.dtype:
             wide = self.products.tensor(arrays[0])
