@@ -87,6 +87,4 @@ def _prepare(call: Call) -> Prepared:
     return Prepared(launch, pool.pool().prepare([launch]), text, keep)
 
 
-FAMILY = Family(
-    "cpu", "cpu", rows, "request", None, lambda spec, n, pool: "", _prepare, shares=True
-)
+FAMILY = Family("cpu", "cpu", rows, "request", None, lambda *_: "", _prepare, shares=True)

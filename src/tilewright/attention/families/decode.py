@@ -146,6 +146,4 @@ def _prepare(call: Call) -> Prepared:
     return Prepared(launch, run, text, (*keep, block))
 
 
-FAMILY = Family(
-    "decode", "cuda", lambda spec: ROWS, "", ctas_per_sm, refuses, _prepare, shares=True
-)
+FAMILY = Family("decode", "cuda", lambda _: ROWS, "", ctas_per_sm, refuses, _prepare, shares=True)

@@ -59,5 +59,5 @@ def _prepare(call: Call) -> Prepared:
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
 
 
-FAMILY = Family("portable", "cuda", lambda spec: ROWS, "", None, lambda spec, n, pool: "", _prepare)
+FAMILY = Family("portable", "cuda", lambda spec: ROWS, "", None, lambda *_: "", _prepare)
 TILES = Family("tiles", "cuda", lambda spec: tiles_of(spec)[0], "", None, refusal, _prepare)
