@@ -243,8 +243,8 @@ class Llama:
                 for w, out in ((layer.q, q), (layer.k, k), (layer.v, v)):
                     self.linear(w, normed, out, b.few, do)
             if c.qk_norm:  # each head divided by its root mean square
-                for x, n, out in ((q, "q", a["attended"]), (k, "k", a["k_normed"])):
-                    self._rmsnorm(x, layer.norms[f"attn.{n}_norm"], out, c.head_dim, do)
+                for head, n, out in ((q, "q", a["attended"]), (k, "k", a["k_normed"])):
+                    self._rmsnorm(head, layer.norms[f"attn.{n}_norm"], out, c.head_dim, do)
                 q, k = a["attended"], a["k_normed"]
             rotated = self.pairs(a["rotated"], t, c.qo_heads)
             do(rope, self.pairs(q, t, c.qo_heads), *angles, out=rotated)
