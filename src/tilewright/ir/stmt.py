@@ -320,6 +320,9 @@ class Program:
     def outputs(self) -> tuple[Tensor, ...]:
         return tuple(t for t in self.tensors if t.role == "output")
 
+    def tensor(self, name: str) -> Tensor:
+        return next(t for t in self.tensors if t.name == name)
+
     def __str__(self) -> str:
         return program_text(self)
 

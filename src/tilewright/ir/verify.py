@@ -44,7 +44,6 @@ class _Checker:
         self.legal = LEGAL[program.level]
         self.level, self.after = program.level, after
         self.tensors = {t.name for t in program.tensors}
-        self.formats = {t.structure: t.format for t in program.tensors if t.structure}
         self.buffers = {b.name for b in program.buffers}
 
     def fail(self, why: str, node: Any) -> None:
@@ -63,7 +62,7 @@ class _Checker:
             for stage in computed
         )  # fmt: skip
         for nest, compute in next(filter(None, stores), []):
-            listed = nest.part >= 0 and self.formats[nest.structure].covers_rows
+            listed = nest.part >= 0 and program.tensor(nest.structure).format.covers_rows
             if not listed and not _visits_all(nest.body, compute):
                 self.fail(f"some elements of {t.name} are not stored", nest.body)
 
@@ -178,5 +177,5 @@ def _is_read(e: Any) -> bool:
 
 
 def _is_tail(cond: ir.Expr) -> bool:
-    is_less = isinstance(cond, ir.Binary) and cond.op == "<"
-    return is_less and not any(map(_is_read, ir.walk(cond.b)))
+    end = cond.b if isinstance(cond, ir.Binary) and cond.op == "<" else None
+    return end is not None and not any(map(_is_read, ir.walk(end)))

@@ -240,8 +240,7 @@ class _Nest:
 
     def _general(self, e: ir.Expr) -> str:
         """The text of an expression with its loop variables and lets numbered."""
-        variables = (x.name for x in ir.walk(e, ir.Var))
-        names = dict.fromkeys(x for x in variables if x in self._depends)
+        names = dict.fromkeys(x.name for x in ir.walk(e, ir.Var) if x.name in self._depends)
         return str(ir.substitute(e, {v: ir.Var(f"${n}") for n, v in enumerate(names)}))
 
     def _is_new(self, key: Any) -> bool:
@@ -301,7 +300,6 @@ class _Nest:
 
 
 def _operands(e: Any, op: str) -> list[ir.Expr]:
-    """The operands of a minimum or maximum."""
     nested = isinstance(e, ir.Binary) and e.op == op
     return [*_operands(e.a, op), *_operands(e.b, op)] if nested else [e]
 

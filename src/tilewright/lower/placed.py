@@ -46,8 +46,7 @@ def check(t: Statement, placed: dict[str, str], emitted: set[str], around: set[s
     """Checks that `t` can be computed at its loop in `placed`. Raises ScheduleError[S102] if it
     reads a temporary not yet in `emitted`, or if another loop, in `around`, would repeat it."""
     name, loop = t.out.tensor.name, placed.get(t.out.tensor.name, "")
-    read = names_read(*values_of(t)) & placed.keys()
-    for late in sorted(read - emitted - {name}):
+    for late in sorted((names_read(*values_of(t)) & placed.keys()) - emitted - {name}):
         raise refuse(late, f"{name} reads it first", f"compute_at {name} further in")
     for again in sorted(around - {loop, *(x.name for x in indices_of(t.out))}) if loop else ():
         hint = f"order_axes the statement that reads it, {loop} before {again}"

@@ -46,8 +46,6 @@ def materialize_tiles(program: ir.Program) -> ir.Program:
 
 
 class _Tiler:
-    """Materializes the tiles of one nest."""
-
     def __init__(self, body: ir.Stmt) -> None:
         self.count = 0
         computes = [x for x in ir.walk(body) if isinstance(x, ir.Compute)]

@@ -81,7 +81,6 @@ class _Unroller:
 
 
 def _without_repeated_prefetches(s: ir.Stmt) -> ir.Stmt:
-    """The copies with one prefetch of each address."""
     lines = s.body if isinstance(s, ir.Seq) else (s,)
     once = {b if isinstance(b, ir.Prefetch) else n: b for n, b in enumerate(lines)}
     return ir.seq(*once.values())

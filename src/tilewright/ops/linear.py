@@ -120,8 +120,7 @@ def linear_program(kind: str, interleaved: bool = False, after: After = "") -> D
         if norm:
             column, _ = weight({name: a[name] for name in arrays}, coordinates, *over)
             squares = trace.sum_(a["X"][t, column] * a["X"][t, column], over=over)
-            mean = squares / trace.size("k").cast("float32")
-            scale = trace.rsqrt(mean + a["eps"][()])
+            scale = trace.rsqrt(squares / trace.size("k").cast("float32") + a["eps"][()])
         y = product()
         if after == "bias":
             y = y + a["B"][*coordinates]

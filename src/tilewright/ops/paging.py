@@ -9,8 +9,6 @@ from tilewright.sparse.trace import dense, indices, out, scalar, update, where
 
 
 def positions_program(page_size: int) -> Definition:
-    """The program of `positions_kernel`."""
-
     def positions(L=dense("t", "int32"), T=dense("t w", "int32"), B=dense("t", "int32")):
         t = indices("t:t")
         page = where(L[t] >= 0, T[t, L[t] // page_size], -1)

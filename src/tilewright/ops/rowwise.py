@@ -36,8 +36,7 @@ def wide_rows(s: Schedule, elements: tuple[str, ...], width: int) -> Schedule:
 
 
 def _normalised(x: Any, W: Any, eps: Any, k: Any) -> Any:
-    mean = trace.sum_(x * x, over=k) / size("k").cast("float32")
-    return x * rsqrt(mean + eps[()]) * W[k]
+    return x * rsqrt(trace.sum_(x * x, over=k) / size("k").cast("float32") + eps[()]) * W[k]
 
 
 @program

@@ -150,7 +150,6 @@ class Scope:
 
 
 def scope_of(box: Box, part: tuple[slice, ...]) -> Scope:
-    """The scope of a part of a box."""
     index = {n: along(c[part[d]], d, len(box)) for d, g in enumerate(box) for n, c in g.items()}
     return Scope(len(box), index)
 

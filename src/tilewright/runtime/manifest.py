@@ -18,8 +18,6 @@ from tilewright.runtime.layout import Struct
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a program."""
-
     name: str
     dims: tuple[str | int, ...]
     dtype: str

@@ -62,8 +62,7 @@ def to_host(array: Any) -> np.ndarray:
 
 def _torch_to_host(tensor: Any) -> np.ndarray:
     if str(tensor.layout) == "torch.strided":
-        describe = describe_torch if tensor.is_neg() else view
-        describe(tensor)  # before its memory is read
+        (describe_torch if tensor.is_neg() else view)(tensor)  # before its memory is read
     host = tensor.resolve_neg().cpu()
     if str(host.dtype) != "torch.bfloat16":
         return host.numpy()

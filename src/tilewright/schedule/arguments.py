@@ -51,8 +51,6 @@ def integer(least: int, most: int) -> Rule:
 
 
 def one_of(*words: str) -> Rule:
-    """One of these strings."""
-
     def take(value: Any) -> str:
         word = _name(value)
         if word not in words:

@@ -15,9 +15,7 @@ from tilewright.ir.atoms import ATOMS, SHAPES, Atom
 from tilewright.schedule import tree
 
 Rewritten = tuple[ir.Stmt, int]  # the body, and how many loops or updates changed
-KINDS = (
-    "serial", "parallel", "vector", "unroll", "cta.x", "cta.y", "thread.x", "thread.y",
-)  # fmt: skip
+KINDS = ("serial", "parallel", "vector", "unroll", "cta.x", "cta.y", "thread.x", "thread.y")
 TAILS = ("guard", "cut", "exact")
 
 

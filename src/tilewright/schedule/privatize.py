@@ -33,8 +33,6 @@ def privatize(program: ir.Program, output: str, loop: str, copies: int) -> ir.Pr
 
 
 class _Copies:
-    """`privatize` of one output."""
-
     def __init__(self, tensor: ir.Tensor, buffer: ir.Buffer, loop: str, copies: int) -> None:
         self.output, self.original, self.loop, self.copies = tensor, buffer, loop, copies
         name = GeneratedName(tensor.name, COPIES).name

@@ -170,8 +170,7 @@ class _Staging:
         def reads(s: Any) -> Any:
             if isinstance(s, ir.Compute):
                 sums = tuple(replace(r, value=ir.transform(r.value, visit)) for r in s.reductions)
-                is_inside = s.value in self._computed(s)
-                value = ir.transform(s.value, visit) if is_inside else s.value
+                value = ir.transform(s.value, visit) if s.value in self._computed(s) else s.value
                 return replace(s, value=value, reductions=sums)
             return ir.rebuild(s, reads) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
@@ -374,8 +373,7 @@ class _Staging:
         stored = self.access.buffer.scope == "part" and self.padding == 0
         if not (stored and isinstance(cond, ir.Binary) and cond.op == "<"):
             return False
-        positions = set().union(*map(self.reads, self.access.index))
-        return bool(self.reads(cond.a) - positions)
+        return bool(self.reads(cond.a) - set().union(*map(self.reads, self.access.index)))
 
 
 def _part_of(e: ir.Expr, loops: dict[str, ir.For]) -> tuple[ir.For, ir.Expr] | None:

@@ -32,7 +32,6 @@ class Chain:
 
 
 def chain_from(s: ir.Stmt) -> Chain:
-    """The chain that starts at `s`."""
     loops: list[ir.For] = []
     lets: list[ir.Let] = []
     guards: list[ir.Expr] = []

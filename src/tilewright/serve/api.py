@@ -268,9 +268,11 @@ class Gate:
         return limited
 
 
-def build_app(prompts: Prompts, worker: Worker, name: str, limits: ServerLimits) -> FastAPI:
+def build_app(
+    prompts: Prompts, worker: Worker, name: str, limits: ServerLimits | None = None
+) -> FastAPI:  # fmt: skip
     """The application that serves a model under a name. Its engine stops when it shuts down."""
-    server = Server(prompts, worker, name, limits)
+    server = Server(prompts, worker, name, limits or ServerLimits())
 
     async def failed(_: Request, error: Exception) -> JSONResponse:
         return JSONResponse(*failure(error), getattr(error, "headers", None))

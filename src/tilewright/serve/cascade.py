@@ -115,7 +115,6 @@ class Cascade:
             self.steps = {}, {}
 
     def _views(self, rows: int) -> list[KV]:
-        """The KV of each layer."""
         pages, _, level, lengths, indptr = self.arrays
         end, part = self.nodes + rows, self.memory.rows
         parts = part(lengths, 0, end), part(indptr, 0, end + 1), pages.reshape(-1)

@@ -191,8 +191,7 @@ class Engine:
             if request.answered == 0 and not np.isfinite(logits.row(i)).all():
                 tokens[request] = -1, None  # looked for once: not to slow each token
         if left := [r for r in logits.left if r in rows and tokens[r][0] >= 0]:
-            sampled = sample(left, [logits.row(rows[r]) for r in left])
-            tokens |= zip(left, sampled, strict=True)
+            tokens |= zip(left, sample(left, [logits.row(rows[r]) for r in left]), strict=True)
         return [*tokens.items()]
 
     def counts(self) -> dict[str, int]:

@@ -128,7 +128,6 @@ def _fits(state: State, p: Prompt, admitted: int, taken: int) -> bool:
 
 
 def _order(state: State, model: CostModel) -> list[Prompt]:
-    """All prompts in the order in which they are read."""
     by_due = sorted([*state.prompts, *state.waiting], key=lambda p: (-p.rank, p.due, p.id))
     promised = [p for p in by_due if p.due < inf]
     per_token, clock = _seconds_a_token(state, model) if promised else 0.0, 0.0

@@ -80,7 +80,6 @@ class PrefixTree:
                 heapq.heappush(unused, (parent.used, parent.page, parent))
 
     def nodes(self) -> Iterator[Node]:
-        """All nodes below the root."""
         stack = list(self.root.children.values())
         while stack:
             node = stack.pop()

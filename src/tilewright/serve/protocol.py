@@ -121,12 +121,10 @@ class Shape:
         self.head = {"id": number, "object": kind, "created": int(time.time()), "model": model}
 
     def answer(self, prompt_tokens: int, pieces: list[Piece]) -> dict[str, Any]:
-        """All answers, each as one piece."""
         choices = [self._choice(i, piece, "message") for i, piece in enumerate(pieces)]
         return self.head | {"choices": choices, "usage": usage(prompt_tokens, pieces)}
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        """An event of a stream."""
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
         return event(self.head | {"object": kind, "choices": choices} | more)
 

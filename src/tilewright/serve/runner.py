@@ -306,8 +306,7 @@ class Runner:
             last = {name: rows(a, begin, begin + count) for name, a in self.last.items()}
             if model.is_wide(few):
                 last["normed"] = rows(self.wide["normed"], 0, count)
-            picks = rows(self.ends, 0, count)
-            embedding_kernel("f32", model.name)(picks, b.a["x"], out=last["x"])
+            embedding_kernel("f32", model.name)(rows(self.ends, 0, count), b.a["x"], out=last["x"])
             model.finish(last, few, do=call)
 
     def _record(self, answers: int, count: int, samples: Any = 0, cascaded: Any = 0) -> Any:

@@ -178,7 +178,6 @@ class Scheduler:
         return [r for r in self.running if r.computed >= r.in_chunks]
 
     def _rank(self, request: Request) -> int:
-        """The rank of a waiting request now."""
         return request.rank + (self.step - request.since) // PATIENCE
 
     def _prompt(self, r: Request, now: float, start: int, rank: int, pages: int = 0) -> Prompt:

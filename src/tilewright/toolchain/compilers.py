@@ -27,7 +27,6 @@ class Isa:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """The compiler's flags."""
         wide = ("-mprefer-vector-width=512",) * (self.vector_bits == 512)
         return (*(f"-m{feature.replace('_', '')}" for feature in self.needs), *wide)
 

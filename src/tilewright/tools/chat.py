@@ -47,7 +47,6 @@ ENGINE = ("--running", "--step-tokens", "--kv-tokens", "--fast", "--cost", "--ta
 
 
 def add_arguments(names: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Adds these of `ARGUMENTS` to a parser."""
     for name in names:
         parser.add_argument(name, **ARGUMENTS[name])
 
@@ -76,7 +75,6 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _title(llm: LLM, args: argparse.Namespace) -> str:
-    """The names of the model and of the target."""
     interpreted = parse_target(args.target).kind == "cpp" and not compilers.has_compiler()
     where = f"{args.target}, interpreted: no C++ compiler" if interpreted else args.target
     return f"{Path(llm.model.file.path).name} on {where}"
@@ -162,8 +160,7 @@ def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict
         if llm.template and (left_out := llm.too_many([*messages, asked])):
             del messages[:left_out]  # the oldest turns: they leave no room for an answer
             print(f"[the {left_out} oldest messages no longer fit]")
-        prompt = [*messages, asked] if llm.template else question
-        for piece in llm.stream(prompt, **options):
+        for piece in llm.stream([*messages, asked] if llm.template else question, **options):
             answer.append(piece)
             print(piece, end="", flush=True)
     except KeyboardInterrupt:

@@ -116,10 +116,9 @@ class Llama:
             rope: tuple(map(self.memory.put, rope.tables(positions, self.config.head_dim)))
             for rope in set(ropes)
         }
-        windowed = self.config.windowed or (False,) * self.config.layers
         self.layers = [
             self._layer(f"layers.{i}.", variants[local], angles[ropes[local]])
-            for i, local in enumerate(windowed)
+            for i, local in enumerate(self.config.windowed or (False,) * self.config.layers)
         ]
 
     def _variants(self) -> tuple[Attention, Attention]:
@@ -243,8 +242,8 @@ class Llama:
                 for w, out in ((layer.q, q), (layer.k, k), (layer.v, v)):
                     self.linear(w, normed, out, b.few, do)
             if c.qk_norm:  # each head divided by its root mean square
-                for head, n, out in ((q, "q", a["attended"]), (k, "k", a["k_normed"])):
-                    self._rmsnorm(head, layer.norms[f"attn.{n}_norm"], out, c.head_dim, do)
+                for part, given, out in (("q", q, a["attended"]), ("k", k, a["k_normed"])):
+                    self._rmsnorm(given, layer.norms[f"attn.{part}_norm"], out, c.head_dim, do)
                 q, k = a["attended"], a["k_normed"]
             rotated = self.pairs(a["rotated"], t, c.qo_heads)
             do(rope, self.pairs(q, t, c.qo_heads), *angles, out=rotated)
