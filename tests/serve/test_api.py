@@ -50,7 +50,7 @@ PATIENCE_S = 60
 def serving(llm: LLM, limits: ServerLimits | None = None) -> Iterator[tuple[str, Any]]:
     """The address of a server in a thread, and its `Server`."""
     worker = threaded(llm.engine)
-    app = build_app(llm, worker, "tiny", limits)
+    app = build_app(llm, worker, "tiny", limits or ServerLimits())
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
