@@ -187,7 +187,8 @@ class CudaRenderer(MergeRenderer):
 
     def seq(self, s: ir.Seq) -> None:
         """Neighbours that multiply by one tile b become one operation."""
-        for b, group in groupby(s.body, lambda x: isinstance(x, ir.Mma) and not x.atom and x.b):
+        runs: Any = groupby(s.body, lambda x: isinstance(x, ir.Mma) and not x.atom and x.b)
+        for b, group in runs:
             lines: list[Any] = list(group)
             if not b or len(lines) == 1:
                 super().seq(ir.Seq(tuple(lines)))
