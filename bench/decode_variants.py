@@ -153,7 +153,7 @@ class Made:
         self.bound = [
             attn.bind(self.q[i], kvs[i], plan=self.room, **self.values) for i in range(self.calls)
         ]
-        calls: list[Callable[[], Any]] = [lambda b=b: b() for b in self.bound]  # type: ignore[misc]
+        calls: list[Callable[[], Any]] = [lambda b=b: b() for b in self.bound]
         self.graph = graph_of(calls)
 
     def error(self) -> float:
