@@ -105,5 +105,5 @@ def measured(requests: int, prefix: int, suffix: int) -> Row:
     note(
         f"{name:22} read {row['read_us']:7.1f} us, ours {us:7.1f} us, plan {plan:.1f} us, {beside}"
     )
-    wrong = error["tilewright"] > 8e-3
+    wrong = not error["tilewright"] <= 8e-3
     return row | ({"wrong": f"relative error {error['tilewright']:.2g}"} if wrong else {})

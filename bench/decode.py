@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bench.decode_peers import HND, PEERS, Batch, calls_of, seen_as
-from bench.harness import Row, base_row, note, require_torch
+from bench.harness import Row, base_row, note, or_inf, require_torch
 from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
 from tilewright.attention.pool import Pool
@@ -277,5 +277,5 @@ def error_of(case: Case, q: Any, cache: Any, o: Any, table: list[np.ndarray]) ->
         s = torch.einsum("hgd,lhd->hgl", q[r].double().view(-1, group, HEAD_DIM), k)
         right = torch.einsum("hgl,lhd->hgd", (s * HEAD_DIM**-0.5).softmax(-1), v)
         difference = o[r].double().view_as(right) - right
-        worst = max(worst, (difference.norm() / right.norm()).item())
+        worst = max(worst, or_inf((difference.norm() / right.norm()).item()))
     return worst

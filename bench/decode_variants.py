@@ -19,7 +19,7 @@ import numpy as np
 
 import tilewright as tw
 from bench.decode import graph_of, read_us, replayed
-from bench.harness import Row, base_row, note, require_torch
+from bench.harness import Row, base_row, note, or_inf, require_torch
 from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
 from tilewright.attention.pool import Pool
@@ -185,5 +185,5 @@ class Made:
                 s = torch.cat([s, sink], 2)
             right = torch.einsum("hql,lhd->qhd", s.softmax(-1)[..., : kind.keys], v)
             difference = self.bound[0].state.o[rows].double() - right
-            worst = max(worst, (difference.norm() / right.norm()).item())
+            worst = max(worst, or_inf((difference.norm() / right.norm()).item()))
         return worst

@@ -59,6 +59,11 @@ _GRAPH_CALLS = 10
 Row = dict[str, Any]
 
 
+def or_inf(error: float) -> float:
+    """An error, and infinity for one that is no number: `max` would leave NaN out."""
+    return error if math.isfinite(error) else math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class Contender:
     """One way to compute the result. `run` is the call as a user writes it; `to_host` brings what

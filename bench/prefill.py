@@ -24,7 +24,7 @@ import numpy as np
 
 import tilewright as tw
 from bench import prefill_trace
-from bench.harness import Row, base_row, note, require_torch
+from bench.harness import Row, base_row, note, or_inf, require_torch
 from bench.prefill_peers import PEERS
 from tilewright.attention.batch import Attention, BoundAttention
 from tilewright.attention.kv import KV
@@ -371,7 +371,8 @@ class Batch:
                     s = s.masked_fill(key <= last[:, None] - WINDOW, -torch.inf)
                 right = s.softmax(-1) @ v
                 difference = o[rows][at, head].double() - right
-                worst = max(worst, (difference.norm(dim=-1) / right.norm(dim=-1)).max().item())
+                each = difference.norm(dim=-1) / right.norm(dim=-1)
+                worst = max(worst, or_inf(each.max().item()))
         return worst
 
 

@@ -202,7 +202,8 @@ class Attention:
         self, q: Any, kv: KV, out: Any = None, *, plan: Plan | Workspace | None = None,
         scratch: Scratch | None = None, **values: Any,
     ) -> BoundAttention:  # fmt: skip
-        """A run with its memory fixed, for a recorded step: `.launch` is its one launch.
+        """A run with its memory fixed, for a recorded step: `.launch` is its launch, in
+        front of which another runs where requests share keys.
 
         Without a plan: one query for each request (q has `requests` rows), divided for the longest
         keys that the pages can hold. The arrays of the table are read at every run, so lengths may

@@ -105,7 +105,7 @@ class Workspace:
         loaded(text(decode.blocks_of(self.longest * self.group), kind), self.ordinal)
         if self.block * self.group > decode.ROWS:
             loaded(hopper.source(spec, hopper.box_keys(spec, page_size), True), self.ordinal)
-        elif self.shared:
+        if self.shared:  # also what is in front where the Hopper kernel refuses a call
             loaded(text(decode.blocks_of(decode.ROWS), decode.FRONT), self.ordinal)
 
     def check(self) -> None:

@@ -110,7 +110,7 @@ class Row:
             form = affine(position, frozenset(map(str, names.values())))
             if form is None:
                 raise refuse(tensor.name, "its rows are not side by side", 'scope="global"')
-            steps = [*(form.steps[x.name] for x in names.values()), *steps]
+            steps = [*(form.steps.get(x.name, ir.as_expr(0)) for x in names.values()), *steps]
             walk.variables |= {d: begin for d, begin, _ in self.levels}
             at.insert(0, start.position(tensor.structure, last))
             array = tables.values(tensor)

@@ -21,6 +21,7 @@ with needed_for("model files", "models"):
 VERSIONS = (2, 3)
 MAX_ITEMS = 1 << 16  # metadata keys, and tensors
 MAX_ELEMENTS = 1 << 40
+MAX_STRINGS = 1 << 22  # of an array: tokens, and merges
 _FORMS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # of metadata, by type
 _NUMBERS = {form: struct.Struct(f"<{form}") for form in _FORMS.values()}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -79,7 +80,11 @@ class Header:
     """
 
     def __init__(self, file: BinaryIO, where: str) -> None:
-        self.where, self.position, self.data = where, 4, np.memmap(file, mode="r")
+        self.where, self.position = where, 4
+        try:
+            self.data = np.memmap(file, mode="r")
+        except (OSError, ValueError) as error:  # no address space, or emptied since it was opened
+            raise self.damaged(f"it cannot be mapped: {error}") from None
         self._buffer = self.data.data
         version, *counts = (self._number(form) for form in ("I", "Q", "Q"))
         if version not in VERSIONS:
@@ -91,9 +96,9 @@ class Header:
             for _ in range(counts[1]):
                 key = self._string()
                 if key in self.metadata:
-                    raise self.damaged(f"the key {key!r} occurs twice")
+                    raise self.damaged(f"the key {short(key)} occurs twice")
                 self.metadata[key] = self._value(self._number("I"))
-            self.weights = self._placed([self._entry() for _ in range(counts[0])])
+            self.weights = self._located([self._entry() for _ in range(counts[0])])
         except UnicodeDecodeError:
             raise self.damaged("a text is not UTF-8") from None
 
@@ -102,7 +107,7 @@ class Header:
         return ModelError(code, rule, where=f"{self.where} at byte {self.position}", hint=hint)
 
     def _next(self, size: int) -> int:
-        """Where the next bytes begin, so many."""
+        """Advances by `size` bytes; returns the position before."""
         begin, end = self.position, self.position + size
         if end > len(self._buffer):
             raise self.damaged(f"{size} bytes needed, the file ends at {len(self._buffer)}")
@@ -122,13 +127,13 @@ class Header:
             return self._string()
         if kind == _ARRAY:
             kind, count = self._number("I"), self._number("Q")
-            if kind == _STRING:
+            if kind == _STRING and count <= MAX_STRINGS:
                 return [self._string() for _ in range(count)]
             if kind in _FORMS:
                 dtype = np.dtype("u1" if kind == _BOOL else f"<{_FORMS[kind]}")
                 begin = self._next(dtype.itemsize * count)
                 return self.data[begin : self.position].view(np.ndarray).view(dtype)
-            raise self.damaged(f"an array of type {kind} is not read")
+            raise self.damaged(f"an array of {count} values of type {kind} is not read")
         if kind not in _FORMS:
             raise self.damaged(f"a value of type {kind} is not read")
         value = self._number(_FORMS[kind])
@@ -140,11 +145,11 @@ class Header:
         """The offset of a tensor, from the end of the header, its name, kind and shape."""
         name, dims = self._string(), self._number("I")
         if dims > 4:
-            raise self.damaged(f"tensor {name!r} has {dims} dimensions")
+            raise self.damaged(f"tensor {short(name)} has {dims} dimensions")
         shape = tuple([self._number("Q") for _ in range(dims)][::-1])
         number, offset = self._number("I"), self._number("Q")
         if not 1 <= math.prod(shape) <= MAX_ELEMENTS or not shape:
-            raise self.damaged(f"tensor {name!r} has the shape {shape}: empty or too large")
+            raise self.damaged(f"tensor {short(name)} has the shape {shape}: empty or too large")
         try:
             type_name = GGMLQuantizationType(number).name
         except ValueError:
@@ -152,15 +157,19 @@ class Header:
         kind = type_name.lower()
         if kind not in KINDS:
             hint = f"supported: {', '.join(KINDS)}; requantise the model to one of them"
-            raise self.damaged(f"tensor {name!r} has the weight type {type_name}", "M104", hint)
+            raise self.damaged(
+                f"tensor {short(name)} has the weight type {type_name}", "M104", hint
+            )
         if shape[-1] % block_size(kind)[0]:
-            raise self.damaged(f"tensor {name!r}: rows of {shape[-1]} are not whole {kind} blocks")
+            raise self.damaged(
+                f"tensor {short(name)}: rows of {shape[-1]} are not whole {kind} blocks"
+            )
         return offset, name, kind, shape
 
-    def _placed(self, entries: list[tuple[int, str, str, tuple[int, ...]]]) -> list[Weight]:
+    def _located(self, entries: list[tuple[int, str, str, tuple[int, ...]]]) -> list[Weight]:
         """The weights of entries, behind the header."""
         alignment = self.metadata.get("general.alignment", 32)
-        if type(alignment) is not int or not 8 <= alignment <= 1 << 20:
+        if type(alignment) is not int or alignment % 8 or not 8 <= alignment <= 1 << 20:
             raise self.damaged(f"general.alignment is {short(alignment)}")
         start = last = self.position + -self.position % alignment
         weights, before = dict[str, Weight](), "the header"
@@ -168,12 +177,14 @@ class Header:
             elements, size = block_size(kind)
             begin, end = start + offset, start + offset + math.prod(shape) // elements * size
             if offset % alignment:
-                rule = f"tensor {name!r} starts at {offset}, not a multiple of {alignment}"
+                rule = f"tensor {short(name)} starts at {offset}, not a multiple of {alignment}"
                 raise self.damaged(rule)
             if name in weights or begin < last:
-                raise self.damaged(f"tensor {name!r} occurs twice or overlaps {before}")
+                raise self.damaged(f"tensor {short(name)} occurs twice or overlaps {before}")
             if end > len(self.data):
-                raise self.damaged(f"tensor {name!r} ends at byte {end}, behind the file's end")
+                raise self.damaged(
+                    f"tensor {short(name)} ends at byte {end}, behind the file's end"
+                )
             weights[name] = view(name, kind, shape, self.data, begin)
-            last, before = end, f"tensor {name!r}"
+            last, before = end, f"tensor {short(name)}"
         return [*weights.values()]

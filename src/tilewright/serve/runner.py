@@ -171,8 +171,9 @@ class Runner:
         return Logits(self, chunks, [row for row, c in own if c.wants_token] + [*of_ends], drawn)
 
     def warm(self) -> None:
-        """Runs steps of all sizes, so that none is recorded, and no kernel is compiled, while
-        answers wait. Overwrites the first page."""
+        """Runs steps of all sizes that one prompt can have, so that none of those is recorded, and
+        no kernel compiled, while answers wait. Cascaded steps, and steps of several prompts that
+        are longer than the context, are recorded when they come. Overwrites the first page."""
         most, longest = self.limits.step_tokens, (self.width - 1) * PAGE_SIZE
 
         def step(answers: int, start: int = 0, size: int = 0, heat: float = 0.0) -> None:

@@ -149,8 +149,10 @@ class Llama:
         whole = cat([p.wide for p in parts])
         bias = (cat([tensor(p.bias[0]).flatten() for p in parts]),) if parts[0].bias else ()
         rows = zip(parts, whole.split([p.rows for p in parts]), strict=True)
-        made = [replace(p, arrays=(r,)) if p.arrays[0] is p.wide else p for p, r in rows]
-        return [*made, replace(parts[0], bias=bias, wide=whole)]
+        parts_of = [  # views of the joined matrix, so that it is in memory once
+            replace(p, wide=r, arrays=(r,) if p.arrays[0] is p.wide else p.arrays) for p, r in rows
+        ]
+        return [*parts_of, replace(parts[0], arrays=(), bias=bias, wide=whole)]
 
     def _tensor(self, name: str) -> Weight:
         """A weight; those of kinds that there are no products for become float16."""
