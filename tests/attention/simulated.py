@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tests.attention import oracle
 
-from tilewright.attention.spec import template
+from tilewright.attention import render
+from tilewright.attention.arguments import values_of
+from tilewright.attention.spec import param_values, template
 from tilewright.codegen import prelude_files
+from tilewright.runtime.view import view
 from tilewright.toolchain import compilers, cxx
 
 REPLACED = {"gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh"}
@@ -58,3 +62,18 @@ def launch(run: Any, block: Any, threads: int, ctas: int, seed: int) -> None:
     """Run a kernel's CTAs in a random order; `block`: its packed parameters."""
     order = np.random.default_rng(seed).permutation(ctas).astype(np.int32)
     run(ctypes.addressof(block), threads, order.ctypes.data, ctas, seed)
+
+
+def arguments(
+    case: oracle.Case, attn: Any, kv: Any, tokens: int, dtype: Any = np.float32
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any], Any]:
+    """Poisoned o (of `dtype`) and lse, the parameters of a kernel that writes them, and the arrays
+    of the variant, which stay alive as long as the caller keeps them."""
+    o = np.full((*case.q.shape[:2], case.dims[1]), np.nan, dtype)
+    lse = np.full(case.q.shape[:2], np.nan, np.float32)
+    sizes = {"qo_head": attn.qo_heads, "kv_head": attn.kv_heads, "request": kv.requests,
+             "q_token": tokens}  # fmt: skip
+    arrays = values_of(attn.variant, oracle.arrays_of(case), sizes, "cpu")
+    numbers = param_values(view(case.q), kv.pool, kv.table, (view(o), view(lse)), attn.scale)
+    seen = {n: found for n, (_, found) in arrays.items()}
+    return o, lse, numbers | render.param_values(attn.variant.traced, seen), arrays

@@ -16,12 +16,10 @@ from tests.attention.test_cascade import cascade, close, drawn
 import tilewright as tw
 from tilewright import dtypes
 from tilewright.attention import plan as plans
-from tilewright.attention import planner, ranges, render
-from tilewright.attention.arguments import values_of
+from tilewright.attention import planner, ranges
 from tilewright.attention.families import decode
-from tilewright.attention.spec import Spec, param_values, partial_params
+from tilewright.attention.spec import Spec, partial_params
 from tilewright.attention.table import NODE, TableForm
-from tilewright.runtime.view import view
 from tilewright.toolchain import compilers
 
 pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
@@ -47,13 +45,7 @@ def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray,
                         block=BLOCK)  # fmt: skip
     lengths = kv.lengths()
     plan = plans.make(case.qo_indptr, lengths, shape, workers, table.tree(lengths))
-    o = np.full((*case.q.shape[:2], case.dims[1]), np.nan, np.float32)
-    lse = np.full(case.q.shape[:2], np.nan, np.float32)
-    sizes = {"qo_head": attn.qo_heads, "kv_head": attn.kv_heads, "request": kv.requests,
-             "q_token": plan.tokens}  # fmt: skip
-    arrays = values_of(attn.variant, oracle.arrays_of(case), sizes, "cpu")
-    numbers = param_values(view(case.q), kv.pool, table, (view(o), view(lse)), attn.scale)
-    numbers |= render.param_values(traced, {n: seen for n, (_, seen) in arrays.items()})
+    o, lse, numbers, _kept = simulated.arguments(case, attn, kv, plan.tokens)
     together, blocks = ranges.head_block(attn.kv_heads), decode.blocks_of(plan.longest * attn.group)
     ctas, last = (len(plan.cuts) - 1) * together, plan.nodes[-1:]
     items, rows = int(last["item"].sum()), int(last["row"].sum())

@@ -18,13 +18,11 @@ from tests.attention.test_decode_cuda import close as close_rows
 
 import tilewright as tw
 from tilewright import dtypes
-from tilewright.attention import families, reference, render
+from tilewright.attention import families, reference
 from tilewright.attention import plan as plans
-from tilewright.attention.arguments import values_of
 from tilewright.attention.families import portable
 from tilewright.attention.plan import ITEMS
-from tilewright.attention.spec import Spec, compile_cuda, param_values, params_struct
-from tilewright.runtime.view import view
+from tilewright.attention.spec import Spec, compile_cuda, params_struct
 from tilewright.toolchain import compilers, nvrtc
 
 needs_compiler = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
@@ -82,13 +80,7 @@ def simulated_result(case: Case) -> tuple[np.ndarray, np.ndarray]:
                         family.qo_tile(spec), "", 0, None)  # fmt: skip
     lengths = kv.lengths()
     plan = plans.make(case.qo_indptr, lengths, shape, 7, table.tree(lengths))
-    o = np.full((*case.q.shape[:2], case.dims[1]), np.nan, case.q.dtype)
-    lse = np.full(case.q.shape[:2], np.nan, np.float32)
-    sizes = {"qo_head": attn.qo_heads, "kv_head": attn.kv_heads, "request": kv.requests,
-             "q_token": plan.tokens}  # fmt: skip
-    arrays = values_of(attn.variant, oracle.arrays_of(case), sizes, "cpu")
-    numbers = param_values(view(case.q), kv.pool, table, (view(o), view(lse)), attn.scale)
-    numbers |= render.param_values(traced, {n: seen for n, (_, seen) in arrays.items()})
+    o, lse, numbers, _kept = simulated.arguments(case, attn, kv, plan.tokens, case.q.dtype)
     work = {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
     block = params_struct(spec, ITEMS).pack(**numbers, **work)
     run = simulated.kernel(portable.source(spec, tiles=True))

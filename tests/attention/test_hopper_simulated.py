@@ -16,11 +16,8 @@ from tests.attention.test_cascade import cascade, close
 import tilewright as tw
 from tilewright import dtypes
 from tilewright.attention import plan as plans
-from tilewright.attention import render
-from tilewright.attention.arguments import values_of
 from tilewright.attention.families import hopper
-from tilewright.attention.spec import Spec, param_values
-from tilewright.runtime.view import view
+from tilewright.attention.spec import Spec
 from tilewright.toolchain import compilers
 
 pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
@@ -56,13 +53,7 @@ def result(case: Case, page_size: int, workers: int, seed: int) -> tuple[Any, An
     box = hopper.box_keys(spec, page_size)
     wide, narrow = hopper._lists(spec, plan, box)
     assert wide == 0 and narrow == plan.narrow > 0
-    o = np.full(case.q.shape, np.nan, np.float32)
-    lse = np.full(case.q.shape[:2], np.nan, np.float32)
-    sizes = {"qo_head": attn.qo_heads, "kv_head": attn.kv_heads, "request": kv.requests,
-             "q_token": plan.tokens}  # fmt: skip
-    arrays = values_of(attn.variant, oracle.arrays_of(case), sizes, "cpu")
-    numbers = param_values(view(case.q), kv.pool, table, (view(o), view(lse)), attn.scale)
-    numbers |= render.param_values(traced, {n: seen for n, (_, seen) in arrays.items()})
+    o, lse, numbers, _kept = simulated.arguments(case, attn, kv, plan.tokens)
     partials = np.full(max(plan.slots, 1) * 128 * (case.dims[1] + 8), np.nan, np.float32)
     counters = np.zeros(2 + 8 * plan.counters, np.int32)
     struct = hopper.params_struct(spec)

@@ -20,9 +20,9 @@ from tilewright.serve.models.llama import Llama
 from tilewright.serve.scheduler import Chunk
 
 JOIN_BYTES = 16 << 20
-"""Bytes of K and V of a layer that an H200 reads while it joins a row in two parts: 1.4 to 2.6 µs,
-5.6 TB/s (*Shared keys* of docs/design/decode-attention.md). 64 × (8192 + 256) save 33 MB a row and
-pay; 16 × (2048 + 256) save 8 MB and do not."""
+"""Bytes of K and V of a layer that a group must save a row: of the kernel before shared keys had a
+launch in front, which joined a row in 1.4 to 2.6 µs. That of now pays at 8 MB too, 17 beside 34 µs
+at 16 × (2048 + 256) (*Shared keys* of docs/design/decode-attention.md), which is not used yet."""
 
 
 class Groups(NamedTuple):
