@@ -30,6 +30,7 @@ from tilewright.serve.tune import errors, fit, measure
 from tilewright.serve.weights import open_model, packaged_model
 
 TRACE = "shared/data/traces/AzureLLMInferenceTrace_conv.csv.gz"
+PEERS = ("transformers", "generate", "loop", "llama.cpp")
 _CHECKED = 3  # answers that are computed again
 _PLAINLY = Sampling()
 
@@ -91,10 +92,9 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=180.0, help="--predict: to fit a cost")
     parser.add_argument("--cost-out", type=Path, help="--predict, --peers: writes the fitted cost")
     parser.add_argument("--predict", type=int, help="compares so many random steps with --cost")
-    peers = ("transformers", "generate", "loop", "llama.cpp", "ours")
     parser.add_argument(
-        "--peers", nargs="*", choices=peers, metavar="PEER",
-        help=f"serve the same requests (default: all): {', '.join(peers)}",
+        "--peers", nargs="*", choices=[*PEERS, "ours"], metavar="PEER",
+        help=f"serve the same requests (default: all): {', '.join(PEERS)}, ours",
     )  # fmt: skip
     parser.add_argument("--shape", help="--peers: a model of random weights instead of --model")
     parser.add_argument("--attention", default="", help="--peers: of transformers")
@@ -105,7 +105,13 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def serve(args: argparse.Namespace) -> Iterator[Row]:
-    """Rows of one replay, of simulations, or of predicted steps."""
+    """Rows of one replay, of simulations, of predicted steps, or of peers. Each says which peers
+    did not run, and why: `peers_missing`."""
+    for row in _rows(args):
+        yield {"peers_missing": dict.fromkeys(PEERS, "not asked for")} | row
+
+
+def _rows(args: argparse.Namespace) -> Iterator[Row]:
     if args.simulate:
         args.cost = args.cost or args.default_cost
         yield from simulate_rows(args)

@@ -37,15 +37,19 @@ def test_measures():
     assert found["ms gap p50"] == pytest.approx(150) and found["ms gap max"] == pytest.approx(200)
 
 
-def test_a_replay(runnable_path: Path, tmp_path: Path):
-    trace = tmp_path / "trace.csv.gz"
+def rows_of(folder: Path, *options: str) -> list[bench_serve.Row]:
+    """The rows of three requests of half the lengths."""
+    trace, parser = folder / "trace.csv.gz", argparse.ArgumentParser()
     trace.write_bytes(gzip.compress(TRACE.encode()))
-    parser = argparse.ArgumentParser()
     bench_serve.serve_arguments(parser)
-    options = ["--model", str(runnable_path), "--trace", str(trace), "--requests", "3",
-               "--lengths", "0.5", "--step-tokens", "20"]  # fmt: skip
-    rows = list(bench_serve.serve(parser.parse_args(options)))
+    sizes = "--trace", str(trace), "--requests", "3", "--lengths", "0.5", "--step-tokens", "20"
+    return list(bench_serve.serve(parser.parse_args([*sizes, *options])))
+
+
+def test_a_replay(runnable_path: Path, tmp_path: Path):
+    rows = rows_of(tmp_path, "--model", str(runnable_path))
     assert {row["op"] for row in rows} == {"serve.replay"} and rows[0]["width"] == 3
+    assert all(list(row["peers_missing"]) == [*bench_serve.PEERS] for row in rows)
     values = {row["metric"]: row["value"] for row in rows}
     written, read = 2 + 3 + 2, 20 + 50 + 126
     assert values["answer tokens/s"] / values["prompt tokens/s"] == pytest.approx(written / read)
@@ -128,6 +132,11 @@ def test_peers_give_equal_tokens():
         assert serve_peers.goodput(one, given, 1e6)["goodput 1e+06 ms"] > 0
 
 
-def test_peers_that_are_absent(capsys: pytest.CaptureFixture[str]):
-    assert list(serve_peers.PEERS["llama.cpp"](setting([]))) == []
-    assert "without llama.cpp" in capsys.readouterr().err
+def test_peers_that_are_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Each row says which did not run, and why."""
+    rows = rows_of(tmp_path, "--shape", "tiny", "--speed", "1e6", "--peers", "loop", "llama.cpp")
+    assert [row["impl"] for row in rows] == ["loop over torch"]
+    missing = rows[0]["peers_missing"]
+    assert missing.pop("llama.cpp").startswith("it takes a GGUF file")
+    assert missing == dict.fromkeys(("transformers", "generate"), "not asked for")
+    assert "without llama.cpp: it takes" in capsys.readouterr().err
