@@ -34,6 +34,13 @@ PACKAGES: tuple[tuple[str, str, str, str], ...] = (
     ("nvidia-cuda-nvrtc", "nvidia", "cuda", "compiling for NVIDIA GPUs"),
     ("nvidia-cuda-runtime", "nvidia", "cuda", "its headers"),
     ("jinja2", "jinja2", "models", "chat templates of models"),
+    ("tokenizers", "tokenizers", "models", "text of models in a folder"),
+    ("safetensors", "safetensors", "models", "weights of models in a folder"),
+    ("gguf", "gguf", "models", "weights of GGUF files"),
+    ("transformers", "transformers", "hf", "our attention in its models, and a peer in benchmarks"),
+    ("fastapi", "fastapi", "serve", "the server"),
+    ("uvicorn", "uvicorn", "serve", "the server"),
+    ("llguidance", "llguidance", "grammar", "answers that follow a JSON schema"),
     ("matplotlib", "matplotlib", "plot", "pictures of benchmark results"),
     ("cupy-cuda13x", "cupy", "", "arrays on the GPU, where you use it"),
 )
