@@ -4,7 +4,8 @@ Requests come when the trace says, time divided by `--speed`; prompts are random
 trace's lengths, times `--lengths`, and answers have the trace's lengths too. Rows: tokens a second
 over the replay, time to the first token, and gaps between tokens. A few answers are computed again
 alone, and have to be equal. With `--peers` other engines serve the same requests
-(`serve_peers.py`), with `--shared-prefix` many answers share a prefix (`serve_shared.py`).
+(`serve_peers.py`), with `--shared-prefix` many answers share a prefix (`serve_shared.py`), with
+`--steps` single steps are taken apart (`serve_steps.py`).
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=float, default=inf, help="--peers: seconds of each")
     parser.add_argument("--shared-prefix", type=int, help="tokens that all requests begin with")
     parser.add_argument("--layers", type=int, help="--shared-prefix: of the shape, the first ones")
+    steps_help = "what the time of steps goes to: answers+tokens of a prompt, as 63+960"
+    parser.add_argument("--steps", nargs="*", metavar="STATE", help=steps_help)
     parser.add_argument("--fast", action="store_true", help="faster batches, not equal to the bit")
 
 
@@ -123,6 +126,11 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
         from bench.serve_peers import peer_rows
 
         yield from peer_rows(args)
+        return
+    if args.steps is not None:
+        from bench.serve_steps import step_rows
+
+        yield from step_rows(args)
         return
     if args.shared_prefix:
         from bench.serve_shared import shared_prefix_rows

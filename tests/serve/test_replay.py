@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="the peers compute with PyTorch")
 pytest.importorskip("transformers", reason="a peer")
 from tests.serve.test_families import SIZES  # noqa: E402
 
-from bench import peer_models, serve_loop, serve_peers  # noqa: E402
+from bench import peer_models, serve_loop, serve_peers, serve_steps  # noqa: E402
 from bench import serve as bench_serve  # noqa: E402
 from tilewright.errors import ArgumentError  # noqa: E402
 
@@ -54,6 +54,24 @@ def test_a_replay(runnable_path: Path, tmp_path: Path):
     written, read = 2 + 3 + 2, 20 + 50 + 126
     assert values["answer tokens/s"] / values["prompt tokens/s"] == pytest.approx(written / read)
     assert values["ms gap max"] >= values["ms gap p99"] >= values["ms gap p50"] > 0
+
+
+def test_the_parts_of_a_step_worked_by_hand():
+    """A layer and the head, twice: q, k, v · rotation · attention in two launches · o · a sum in
+    two parts · gate and up · SiLU · down · head · the largest."""
+    names = ["step", "nvjet", "step", "decode", "Memset", "prefill", "nvjet_splitK", "splitKreduce",
+             "step", "gemm", "step", "nvjet", "step", "nvjet", "step"]  # fmt: skip
+    took = [5, 100, 7, 30, 1, 40, 20, 3, 9, 200, 11, 90, 9, 50, 4]
+    launches, at = list[serve_steps.Launch](), 0.0
+    for _ in range(2):
+        at += 1000.0  # between two runs
+        for name, us in zip(names, took, strict=True):
+            launches.append((at, at + us, name))
+            at += us + (2.0 if name == "gemm" else 0.0)
+    found = serve_steps.parts(launches, 2, 1, 1)
+    assert found == pytest.approx(
+        {"products_ms": 0.463, "attention_ms": 0.070, "between_ms": 0.046, "idle_ms": 0.002}
+    )
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", TRACE.replace(",40,", ",x,")], ids=len)
