@@ -138,7 +138,9 @@ class Runner:
         joined = bool(prompts and answers and self.joins)  # one pass, in which each reads alone
         rows += -rows % BUCKET if joined else 0
         self.groups = Groups(groups.order) if joined else groups
-        stops = [c.stop + self._needs_row(c) for c in prompts]
+        # A row more where the last work item of a chunk would have one query: it is read as token
+        # 0, nobody sees its result, and its key is overwritten by the next token.
+        stops = [c.stop + ((c.stop - c.start) % self._qo_tile == 1) for c in prompts]
         lengths = [c.start + joined for c in answers] + [joined - 1] * (rows - len(answers)) + stops
         if self._lengths[: len(lengths)].tolist() != lengths:
             self._lengths[: len(lengths)] = lengths
@@ -171,32 +173,28 @@ class Runner:
         return Logits(self, chunks, [row for row, c in own if c.wants_token] + [*of_ends], drawn)
 
     def warm(self) -> None:
-        """Runs steps of all sizes that one prompt can have, so that none of those is recorded, and
-        no kernel compiled, while answers wait. Cascaded steps, and steps of several prompts that
-        are longer than the context, are recorded when they come. Overwrites the first page."""
+        """Runs steps of all sizes that one prompt, and one prefix of all answers, can have, so that
+        none of those is recorded, and no kernel compiled, while answers wait. Steps of several
+        prompts that are longer than the context come later. Overwrites the first page."""
         most, longest = self.limits.step_tokens, (self.width - 1) * PAGE_SIZE
 
         def step(answers: int, start: int = 0, size: int = 0, heat: float = 0.0) -> None:
-            lengths = [1] * answers + [start + size] * bool(size)
+            keys = 0 if size else start  # of the answers
+            lengths = [keys + 1] * answers + [start + size] * bool(size)
             requests = [Request(0, [0] * n, Sampling(temperature=heat)) for n in lengths]
             for i, request in enumerate(requests):
                 request.in_chunks, request.pages = (i >= answers) * lengths[i], [0] * self.width
-            starts = [0] * answers + [start]
-            self.run([Chunk(r, at, len(r.tokens)) for r, at in zip(requests, starts, strict=False)])
+            self.run([Chunk(r, start if r.in_chunks else keys, len(r.tokens)) for r in requests])
 
         for answers in range(1, self.limits.running + 1):
-            step(answers)
-            step(answers, heat=1.0)
+            for keys in (0, longest)[: 1 + self.cascade.is_on]:
+                step(answers, keys)
+                step(answers, keys, heat=1.0)
         for answers in range(0, self.limits.running if self.joins else 1, BUCKET):
             for size in (1, 2, 5, 16, *range(BUCKET, most - answers, BUCKET), most - answers - 1):
                 step(answers + self.joins, 0, min(size, longest))
                 step(0, longest - min(size, longest), min(size, longest))
         self.read_tokens()()  # waits
-
-    def _needs_row(self, chunk: Chunk) -> bool:
-        """Whether the last work item of a chunk of a prompt would have one query. The row behind it
-        is read as token 0; nobody sees its result, and its key is overwritten by the next token."""
-        return chunk.is_prompt and (chunk.stop - chunk.start) % self._qo_tile == 1
 
     def _write_table(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> None:
         """The rows of the page table that have changed, to memory of the target."""

@@ -186,8 +186,7 @@ class Llama:
         return tuple(self.memory.put(a, dtype) for a in layout(w.kind, w.data))
 
     def _vector(self, name: str) -> Any:
-        offset = np.float32(self.config.norm_offset)
-        return self.memory.put(dequantize(self.file.tensors[name]) + offset)
+        return self.memory.put(dequantize(self.file.tensors[name]) + self.config.norm_offset)
 
     # -- the layers ------------------------------------------------------------------------------
 
