@@ -256,9 +256,11 @@ class Attention:
             words = "requests, kv_heads, queries of an item, device, shared levels, nodes and group"
             text = f"the plan is for {wanted}, not {actual} ({words})"
             raise ArgumentError("A103", text, where="plan")
-        if isinstance(plan, Plan) and bool(len(plan.cuts)) != bool(family.ctas_per_sm):
-            text = f"the plan is damaged: its work is not for {family.name}"
-            raise ArgumentError("A109", text, where="plan")
+        if isinstance(plan, Plan):
+            walks = bool(plan.tree[0] and len(plan.items)) and not family.splits
+            if (bool(len(plan.cuts)), plan.walks) != (bool(family.ctas_per_sm), walks):
+                text = f"the plan is damaged: its work is not for {family.name}"
+                raise ArgumentError("A109", text, where="plan")
         reason = family.reason(spec, plan.longest * self.group, kv.pool)
         if reason:
             text = f"the plan is for the {family.name} kernels, which cannot run this: {reason}"
