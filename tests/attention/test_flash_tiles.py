@@ -24,6 +24,7 @@ from tilewright.attention.families import portable
 from tilewright.attention.plan import ITEMS
 from tilewright.attention.spec import Spec, compile_cuda, params_struct
 from tilewright.errors import ArgumentError
+from tilewright.runtime import cuda
 from tilewright.toolchain import compilers, nvrtc
 
 needs_compiler = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
@@ -176,6 +177,39 @@ def test_long_requests_that_share_keys(monkeypatch, rng, family, depth, dim):
     bound = attn.bind(q, kv, out, plan=attn.plan(case.qo_indptr, kv), **arrays)
     lse = bound().lse.to_numpy()
     close(case, out.to_numpy(), lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dim", "dtype", "chosen"),
+    [(128, ml_dtypes.bfloat16, "hopper"), (72, np.float16, "tiles"), (64, np.float32, "portable")],
+)
+def test_invariant_plans(rng, dim, dtype, chosen):
+    """The same bits alone, among others and for any number of workers."""
+    shape = (4, 2, dim, dtype, "causal", "scores", "")
+    counts = [1, 40, 1, 3, 300, 2, 1, 17]
+    lengths = [9000, 3000, 1, 700, 5000, 30000, 64, 17]
+    case = cascade(rng, shape, counts, [], lengths)
+    kv, q, _ = on_gpu(case)
+    attn, results = oracle.attention_of(case), []
+    for workers in (None, 3, 40):
+        plan = attn.plan(case.qo_indptr, kv, workers=workers, q_dtype=case.q.dtype.name, invariant=True)
+        if cuda.device(0).arch == "sm_90a":
+            assert plan.family == chosen
+        results.append(attn.run(q, kv, plan).o.to_numpy().view(np.uint8))
+        assert np.array_equal(results[0], results[-1])
+    for request, begin in enumerate(case.qo_indptr[:-1]):
+        end = case.qo_indptr[request + 1]
+        pages = case.kv_indices[case.kv_indptr[request] : case.kv_indptr[request + 1]]
+        alone = replace(
+            case, q=case.q[begin:end], qo_indptr=np.array([0, end - begin], np.int32),
+            kv_len=case.kv_len[request : request + 1], kv_indices=pages,
+            kv_indptr=np.array([0, len(pages)], np.int32),
+        )  # fmt: skip
+        kv, q, _ = on_gpu(alone)
+        plan = attn.plan(alone.qo_indptr, kv, q_dtype=case.q.dtype.name, invariant=True)
+        found = attn.run(q, kv, plan).o.to_numpy().view(np.uint8)
+        assert np.array_equal(found, results[0][begin:end]), request
 
 
 @pytest.mark.gpu
