@@ -24,15 +24,17 @@ def by_name(name: str) -> Family:
     raise ArgumentError("A109", f"the plan is damaged: no family {name!r}", where="plan")
 
 
-def reasons(spec: Spec, rows: int, device: str, pool: Pool | None) -> tuple[tuple[str, str], ...]:
+def reasons(
+    spec: Spec, rows: int, device: str, pool: Pool | None, arch: str = ""
+) -> tuple[tuple[str, str], ...]:
     """The families of a device by name, each with the reason why it cannot run a call, "" where it
     can.
 
     `rows`: the most packed rows (queries × group) of a request; without a pool its strides are
-    taken to be aligned."""
+    taken to be aligned. `arch`: of a GPU ("": of the one that has the pool)."""
     kind = device.partition(":")[0]
     own = (family for family in FAMILIES if family.device == kind)
-    return tuple((family.name, family.reason(spec, rows, pool)) for family in own)
+    return tuple((family.name, family.reason(spec, rows, pool, arch)) for family in own)
 
 
 def choose(
