@@ -447,3 +447,65 @@ def test_the_verifier_sees_an_element_that_is_not_stored(fmt, monkeypatch):
     monkeypatch.setattr(nests, "visits_all", lambda tables, spec: True)
     with pytest.raises(InternalError, match="some elements of out are not stored"):
         program.lower()
+
+
+# ---------------------------------------------------------------------------- mean and argmax
+
+
+@tw.program
+def dense_means(X=tw.dense("m n 3"), N=tw.dense("m n", "int32"), D=tw.dense("m n", "float64")):
+    """Of all coordinates of two indices; of integers; of float64; where a condition holds."""
+    i, j, k = tw.indices("m n 3")
+    return (
+        tw.out.named("all")[i](tw.mean(X[i, j, k], over=(j, k))),
+        tw.out.named("of_integers")[i](tw.mean(N[i, j], over=j)),
+        tw.out.named("wide")[i](tw.mean(D[i, j], over=j)),
+        tw.out.named("some")[i](tw.mean(D[i, j], over=j, where=N[i, j] > 0)),
+        tw.out.named("largest")[i](tw.argmax(D[i, j], over=j)),
+        tw.out.named("largest_of_some")[i](tw.argmax(D[i, j], over=j, where=N[i, j] > 0)),
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_means_and_argmax_of_dense_operands(target, rng):
+    X, N = rng.standard_normal((7, 9, 3)).astype(np.float32), rng.integers(-3, 4, (7, 9), np.int32)
+    D = rng.integers(0, 5, (7, 9)).astype(np.float64) / 3  # many equal values
+    N[4], kept = -1, N > 0
+    kept[4] = False
+    mean, integers, wide, some_mean, largest, of_some = dense_means.build(target)(X, N, D)
+    assert (integers.dtype, wide.dtype, largest.dtype) == (np.float32, np.float64, np.int32)
+    close(mean, X.mean((1, 2), dtype=np.float64))
+    close(integers, N.mean(1))
+    np.testing.assert_allclose(wide, D.mean(1), rtol=1e-14)
+    np.testing.assert_allclose(
+        some_mean,
+        [x[k].mean() if k.any() else np.nan for x, k in zip(D, kept, strict=True)],
+        rtol=1e-14,
+    )
+    np.testing.assert_array_equal(largest, D.argmax(1))
+    wanted = np.where(kept, D, -1).argmax(1)
+    np.testing.assert_array_equal(of_some, np.where(kept.any(1), wanted, np.iinfo(np.int32).max))
+
+
+@tw.program
+def mean_of_neighbours(A=tw.sparse("m n"), B=tw.sparse("m n"), X=tw.dense("n d")):
+    """Rows of X by stored coordinates, whatever their values are; by those of either of two."""
+    i, j, k = tw.indices("m n d")
+    either = tw.stored(A[i, j]) | tw.stored(B[i, j])
+    of_one = tw.out.named("one")[i, k](tw.mean(X[j, k], over=j, where=tw.stored(A[i, j])))
+    return of_one, tw.out.named("either")[i, k](tw.mean(X[j, k], over=j, where=either))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_mean_over_stored_coordinates(target, rng):
+    A, B = some(rng, (8, 6), 0.3), some(rng, (8, 6), 0.3)
+    A[2], B[2] = 0, 0
+    X, pack = rng.standard_normal((6, 4)).astype(np.float32), tw.csr().pack
+    one, either = mean_of_neighbours.build(target)(pack(A), pack(B), X)
+    for got, mask in ((one, A != 0), (either, (A != 0) | (B != 0))):
+        assert np.isnan(got[2]).all()
+        number = mask.sum(1, keepdims=True)
+        close(
+            got[number[:, 0] > 0],
+            (mask.astype(np.float64) @ X / np.maximum(number, 1))[number[:, 0] > 0],
+        )

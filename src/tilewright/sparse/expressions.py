@@ -1,5 +1,6 @@
 """Indices and the operations on values that a traced function can use."""
 
+import math
 import re
 from collections.abc import Callable
 from itertools import chain, count
@@ -8,12 +9,13 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.ir import nodes as ir
 from tilewright.ir.nodes import Access, Expr, Index, as_expr
-from tilewright.ir.rewrite import computed_in, free_vars
+from tilewright.ir.rewrite import computed_in, free_vars, walk
 from tilewright.sparse.tracing import checked_name, current, refusal
 
 __all__ = [
-    "abs_", "any_", "cos", "exp", "floor", "indices", "log", "max_", "maximum", "min_", "minimum",
-    "prod", "rsqrt", "sigmoid", "sin", "size", "sqrt", "stored", "sum_", "tanh", "where",
+    "abs_", "any_", "argmax", "cos", "exp", "floor", "indices", "log", "max_", "maximum", "mean",
+    "min_", "minimum", "prod", "rsqrt", "sigmoid", "sin", "size", "sqrt", "stored", "sum_", "tanh",
+    "where",
 ]  # fmt: skip
 
 
@@ -105,6 +107,41 @@ def _reduce(op: str) -> Callable[..., Expr]:
 
 
 sum_, max_, min_, prod = (_reduce(op) for op in ("sum", "max", "min", "prod"))
+
+
+def mean(value: Any, over: Index | tuple[Index, ...], where: Expr | None = None) -> Expr:
+    """The sum of `value` over the number of its terms, NaN without any. Terms are the coordinates
+    that the sparse operand stores, all of dense operands, or those of `where`. Raises
+    ProgramError[P107] for operands of several structures without `where`."""
+    total, terms = sum_(value, over, where), _terms("mean", value, over, where)
+    axes = over if isinstance(over, tuple) else (over,)
+    sizes = [ir.size_var(a.dim) if isinstance(a.dim, str) else a.dim for a in axes]
+    number = math.prod(sizes[1:], start=sizes[0]) if terms is None else sum_(1, over, terms)
+    kind = total.dtype if total.dtype.is_float else dtypes.float32
+    return total.cast(kind) / as_expr(number).cast(kind)
+
+
+def argmax(value: Any, over: Index, where: Expr | None = None) -> Expr:
+    """The least coordinate at which `value`, which is never NaN, is greatest: int32, its largest
+    number without terms. Terms and errors are those of `mean`."""
+    if not isinstance(over, Index):
+        raise refusal("P104", f"argmax over {over!r}: not an index", hint="over=j")
+    is_top = ir.equal(value, max_(value, over, where))
+    terms = _terms("argmax", value, over, where)
+    return min_(over, over, is_top if terms is None else terms & is_top)
+
+
+def _terms(op: str, value: Any, over: Any, where: Expr | None) -> Expr | None:
+    """The condition of the terms of a reduction, None where all coordinates are terms."""
+    axes = set(over if isinstance(over, tuple) else (over,))
+    read = [x for x in walk(as_expr(value), Access) if x.tensor.is_sparse and axes & {*x.coords}]
+    if where is not None or not read:
+        return where
+    if len({(x.tensor.structure, x.coords) for x in read}) > 1:
+        names = " and ".join(dict.fromkeys(str(x) for x in read))
+        hint = "where=tw.stored(A[i, j]), or | and & of several"
+        raise refusal("P107", f"{op} over coordinates of {names}: which of them?", hint=hint)
+    return ir.Stored(read[0])
 
 
 def _function(op: str) -> Callable[[Any], Expr]:
