@@ -470,8 +470,8 @@ def dense_means(X=tw.dense("m n 3"), N=tw.dense("m n", "int32"), D=tw.dense("m n
 def test_means_and_argmax_of_dense_operands(target, rng):
     X, N = rng.standard_normal((7, 9, 3)).astype(np.float32), rng.integers(-3, 4, (7, 9), np.int32)
     D = rng.integers(0, 5, (7, 9)).astype(np.float64) / 3  # many equal values
-    N[4], kept = -1, N > 0
-    kept[4] = False
+    N[4], N[2, :3] = -1, 1
+    kept = N > 0
     mean, integers, wide, some_mean, largest, of_some = dense_means.build(target)(X, N, D)
     assert (integers.dtype, wide.dtype, largest.dtype) == (np.float32, np.float64, np.int32)
     close(mean, X.mean((1, 2), dtype=np.float64))
@@ -485,6 +485,9 @@ def test_means_and_argmax_of_dense_operands(target, rng):
     np.testing.assert_array_equal(largest, D.argmax(1))
     wanted = np.where(kept, D, -1).argmax(1)
     np.testing.assert_array_equal(of_some, np.where(kept.any(1), wanted, np.iinfo(np.int32).max))
+    D[2, 5] = np.nan  # some coordinate, of those that are asked for
+    *_, largest, of_some = dense_means.build(target)(X, N, D)
+    assert 0 <= largest[2] < 9 and kept[2, of_some[2]]
 
 
 @tw.program

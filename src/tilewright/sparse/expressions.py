@@ -122,13 +122,14 @@ def mean(value: Any, over: Index | tuple[Index, ...], where: Expr | None = None)
 
 
 def argmax(value: Any, over: Index, where: Expr | None = None) -> Expr:
-    """The least coordinate at which `value`, which is never NaN, is greatest: int32, its largest
-    number without terms. Terms and errors are those of `mean`."""
+    """The least coordinate at which `value` is greatest, some coordinate of the terms where one is
+    NaN: int32, its largest number without terms. Terms and errors are those of `mean`."""
     if not isinstance(over, Index):
         raise refusal("P104", f"argmax over {over!r}: not an index", hint="over=j")
-    is_top = ir.equal(value, max_(value, over, where))
-    terms = _terms("argmax", value, over, where)
-    return min_(over, over, is_top if terms is None else terms & is_top)
+    # `<`, not `>=`: at least one value is not below the greatest, also if one is NaN.
+    below = ir.binary("<", value, max_(value, over, where))
+    last = ir.identity_of("min", dtypes.int32)
+    return min_(ir.select(below, last, over), over, _terms("argmax", value, over, where))
 
 
 def _terms(op: str, value: Any, over: Any, where: Expr | None) -> Expr | None:
