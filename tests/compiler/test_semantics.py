@@ -512,3 +512,33 @@ def test_a_mean_over_stored_coordinates(target, rng):
             got[number[:, 0] > 0],
             (mask.astype(np.float64) @ X / np.maximum(number, 1))[number[:, 0] > 0],
         )
+
+
+@tw.program
+def means_beside_sums(A=tw.sparse("m n"), X=tw.dense("d m"), Q=tw.dense("n h")):
+    """A mean over rows, weighed by sums of stored entries; one over stored entries, by head."""
+    i, j, c, h = tw.indices("m n d h")
+    score = tw.temp.like(A).named("score")[i, j, h](A[i, j] * Q[j, h])
+    rows = tw.out.named("rows")[c](tw.mean(X[c, i] * tw.sum(A[i, j], over=j), over=i))
+    number = tw.sum(1, over=j, where=tw.stored(score[i, j, h]))
+    return (
+        rows,
+        tw.out.named("heads")[i, h](tw.mean(score[i, j, h], over=j)),
+        tw.out.named("number").typed("int32")[i, h](number),
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_inner_sums_and_heads_range_over(target, rng):
+    """Sparse operands of an inner sum drive that sum alone; dense dimensions behind a structure are
+    no coordinates of it."""
+    A, X, Q = (
+        some(rng, (7, 5), 0.7),
+        *(rng.standard_normal(s).astype(np.float32) for s in ((2, 7), (5, 3))),
+    )
+    A[:, 0] = 1
+    rows, heads, number = means_beside_sums.build(target)(tw.csr().pack(A), X, Q)
+    close(rows, (X * A.sum(1, dtype=np.float64)).mean(1))
+    stored = (A != 0).sum(1, keepdims=True)
+    close(heads, A.astype(np.float64) @ Q / stored)
+    np.testing.assert_array_equal(number, np.broadcast_to(stored, (7, 3)))

@@ -9,7 +9,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.ir import nodes as ir
 from tilewright.ir.nodes import Access, Expr, Index, as_expr
-from tilewright.ir.rewrite import computed_in, free_vars, walk
+from tilewright.ir.rewrite import computed_in, driving, free_vars
 from tilewright.sparse.tracing import checked_name, current, refusal
 
 __all__ = [
@@ -134,15 +134,14 @@ def argmax(value: Any, over: Index, where: Expr | None = None) -> Expr:
 
 def _terms(op: str, value: Any, over: Any, where: Expr | None) -> Expr | None:
     """The condition of the terms of a reduction, None where all coordinates are terms."""
-    axes = set(over if isinstance(over, tuple) else (over,))
-    read = [x for x in walk(as_expr(value), Access) if x.tensor.is_sparse and axes & {*x.coords}]
-    if where is not None or not read:
+    axes = over if isinstance(over, tuple) else (over,)
+    found = [*driving(as_expr(value), frozenset(a.name for a in axes)).values()]
+    if where is not None or not found:
         return where
-    if len({(x.tensor.structure, x.coords) for x in read}) > 1:
-        names = " and ".join(dict.fromkeys(str(x) for x in read))
-        hint = "where=tw.stored(A[i, j]), or | and & of several"
-        raise refusal("P107", f"{op} over coordinates of {names}: which of them?", hint=hint)
-    return ir.Stored(read[0])
+    if len(found) > 1:
+        rule = f"{op} over coordinates of {' and '.join(map(str, found))}: which of them?"
+        raise refusal("P107", rule, hint="where=tw.stored(A[i, j]), or | and & of several")
+    return ir.Stored(found[0])
 
 
 def _function(op: str) -> Callable[[Any], Expr]:
