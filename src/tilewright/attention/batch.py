@@ -42,6 +42,8 @@ from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.view import byte_span, view
+from tilewright.target import Target
+from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers
 
 MAX_HEAD_DIM = 256
@@ -174,15 +176,20 @@ class Attention:
             room.load(spec, kv.pool.page_size)
         return room
 
-    def resolve(self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None) -> Resolution:
-        """Lists the kernel families of `kv`'s device, each with what keeps it from running calls of
-        at most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). Touches no array.
-        Raises ArgumentError[A102, A103, A107]."""
+    def resolve(
+        self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None, target: Target | str | None = None
+    ) -> Resolution:
+        """Lists the kernel families of a machine, each with what keeps it from running calls of at
+        most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). `target`: the machine,
+        "cuda:sm_90a" also where there is no GPU (None: the one that has kv). Touches no array.
+        Raises ArgumentError[A102, A103, A107], BuildError[B103]."""
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         qo_len = check_count("qo_len", qo_len, least=0)
         q = _query_dtype(q_dtype, kv.dtype)
         spec = _spec_of(self, (q, kv.dtype, q), kv.table.form)
-        return Resolution(families.reasons(spec, qo_len * self.group, kv.device, kv.pool))
+        machine = parse_target(kv.device.partition(":")[0] if target is None else target)
+        device, rows = "cuda" if machine.is_cuda else "cpu", qo_len * self.group
+        return Resolution(families.reasons(spec, rows, device, kv.pool, machine.arch))
 
     # -- running ---------------------------------------------------------------------------------
 

@@ -73,7 +73,8 @@ def rows_of(spec: Spec) -> int:
 
 
 def refuses(spec: Spec, rows: int, pool: Pool | None, arch: str = "") -> str:
-    """Why the kernel cannot run a call, or ""; `arch`: of a GPU whose strides are assumed."""
+    """Why the kernel cannot run a call, or ""; `arch`: of the GPU ("": that of the pool). Without a
+    pool its strides are assumed."""
     if reason := refusal(spec, rows, pool):
         return reason
     if (spec.head_dim, spec.head_dim_vo) not in TILES:
