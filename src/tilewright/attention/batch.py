@@ -240,11 +240,10 @@ class Attention:
             return self._interpreted(q, kv, plan, State(o, lse), arrays)
         reads = (queries, kv.pool.k, kv.pool.v, *kv.table.views.values())
         prepared = family.prepare(call)
-        shared = [view(array).pointer for array in call.scratch.arrays]
+        writes = [byte_span(x) for x in (*written, *map(view, call.scratch.arrays))]
         if isinstance(plan, Workspace):
-            shared = plan.params().values()
-        writes = *map(byte_span, written), *((a, a + 1) for a in shared if a)
-        boxes = (*map(byte_span, (*reads, *(seen for _, seen in arrays.values()))),), writes
+            writes += [(a, a + 1) for a in plan.params().values() if a]
+        boxes = (*map(byte_span, (*reads, *(x for _, x in arrays.values()))),), tuple(writes)
         return BoundAttention(State(o, lse), prepared, (*keep, family, call), boxes)
 
     def _family(self, plan: Plan | Workspace, kv: KV, spec: Spec) -> Family:

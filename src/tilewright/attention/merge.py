@@ -203,8 +203,9 @@ def body(o: DType, dim: int) -> Body:
         f"TW_INLINE float load(Element x) {{ return {load}; }}",
         f"TW_INLINE void store(Element* to, float x) {{ *to = {store}; }}",
     )  # fmt: skip
-    text = body_text("merge.cuh", text, _params_struct(o).c_decl)
-    return Body(text, "merge::run", _WARPS * 32, RESIDENT, barriers=0)
+    params = _params_struct(o)
+    text, size = body_text("merge.cuh", text, params.c_decl), _WARPS * 32
+    return Body(text, "merge::run", size, RESIDENT, 0, ("gpu.cuh",), *params.buffers, 0)
 
 
 def _on_gpu(states: list[tuple[View, View]], out: tuple[View, View], mask: Any) -> None:

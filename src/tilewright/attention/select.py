@@ -207,7 +207,7 @@ def body() -> Body:
     numbers = namespace("select", *constants({"THREADS": THREADS}))
     text, files = body_text("select.cuh", numbers, PARAMS.c_decl), ("gpu.cuh", "async.cuh")
     order = ("start", "wait", "run")
-    return Body(text, "select::run", THREADS, RESIDENT, headers=files, order=order)
+    return Body(text, "select::run", THREADS, RESIDENT, 0, files, *PARAMS.buffers, order=order)
 
 
 @functools.cache

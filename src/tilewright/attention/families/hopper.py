@@ -5,7 +5,7 @@ the order of the plan."""
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,7 @@ from tilewright.attention.families.family import Call, Family, Prepared, check_a
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import ROWS
-from tilewright.attention.spec import (
-    PARTIALS,
-    Spec,
-    alone,
-    constants,
-    cuda_text,
-    launch_of,
-    namespace,
-)
+from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, namespace
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
 from tilewright.attention.tracing import SCORE
@@ -257,7 +249,7 @@ def body(spec: Spec, box: int, chunked: bool = False, narrow: bool = False) -> B
     text = cuda_text(spec, text, ITEM, params, "prefill_hopper.cuh", macros, **methods)
     return Body(
         text, "attention::run", size, size, smem_bytes(spec, narrow),
-        ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh"), barriers=1 + 2 * narrow,
+        ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh"), *params.buffers, 1 + 2 * narrow,
         order=("wait", "start", "run") if spec.table.shared else ("run",), ctas=1, alone=True,
     )  # fmt: skip
 
@@ -309,14 +301,12 @@ def _prepare(call: Call) -> Prepared:
     work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": wide}
     work |= {"narrow_count": len(plan.items) - wide, "narrow_ctas": min(narrow, sms)}
     addresses = (view(x).pointer for x in memory)
-    launch, b = _launch(call, min(wide + narrow, sms), work, *addresses)
-    keep = (indptr, items, counters, partials)
-    run = lambda: launch.run(cuda.current_stream(ordinal))  # noqa: E731
-    return Prepared(launch, run, alone(b), keep, b)
+    made = _prepared(call, min(wide + narrow, sms), work, *addresses)
+    return replace(made, keep=(*made.keep, indptr, items, counters, partials))
 
 
-def _launch(call: Call, ctas: int, work: dict[str, int], *memory: int) -> tuple[Any, Body]:
-    """The launch of a call and its body; `memory`: partial results, and counters."""
+def _prepared(call: Call, ctas: int, work: dict[str, int], *memory: int) -> Prepared:
+    """A launch of a call; `memory`: partial results, and counters."""
     spec, values, plan, struct = call.spec, call.values, call.plan, params_struct(call.spec)
     page_size, shared = values["page_size"], spec.table.shared > 0
     padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
@@ -328,7 +318,7 @@ def _launch(call: Call, ctas: int, work: dict[str, int], *memory: int) -> tuple[
     chunked = not isinstance(plan, Plan) or shared or plan.slots > 0
     narrow = work["narrow_ctas"] > 0
     b = body(spec, box_keys(spec, page_size), chunked, narrow)
-    return launch_of(b, call.ordinal, ctas, block), b
+    return Prepared.on_gpu(b, call.ordinal, ctas, block, ())
 
 
 def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
@@ -340,7 +330,7 @@ def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
     if not (aligned and planned) or refuses(call.spec, 0, call.pool):
         return None
     items = {n: work[n] for n in ("qo_indptr", "nodes")} | dict.fromkeys(_LISTS, 0)
-    return _launch(call, ctas, items, work["states"], work["arrivals"])[0]
+    return _prepared(call, ctas, items, work["states"], work["arrivals"]).launch
 
 
 FAMILY = Family(

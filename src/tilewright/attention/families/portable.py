@@ -7,17 +7,9 @@ import functools
 
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import ITEM, ITEMS, Plan
-from tilewright.attention.spec import (
-    Spec,
-    alone,
-    cuda_text,
-    flash_constants,
-    launch_of,
-    params_struct,
-)
+from tilewright.attention.spec import Spec, cuda_text, flash_constants, params_struct
 from tilewright.attention.tracing import SCORE
 from tilewright.ir.body import Body
-from tilewright.runtime import cuda
 
 THREADS = 128
 CTAS = 2  # of an SM
@@ -36,11 +28,10 @@ def body(spec: Spec, tiles: bool = False) -> Body:
     numbers = {"BLOCKS": rows // 64, "KEYS": keys, "DIRECT": direct} if tiles else {}
     files = ("gpu.cuh", *(["mma.cuh"] if tiles else []), "async.cuh")
     file = "flash_tiles.cuh" if tiles else "flash_portable.cuh"
-    constants = flash_constants(spec, numbers)
-    text = cuda_text(spec, constants, ITEM, params_struct(spec, ITEMS), file)
+    text = cuda_text(spec, flash_constants(spec, numbers), ITEM, params_struct(spec, ITEMS), file)
     return Body(
         text, "flash::run", THREADS, THREADS * CTAS, smem_bytes(spec, tiles), files,
-        order=("wait", "start", "run"), ctas=CTAS,
+        *params_struct(spec, ITEMS).buffers, order=("wait", "start", "run"), ctas=CTAS,
     )  # fmt: skip
 
 
@@ -64,10 +55,7 @@ def _prepare(call: Call) -> Prepared:
         check_alignment(values, 2)
     b, macros = body(spec, tiles), ("TW_UNALIGNED",) * any(a % 16 for a in addresses)
     block = params_struct(spec, ITEMS).pack(**values, qo_indptr=indptr.pointer, items=items.pointer)
-    launch = launch_of(b, ordinal, len(plan.items), block, *macros)
-    keep, text = (indptr, items, block), alone(b, "stage0", *macros)
-    run = lambda: launch.run(cuda.current_stream(ordinal))  # noqa: E731
-    return Prepared(launch, run, text, keep, b, macros)
+    return Prepared.on_gpu(b, ordinal, len(plan.items), block, (indptr, items), *macros)
 
 
 FAMILY = Family("portable", "cuda", lambda spec: ROWS, "", None, lambda *_: "", _prepare)
