@@ -26,7 +26,7 @@ from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import View, allocate
 
 MAX_STATES = 8  # that one launch merges
-_WARPS, RESIDENT = 4, 1536  # of a CTA; threads of an SM
+_WARPS = 4  # of a CTA
 _FLOATS = (dtypes.float64, dtypes.float32, dtypes.float16, dtypes.bfloat16)
 
 
@@ -205,7 +205,7 @@ def body(o: DType, dim: int) -> Body:
     )  # fmt: skip
     params = _params_struct(o)
     text, size = body_text("merge.cuh", text, params.c_decl), _WARPS * 32
-    return Body(text, "merge::run", size, RESIDENT, 0, ("gpu.cuh",), *params.buffers, 0)
+    return Body(text, "merge::run", size, 1024, 0, ("gpu.cuh",), *params.buffers, barriers=0)
 
 
 def _on_gpu(states: list[tuple[View, View]], out: tuple[View, View], mask: Any) -> None:
