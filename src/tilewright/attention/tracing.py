@@ -23,7 +23,7 @@ SCORE = ir.Var("s", dtypes.float32)
 VALUE_TYPES = (dtypes.float32, dtypes.int32)
 RESERVED = frozenset(
     {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "q_dtype", "variant", "sm_scale"}
-    | {"scratch", "fixed", "traced", "logits", "mask", "sink"}
+    | {"scratch", "invariant", "fixed", "traced", "logits", "mask", "sink"}
 )
 """Names that no value of a variant may have: other arguments of its users, its own attributes."""
 

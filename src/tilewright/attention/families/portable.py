@@ -48,15 +48,22 @@ def smem_bytes(spec: Spec, tiles: bool = False) -> int:
 def _prepare(call: Call) -> Prepared:
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     assert isinstance(plan, Plan)  # a workspace is of the decode family
-    indptr, items, _ = plan.on_device(ordinal)
+    indptr, items, nodes = plan.on_device(ordinal)
     tiles, strides = plan.family == TILES.name, [values[n] for n in ("k_page", "k_slot", "k_head")]
     addresses = [values["k"], *(s * call.pool.dtype.itemsize for s in strides)]
     if tiles:
         check_alignment(values, 2)
     b, macros = body(spec, tiles), ("TW_UNALIGNED",) * any(a % 16 for a in addresses)
-    block = params_struct(spec, ITEMS).pack(**values, qo_indptr=indptr.pointer, items=items.pointer)
-    return Prepared.on_gpu(b, ordinal, len(plan.items), block, (indptr, items), *macros)
+    work = {"qo_indptr": indptr.pointer, "items": items.pointer}
+    work |= {"nodes": nodes.pointer} if spec.table.shared else {}
+    block = params_struct(spec, ITEMS).pack(**values, **work)
+    keep = indptr, items, nodes
+    return Prepared.on_gpu(b, ordinal, len(plan.items), block, keep, *macros)
 
 
-FAMILY = Family("portable", "cuda", lambda spec: ROWS, "", None, lambda *_: "", _prepare)
-TILES = Family("tiles", "cuda", lambda spec: tiles_of(spec)[0], "", None, refusal, _prepare)
+FAMILY = Family(
+    "portable", "cuda", lambda spec: ROWS, "", None, lambda *_: "", _prepare, shares=True
+)
+TILES = Family(
+    "tiles", "cuda", lambda spec: tiles_of(spec)[0], "", None, refusal, _prepare, shares=True
+)
