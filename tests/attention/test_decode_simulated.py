@@ -24,6 +24,7 @@ from tilewright.toolchain import compilers
 
 pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 BLOCK = 5  # queries of an item of shared keys
+CAUSAL, WINDOW = tw.Causal(), tw.SlidingWindow(window=300)
 SHAPES = [  # group, kv_heads, head_dim, dtype, mask, logits, sink
     (4, 8, 128, ml_dtypes.bfloat16, "causal", "scores", ""),
     (7, 2, 80, np.float16, "window", "scores", "per head"),
@@ -112,15 +113,19 @@ def test_many_chunks(rng, monkeypatch):
     assert plan.nodes["chunks"].max() > 8
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
-@pytest.mark.parametrize("cost", [-(1 << 30), 3])
-def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
-    """With the one of the host, exactly: cuts and nodes; of units that cost alike, too."""
+@pytest.mark.parametrize(
+    ("depth", "variant"), [(0, CAUSAL), (1, CAUSAL), (3, CAUSAL), (1, WINDOW), (3, WINDOW)], ids=str
+)
+@pytest.mark.parametrize("cost", [-(1 << 30), 3, 1 << 30])
+def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost, variant):
+    """With the one of the host, exactly: cuts and nodes; of units that cost alike, too; where a
+    window hides most of shared keys."""
     monkeypatch.setattr(ranges, "APART_COST", cost)
     planner.cuda_source.cache_clear()
     form = TableForm("int32", table_entries="", shared=depth)
     run = simulated.kernel(planner.cuda_source(form, 4, BLOCK), "plan_cuts", "PlanParams")
-    mask = tw.Causal().traced.mask
+    known = {n: x for n, x in variant.fixed if np.isscalar(x)}
+    shape = plans.Shape("decode", 8, 4, variant.traced.mask, known, 4, "", 2, block=BLOCK)
     for requests, most, workers in (
         (1, 900, 20),
         (16, 1, 132),
@@ -133,7 +138,6 @@ def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
         keys = (rng.integers(0, most, count) if most > 1 else np.full(count, 1024)).astype(np.int32)
         tree = tw.Table.dense(keys, shared=shared).tree(keys.astype(np.int64))
         indptr = np.cumsum([0, *rng.integers(0, 4, requests)]).astype(np.int32)
-        shape = plans.Shape("decode", 8, 4, mask, {}, 4, "", 2, block=BLOCK)
         plan = plans.make(indptr, keys.astype(np.int64), shape, workers, tree)
         limit = 2 * workers // 8
         cuts, nodes = np.zeros(limit + 1, ranges.CUT.numpy), np.zeros(count, NODE.numpy)
@@ -143,7 +147,7 @@ def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
         block = planner.params_struct(form).pack(
             kv_len=keys.ctypes.data, table_indptr=0, qo_from=indptr.ctypes.data, **levels,
             qo_indptr=copied.ctypes.data, cuts=cuts.ctypes.data, nodes=nodes.ctypes.data,
-            status=status.ctypes.data, limit=limit, most_tiles=2**31, requests=requests,
+            status=status.ctypes.data, limit=limit, most_tiles=shape.most_tiles, requests=requests,
             node_count=count, head_blocks=1, max_tokens=int(indptr[-1]), kv_heads=8,
             front=ranges.of_front(BLOCK, 4, workers),
         )  # fmt: skip
