@@ -1,15 +1,18 @@
 // Cuts of a decode batch on a GPU, as a node of a CUDA graph in front of the attention of all layers.
 //
 // In front of this file: gpu.cuh, async.cuh, the form of the table (namespace `table`), table.h, cuts.h, the
-// struct `PlanParams`, the constants of `cuts` (THREADS, MAX_KEYS, MOST_QUERIES of a request).
-// Launch: one CTA of THREADS threads; shared memory: ends [nodes + 1], keys [limit + 1], int64 each.
+// struct `Params`, the constants of `cuts` (THREADS, MAX_KEYS, MOST_QUERIES of a request), the barrier id BARRIER.
+// One unit; shared memory: ends [nodes + 1], keys [limit + 1], int64 each.
 // A node counts as its tiles, but at most `most_tiles`: what a window can see of any context.
 // It copies qo_indptr into the workspace, writes the tree of shared nodes, decides which of these a launch in front does and
 // cuts them into items for the `front` CTAs of that, and sets the status word where either is wrong: then no unit is planned.
 
 namespace cuts {
 
-TW_INLINE int64_t length_of(const PlanParams& p, int node) {
+TW_INLINE void sync() { tw::bar_sync(BARRIER, THREADS); }
+TW_INLINE bool sync_or(bool x) { return tw::bar_or(BARRIER, THREADS, x); }
+
+TW_INLINE int64_t length_of(const Params& p, int node) {
   int64_t length;
   if constexpr (table::LENGTHS) {
     length = p.kv_len[node];
@@ -22,7 +25,7 @@ TW_INLINE int64_t length_of(const PlanParams& p, int node) {
 
 // Rows of q of each request, copied; whether none is below the one before or beyond max_tokens, and no
 // request has more than MOST_QUERIES.
-TW_INLINE bool copy_rows(const PlanParams& p, int thread) {
+TW_INLINE bool copy_rows(const Params& p, int thread) {
   bool good = true;
   for (int r = thread; r <= p.requests; r += THREADS) {
     const int at = p.qo_from[r], before = r ? p.qo_from[r - 1] : 0;
@@ -34,12 +37,12 @@ TW_INLINE bool copy_rows(const PlanParams& p, int thread) {
 }
 
 // Of nodes first … last − 1 of the requests.
-TW_INLINE int64_t queries_of(const PlanParams& p, int first, int last) { return p.qo_from ? p.qo_from[last] - p.qo_from[first] : last - first; }
+TW_INLINE int64_t queries_of(const Params& p, int first, int last) { return p.qo_from ? p.qo_from[last] - p.qo_from[first] : last - first; }
 TW_INLINE int64_t blocks_of(int64_t queries) { return (queries + BLOCK - 1) / BLOCK; }
 
 // The levels of a table: shared ones first, then that of the requests, which has no indptr.
 struct Level { const int32_t* indptr; int first, count; };
-TW_INLINE Level level_of(const PlanParams& p, int level) {
+TW_INLINE Level level_of(const Params& p, int level) {
   Level at{nullptr, 0, 0};
   for (int n = 0; n <= level; ++n) {
     at.first += at.count;
@@ -49,10 +52,10 @@ TW_INLINE Level level_of(const PlanParams& p, int level) {
   }
   return at;
 }
-TW_INLINE int64_t tiles_at(const PlanParams& p, int node) { return (length_of(p, node) + TILE - 1) / TILE; }
+TW_INLINE int64_t tiles_at(const Params& p, int node) { return (length_of(p, node) + TILE - 1) / TILE; }
 
 // What a launch in front would save, of this thread's nodes of all levels; whether each level divides the requests.
-TW_INLINE bool measure(const PlanParams& p, Loads& loads, int thread) {
+TW_INLINE bool measure(const Params& p, Loads& loads, int thread) {
   bool good = true;
   for (int level = 0; level < table::LEVELS; ++level) {
     const Level at = level_of(p, level);
@@ -73,7 +76,7 @@ TW_INLINE bool measure(const PlanParams& p, Loads& loads, int thread) {
 
 // Node i of a level with its links, as the batch is shared; all levels before it are there. `good` becomes false where its
 // level does not divide the one before. `walked` [nodes]: the tiles that requests of a node walk of its keys and those before.
-TW_INLINE tw::Node linked(const PlanParams& p, int level, int i, const Sharing& sharing, int64_t tiles_of_items, int64_t* walked, bool& good) {
+TW_INLINE tw::Node linked(const Params& p, int level, int i, const Sharing& sharing, int64_t tiles_of_items, int64_t* walked, bool& good) {
   const Level at = level_of(p, level), before = level_of(p, level > 0 ? level - 1 : 0);
   tw::Node node{at.indptr ? at.indptr[i] : i, at.indptr ? at.indptr[i + 1] : i + 1, 0, level, -1, -1, 0, 0, 0};
   const int64_t length = length_of(p, at.first + i), tiles = (length + TILE - 1) / TILE;
@@ -110,10 +113,10 @@ TW_INLINE Loads sum_of(Loads loads, int64_t* sums, int thread) {
       for (int step = 1; step < 32; step *= 2) *own[i] += __shfl_xor_sync(0xffffffffu, *own[i], step);
     if (again) break;
     for (int i = 0; i < 3; ++i) sums[i * 32 + thread / 32] = *own[i];
-    __syncthreads();
+    sync();
     for (int i = 0; i < 3; ++i) *own[i] = thread % 32 < THREADS / 32 ? sums[i * 32 + thread % 32] : 0;
   }
-  __syncthreads();
+  sync();
   return loads;
 }
 
@@ -133,7 +136,7 @@ TW_INLINE void sum_before(int64_t (&own)[N], int64_t (&all)[N], int64_t* sums, i
     if (lane == 31) sums[i * 32 + warp] = before;
     own[i] = before - own[i];
   }
-  __syncthreads();
+  sync();
   for (int i = 0; i < N; ++i) {
     const int64_t of_warp = lane < THREADS / 32 ? sums[i * 32 + lane] : 0, before = scan(of_warp);
     own[i] += __shfl_sync(0xffffffffu, before - of_warp, warp);
@@ -141,70 +144,64 @@ TW_INLINE void sum_before(int64_t (&own)[N], int64_t (&all)[N], int64_t* sums, i
   }
 }
 
-}  // namespace cuts
-
-extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const __grid_constant__ PlanParams p) {
-  extern __shared__ __align__(16) int64_t ends[];
+TW_INLINE void run(const Params& p, int64_t, int thread, char* smem) {
   __shared__ int64_t sums[4 * 32], unit;  // unit: the cost of one of the last request; those of others may differ
-  const int thread = threadIdx.x;
-  int64_t* keys = ends + p.node_count + 1;
-  tw::start_next_launch();
-  tw::wait_for_previous_launch();
-  int wrong = p.qo_from && !cuts::copy_rows(p, thread) ? 1 : 0;
+  int64_t *ends = reinterpret_cast<int64_t*>(smem), *keys = ends + p.node_count + 1;
+  int wrong = p.qo_from && !copy_rows(p, thread) ? 1 : 0;
   const int shared = p.node_count - p.requests;  // nodes
-  cuts::Sharing sharing{p.limit, 0};
-  cuts::Loads loads{};
+  Sharing sharing{p.limit, 0};
+  Loads loads{};
   if constexpr (table::LEVELS > 1) {
-    if (!cuts::measure(p, loads, thread)) wrong = 2;
-    loads = cuts::sum_of(loads, sums, thread);
-    sharing = cuts::sharing_of(loads, p.head_blocks, p.limit, p.front);
+    if (!measure(p, loads, thread)) wrong = 2;
+    loads = sum_of(loads, sums, thread);
+    sharing = sharing_of(loads, p.head_blocks, p.limit, p.front);
     for (int level = 0; level < table::LEVELS - 1; ++level) {
-      const cuts::Level at = cuts::level_of(p, level);
+      const Level at = level_of(p, level);
       bool good = true;
-      for (int i = thread; i < at.count; i += cuts::THREADS) p.nodes[at.first + i] = cuts::linked(p, level, i, sharing, loads.shared, ends + 1, good);
+      for (int i = thread; i < at.count; i += THREADS) p.nodes[at.first + i] = linked(p, level, i, sharing, loads.shared, ends + 1, good);
       if (!good) wrong = 2;
-      __syncthreads();
+      sync();
     }
   }
   auto share_of = [&](int count, int& begin, int& end) {  // of this thread
-    const int share = (count + cuts::THREADS - 1) / cuts::THREADS;
+    const int share = (count + THREADS - 1) / THREADS;
     begin = thread * share < count ? thread * share : count;
     end = begin + share < count ? begin + share : count;
   };
   int begin, end, shared_begin, shared_end;
   share_of(p.requests, begin, end);
   share_of(shared, shared_begin, shared_end);
-  auto cost_at = [&](int64_t tiles) { return cuts::cost_of(tiles < 1 ? 1 : tiles < p.most_tiles ? tiles : p.most_tiles); };
+  auto cost_at = [&](int64_t tiles) { return cost_of(tiles < 1 ? 1 : tiles < p.most_tiles ? tiles : p.most_tiles); };
   constexpr int SUMS = table::LEVELS > 1 ? 4 : 2;
   int64_t own[SUMS] = {}, all[SUMS];  // of this thread's nodes: costs and tiles; items of a launch in front, and rows of states
   for (int r = begin; r < end; ++r) {
     int64_t cost, units = p.head_blocks;
     if constexpr (table::LEVELS > 1) {
       bool good = true;
-      p.nodes[shared + r] = cuts::linked(p, table::LEVELS - 1, r, sharing, loads.shared, ends + 1, good);
+      p.nodes[shared + r] = linked(p, table::LEVELS - 1, r, sharing, loads.shared, ends + 1, good);
       if (!good) wrong = 2;
       cost = cost_at(ends[shared + r + 1]);
-      units = cuts::queries_of(p, r, r + 1) > 0 ? units : 0;
+      units = queries_of(p, r, r + 1) > 0 ? units : 0;
     } else {
-      cost = cost_at(cuts::tiles_at(p, r));
+      cost = cost_at(tiles_at(p, r));
     }
     if (r == p.requests - 1) unit = cost;
     ends[shared + r + 1] = units * cost;
     own[0] += units * cost;
-    own[1] += units * ((cost - cuts::UNIT_COST) / cuts::TILE_COST);
+    own[1] += units * ((cost - UNIT_COST) / TILE_COST);
   }
   auto each_apart = [&](auto use) {  // the shared nodes that a launch in front does, among others
     for (int n = shared_begin; SUMS == 4 && n < shared_end; ++n) {
       tw::Node& node = p.nodes[n];
-      const int64_t chunks = node.chunks, queries = chunks ? cuts::queries_of(p, node.begin, node.end) : 0;
-      use(node, chunks * cuts::blocks_of(queries) * p.kv_heads, chunks * queries);
+      const int64_t chunks = node.chunks, queries = chunks ? queries_of(p, node.begin, node.end) : 0;
+      use(node, chunks * blocks_of(queries) * p.kv_heads, chunks * queries);
     }
   };
   each_apart([&](tw::Node&, int64_t items, int64_t rows) {
     own[SUMS - 2] += items;
     own[SUMS - 1] += rows;
   });
-  const bool none = __syncthreads_or(wrong);
+  const bool none = sync_or(wrong);
   if (wrong) *p.status = wrong;
   if (none)
     for (int64_t& x : own) x = 0;
@@ -214,8 +211,8 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
     if (none) cost = 0;
     differ |= cost > 0 && cost != p.head_blocks * unit;
   }
-  cuts::sum_before(own, all, sums, thread);
-  for (int n = thread; n <= shared; n += cuts::THREADS) ends[n] = 0;
+  sum_before(own, all, sums, thread);
+  for (int n = thread; n <= shared; n += THREADS) ends[n] = 0;
   for (int r = begin; r < end; ++r) {
     own[0] += ends[shared + r + 1];
     ends[shared + r + 1] = own[0];
@@ -230,16 +227,18 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
     own[SUMS - 2] += none ? 0 : items;
     own[SUMS - 1] += none ? 0 : rows;
   });
-  differ = __syncthreads_or(differ);
-  const int64_t total = ends[p.node_count], count = cuts::count_of(all[1], differ || total == 0 ? 0 : total / unit, sharing.limit);
-  for (int k = thread; k <= p.limit; k += cuts::THREADS) {
-    int64_t key = cuts::key(p.node_count, 0, 0);
+  differ = sync_or(differ);
+  const int64_t total = ends[p.node_count], count = count_of(all[1], differ || total == 0 ? 0 : total / unit, sharing.limit);
+  for (int k = thread; k <= p.limit; k += THREADS) {
+    int64_t cut = key(p.node_count, 0, 0);
     if (k < count && total > 0) {
-      const int64_t at = total * k / count, node = cuts::bound_in<true>(ends, p.node_count + 1, at) - 1;
-      key = cuts::key_of(ends, node, p.head_blocks, at);  // no cut lies in a node without units
+      const int64_t at = total * k / count, node = bound_in<true>(ends, p.node_count + 1, at) - 1;
+      cut = key_of(ends, node, p.head_blocks, at);  // no cut lies in a node without units
     }
-    keys[k] = key;
+    keys[k] = cut;
   }
-  __syncthreads();
-  for (int k = thread; k <= p.limit; k += cuts::THREADS) p.cuts[k] = cuts::cut_of(keys, k < count ? count : k, k);
+  sync();
+  for (int k = thread; k <= p.limit; k += THREADS) p.cuts[k] = cut_of(keys, k < count ? count : k, k);
 }
+
+}  // namespace cuts
