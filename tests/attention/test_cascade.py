@@ -371,10 +371,11 @@ def test_against_the_oracle(rng, monkeypatch, shape, depth, workers):
 def test_plans_of_the_device_agree_exactly(rng, monkeypatch):
     from tilewright.runtime.cuda import DeviceArray
 
-    for cost, depth in itertools.product((-(1 << 30), 1, 20), (1, 2, 3)):
+    shapes = SHAPES[0], SHAPES[3]  # causal, and a window
+    for cost, depth, shape in itertools.product((-(1 << 30), 1, 20), (1, 2, 3), shapes):
         monkeypatch.setattr(ranges, "APART_COST", cost)
         planner.body.cache_clear()
-        case = drawn(rng, SHAPES[0], depth)
+        case = drawn(rng, shape, depth)
         kv, _, _ = on_gpu(case)
         attn = oracle.attention_of(case)
         requests = max(len(case.qo_indptr) - 1, -(-kv.table.nodes // (depth + 1)))

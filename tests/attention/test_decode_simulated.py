@@ -25,6 +25,7 @@ from tilewright.toolchain import compilers
 
 pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 BLOCK = 5  # queries of an item of shared keys
+CAUSAL, WINDOW = tw.Causal(), tw.SlidingWindow(window=300)
 SHAPES = [  # group, kv_heads, head_dim, dtype, mask, logits, sink
     (4, 8, 128, ml_dtypes.bfloat16, "causal", "scores", ""),
     (7, 2, 80, np.float16, "window", "scores", "per head"),
@@ -140,48 +141,87 @@ def test_many_chunks(rng, monkeypatch):
     assert plan.nodes["chunks"].max() > 8
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
-@pytest.mark.parametrize("cost", [-(1 << 30), 3])
-def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
-    """With the one of the host, exactly: cuts and nodes; of units that cost alike, too."""
+def planned(
+    form: TableForm,
+    shape: plans.Shape,
+    keys: np.ndarray,
+    rows: np.ndarray,
+    shared: Any,
+    workers: int,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Cuts, nodes and the status word of the planner of GPUs."""
+    run = simulated.kernel(alone(planner.body(form, 4, BLOCK), "plan_cuts"), "plan_cuts")
+    blocks = shape.kv_heads // ranges.head_block(shape.kv_heads)
+    limit, requests = 2 * workers * blocks // shape.kv_heads, len(rows) - 1
+    cuts, nodes = np.zeros(limit + 1, ranges.CUT.numpy), np.full(len(keys), -7, NODE.numpy)
+    copied, status = np.zeros(requests + 1, np.int32), np.zeros(1, np.int32)
+    levels = {f"shared_{n}": x.ctypes.data for n, x in enumerate(shared)} or {"shared_0": 0}
+    levels |= {f"count_{n}": len(x) - 1 for n, x in enumerate(shared)} or {"count_0": 0}
+    block = planner.params_struct(form).pack(
+        kv_len=keys.ctypes.data, table_indptr=0, qo_from=rows.ctypes.data, **levels,
+        qo_indptr=copied.ctypes.data, cuts=cuts.ctypes.data, nodes=nodes.ctypes.data,
+        status=status.ctypes.data, limit=limit, most_tiles=shape.most_tiles, requests=requests,
+        node_count=len(keys), head_blocks=blocks, max_tokens=int(rows[-1]),
+        kv_heads=shape.kv_heads, front=ranges.of_front(BLOCK, 4, workers),
+    )  # fmt: skip
+    simulated.launch(run, block, planner.THREADS, 1, 0)
+    return cuts, nodes, int(status[0])
+
+
+def shape_of_planner(variant: Any, kv_heads: int = 8) -> plans.Shape:
+    known = {n: x for n, x in variant.fixed if np.isscalar(x)}
+    mask = variant.traced.mask
+    return plans.Shape("decode", kv_heads, 4, mask, known, 4, "", 2, block=BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("depth", "variant"), [(0, CAUSAL), (1, CAUSAL), (3, CAUSAL), (1, WINDOW), (3, WINDOW)], ids=str
+)
+@pytest.mark.parametrize("cost", [-(1 << 30), 3, 1 << 30])
+def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost, variant):
+    """With the one of the host, exactly: cuts and nodes; of units that cost alike, too; where a
+    window hides most of shared keys; of more requests than threads."""
     monkeypatch.setattr(ranges, "APART_COST", cost)
     planner.body.cache_clear()
     form = TableForm("int32", table_entries="", shared=depth)
-    run = simulated.kernel(alone(planner.body(form, 4, BLOCK), "plan_cuts"), "plan_cuts")
-    mask = tw.Causal().traced.mask
-    for requests, most, workers in (
-        (1, 900, 20),
-        (16, 1, 132),
-        (4, 1, 132),
-        (33, 3000, 40),
-        (70, 200, 132),
-    ):
+    for requests, most, workers, kv_heads in (
+        (1, 900, 20, 8), (16, 1, 132, 8), (4, 1, 132, 12), (33, 3000, 40, 8),
+        (70, 200, 132, 12), (1500, 300, 132, 8),
+    ):  # fmt: skip
         shared = oracle.draw_levels(rng, requests, depth)
         count = requests + sum(len(x) - 1 for x in shared)
         keys = (rng.integers(0, most, count) if most > 1 else np.full(count, 1024)).astype(np.int32)
         tree = tw.Table.dense(keys, shared=shared).tree(keys.astype(np.int64))
         indptr = np.cumsum([0, *rng.integers(0, 4, requests)]).astype(np.int32)
-        shape = plans.Shape("decode", 8, 4, mask, {}, 4, "", 2, block=BLOCK)
+        shape = shape_of_planner(variant, kv_heads)
         plan = plans.make(indptr, keys.astype(np.int64), shape, workers, tree)
-        limit = 2 * workers // 8
-        cuts, nodes = np.zeros(limit + 1, ranges.CUT.numpy), np.zeros(count, NODE.numpy)
-        copied, status = np.zeros(requests + 1, np.int32), np.zeros(1, np.int32)
-        levels = {f"shared_{n}": x.ctypes.data for n, x in enumerate(shared)} or {"shared_0": 0}
-        levels |= {f"count_{n}": len(x) - 1 for n, x in enumerate(shared)} or {"count_0": 0}
-        block = planner.params_struct(form).pack(
-            kv_len=keys.ctypes.data, table_indptr=0, qo_from=indptr.ctypes.data, **levels,
-            qo_indptr=copied.ctypes.data, cuts=cuts.ctypes.data, nodes=nodes.ctypes.data,
-            status=status.ctypes.data, limit=limit, most_tiles=2**31, requests=requests,
-            node_count=count, head_blocks=1, max_tokens=int(indptr[-1]), kv_heads=8,
-            front=ranges.of_front(BLOCK, 4, workers),
-        )  # fmt: skip
-        simulated.launch(run, block, planner.THREADS, 1, 0)
-        assert not status[0]
+        cuts, nodes, status = planned(form, shape, keys, indptr, shared, workers)
+        assert not status
         np.testing.assert_array_equal(cuts[: len(plan.cuts)], plan.cuts)
         if depth:
             read = plan.nodes["begin"] < plan.nodes["end"]
             np.testing.assert_array_equal(nodes[read], plan.nodes[read])
     planner.body.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        [[0, 5, 9], [0, 4, 9]], [[0, 9], [0, 9, 8]], [[0, 8], [0, 8]], [[1, 9], [0, 9]],
+        [[0, 7, 2, 9], [0, 9]], [[0, -3, 9], [0, 9]], [[0, 9], [0, 12, 9]], [[], [0, 9]],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_planner_of_gpus_plans_nothing_of_wrong_levels(levels):
+    """Levels that do not divide each other, or the requests: no unit, no item, and the status."""
+    form, shape = TableForm("int32", table_entries="", shared=2), shape_of_planner(CAUSAL)
+    shared = [np.array(x or [0], np.int32) for x in levels]
+    count = 9 + sum(len(x) - 1 for x in shared)
+    keys, rows = np.full(count, 1000, np.int32), np.arange(10, dtype=np.int32)
+    cuts, nodes, status = planned(form, shape, keys, rows, shared, 20)
+    assert status == 2
+    assert (cuts["node"] == count).all() and not cuts["tile"].any()
+    assert not nodes["item"][-9:].any() and not nodes["row"][-9:].any()
 
 
 if __name__ == "__main__":  # more of them: python -m tests.attention.test_decode_simulated

@@ -188,8 +188,7 @@ def test_the_planner_counts_what_is_visible():
 
 def test_the_most_that_is_visible_at_any_length():
     def most(hook, queries, **values):
-        shape = plan.Shape("decode", 2, 2, mask(hook), values, 8, "", True)
-        return planner.most_visible_tiles(shape, queries)
+        return plan.Shape("decode", 2, 2, mask(hook), values, queries, "", True).most_tiles
 
     window, chunks = MASKS["window"][0], MASKS["chunks"][0]
     assert most(window, 1, w=64) == 2 and most(window, 1, w=65) == 2 and most(window, 1, w=66) == 3

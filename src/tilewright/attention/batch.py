@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention import families, plan, planner, reference, render
+from tilewright.attention import families, plan, reference, render
 from tilewright.attention.arguments import check_kv, check_names, check_q, outputs, values_of
 from tilewright.attention.checks import (
     FLOATS,
@@ -171,7 +171,7 @@ class Attention:
         block_of = functools.partial(decode.shared_block, spec, pool)
         room = Workspace(heads, max_requests, max_tokens, device, workers, shared, block_of)
         shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())
-        room.most_tiles = planner.most_visible_tiles(shape, room.longest)
+        room.most_tiles = shape.most_tiles
         if kv is not None:
             room.load(spec, kv.pool.page_size)
         return room

@@ -33,7 +33,7 @@ def _constants(**more: int) -> str:
 # ---------------------------------------------------------------------------- host
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shape:
     """What a planner must know of the attention and of the family that runs it: the heads, the mask
     with its known values, the most queries of an item, what decides how items are cut along the
@@ -60,6 +60,15 @@ class Shape:
         heads = (self.kv_heads, self.group, self.kv_heads // ranges.head_block(self.kv_heads))
         packed = np.array([len(steps) // 2, len(cases), *heads, *steps], np.int64)
         object.__setattr__(self, "packed", packed)
+
+    @functools.cached_property
+    def most_tiles(self) -> int:
+        """An estimate of the tiles that the last queries of an item see at any length: exact for
+        windows, the maximum over a sample of lengths for other masks; at least 1."""
+        spread = np.geomspace(1, MAX_KEYS, 4096).astype(np.int64)
+        lengths = np.concatenate([spread, MAX_KEYS - np.arange(ranges.TILE)])
+        first = lengths - self.qo_tile
+        return max(1, int(visible_tiles(first, lengths - 1, lengths, self).max()))
 
 
 def cpp_source() -> str:
@@ -101,19 +110,13 @@ def visible_tiles(
     return tiles
 
 
-def most_visible_tiles(shape: Shape, queries: int) -> int:
-    """An estimate of the number of tiles that the last `queries` of a request see at any length:
-    exact for windows, the maximum over a sample of lengths for other masks; at least 1."""
-    spread = np.geomspace(1, MAX_KEYS, 4096).astype(np.int64)
-    lengths = np.concatenate([spread, MAX_KEYS - np.arange(ranges.TILE)])
-    return max(1, int(visible_tiles(lengths - queries, lengths - 1, lengths, shape).max()))
-
-
 def cut(
     indptr: np.ndarray, nodes: np.ndarray, keys: np.ndarray, shape: Shape, workers: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """The cuts of a batch, its nodes with the choice of `ranges.chosen`, the most work of a range
-    over the mean. `indptr`: rows of q, int32. Without a C++ compiler as if no key were hidden."""
+    over the mean. `indptr`: rows of q, int32. Requests that share keys count as what a mask lets
+    them see at most (`Shape.most_tiles`), as on a GPU. Without a C++ compiler as if no key were
+    hidden."""
     count, library, kv_heads = len(keys), native(), shape.kv_heads
     ctas, shared, exist = shape.ctas_per_worker * workers, count - len(indptr) + 1, np.True_
     limit = max(ctas // ranges.head_block(kv_heads), 1)
@@ -122,7 +125,8 @@ def cut(
         front = ranges.of_front(shape.block, shape.group, workers)
         chosen = nodes, keys, queries, kv_heads, limit, shape.block, front
         nodes, tiles, limit = ranges.chosen(*chosen)
-        keys, exist = tiles * ranges.TILE, (queries > 0) & (np.arange(count) >= shared)
+        keys = np.minimum(tiles, shape.most_tiles) * ranges.TILE
+        exist = (queries > 0) & (np.arange(count) >= shared)
     if library is None or not count:
         cuts = ranges.cut(keys, kv_heads, limit * ranges.head_block(kv_heads), exist)
         work = ranges.work(cuts, keys, kv_heads, exist)
