@@ -97,7 +97,7 @@ class _OnThreads(CudaRenderer):
         return e.name
 
     def load(self, e: Load) -> str:
-        return _load(self, e, lambda at: f"tw::load_const({at})")
+        return _load(self, e, lambda at: f"*({at})")
 
 
 def _load(renderer: CppRenderer | CudaRenderer, e: Load, read: Callable[[str], str]) -> str:
@@ -133,7 +133,7 @@ def cuda_variant(traced: Traced, more: dict[str, Expr]) -> str:
         "float logits(float s, const At& at)": traced.logits,
         "bool mask(const At& at)": traced.mask,
     }
-    return _struct(traced, renderer, methods, lambda v: f"tw::load_const(p.v_{v.name})")
+    return _struct(traced, renderer, methods, lambda v: f"*p.v_{v.name}")
 
 
 def _struct(
