@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -18,8 +18,9 @@ from tilewright import dtypes
 from tilewright.attention import plan as plans
 from tilewright.attention import planner, ranges
 from tilewright.attention.families import decode
-from tilewright.attention.spec import Spec, partial_params
+from tilewright.attention.spec import Spec, alone, partial_params
 from tilewright.attention.table import NODE, TableForm
+from tilewright.ir.body import Body
 from tilewright.toolchain import compilers
 
 pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
@@ -30,9 +31,29 @@ SHAPES = [  # group, kv_heads, head_dim, dtype, mask, logits, sink
 ]
 
 
-def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray, tw.Plan]:
-    """o and lse of the kernel, and the plan: of the family of GPUs, made on the host. Shared keys
-    are read by a launch in front, where the plan has that."""
+@dataclass(frozen=True)
+class Prepared:
+    """A call of the kernel: its plan and parameters, the body of its launch with the CTAs of that,
+    and of the launch in front, if the plan has one; o and lse, poisoned."""
+
+    plan: tw.Plan
+    block: Any
+    body: Body
+    ctas: int
+    front: tuple[Body, int] | None
+    o: np.ndarray
+    lse: np.ndarray
+    states: np.ndarray  # that the launch in front leaves, a row each
+    counters: np.ndarray
+    kept: Any
+
+    def launch(self, body: Body, ctas: int, seed: int) -> None:
+        simulated.launch(simulated.kernel(alone(body)), self.block, body.threads, ctas, seed)
+
+
+def prepared(case: Case, workers: int) -> Prepared:
+    """A plan of the family of GPUs, made on the host. Shared keys are read by a launch in front,
+    where the plan has that."""
     attn, table = oracle.attention_of(case), oracle.table_of(case)
     kv = tw.KV(table, tw.Pool(case.k, case.v))
     traced = attn.variant.traced
@@ -45,7 +66,7 @@ def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray,
                         block=BLOCK)  # fmt: skip
     lengths = kv.lengths()
     plan = plans.make(case.qo_indptr, lengths, shape, workers, table.tree(lengths))
-    o, lse, numbers, _kept = simulated.arguments(case, attn, kv, plan.tokens)
+    o, lse, numbers, arrays = simulated.arguments(case, attn, kv, plan.tokens)
     together, blocks = ranges.head_block(attn.kv_heads), decode.blocks_of(plan.longest * attn.group)
     ctas, last = (len(plan.cuts) - 1) * together, plan.nodes[-1:]
     items, rows = int(last["item"].sum()), int(last["row"].sum())
@@ -55,17 +76,24 @@ def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray,
     work: dict[str, Any] = {"qo_indptr": plan.qo_indptr.ctypes.data, "cuts": plan.cuts.ctypes.data}
     work |= partial_params(partials.ctypes.data, floats, counters.ctypes.data, ctas)
     work |= {"nodes": plan.nodes.ctypes.data} if table.form.shared else {}
-    block = decode.params_struct(spec).pack(**numbers, **work)
-    if items:
-        run = simulated.kernel(decode.source(spec, together, 2, decode.FRONT, BLOCK))
-        simulated.launch(run, block, decode.THREADS, min(items, workers), seed)
-        left = partials[floats:].reshape(-1, attn.head_dim + 8)[:, : attn.head_dim + 2]
-        assert not np.isnan(left).any()
-    kind = decode.BEHIND if items else decode.ALONE
-    run = simulated.kernel(decode.source(spec, together, blocks, kind))
-    simulated.launch(run, block, decode.THREADS, ctas, seed)
-    assert not counters.any()
-    return o, lse, plan
+    front = min(items, workers)
+    block = decode.params_struct(spec).pack(**numbers, **work, front_ctas=front)
+    in_front = (decode.body(spec, together, 2, decode.FRONT, BLOCK), front) if items else None
+    body = decode.body(spec, together, blocks, decode.BEHIND if items else decode.ALONE)
+    left = partials[floats:].reshape(-1, attn.head_dim + 8)[:, : attn.head_dim + 2]
+    kept = arrays, partials, kv, table
+    return Prepared(plan, block, body, ctas, in_front, o, lse, left, counters, kept)
+
+
+def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray, tw.Plan]:
+    """o and lse of the kernel, and the plan."""
+    call = prepared(case, workers)
+    if call.front:
+        call.launch(*call.front, seed)
+        assert not np.isnan(call.states).any()
+    call.launch(call.body, call.ctas, seed)
+    assert not call.counters.any()
+    return call.o, call.lse, call.plan
 
 
 def check(case: Case, workers: int) -> tw.Plan:
@@ -117,9 +145,9 @@ def test_many_chunks(rng, monkeypatch):
 def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
     """With the one of the host, exactly: cuts and nodes; of units that cost alike, too."""
     monkeypatch.setattr(ranges, "APART_COST", cost)
-    planner.cuda_source.cache_clear()
+    planner.body.cache_clear()
     form = TableForm("int32", table_entries="", shared=depth)
-    run = simulated.kernel(planner.cuda_source(form, 4, BLOCK), "plan_cuts", "PlanParams")
+    run = simulated.kernel(alone(planner.body(form, 4, BLOCK), "plan_cuts"), "plan_cuts")
     mask = tw.Causal().traced.mask
     for requests, most, workers in (
         (1, 900, 20),
@@ -153,7 +181,7 @@ def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
         if depth:
             read = plan.nodes["begin"] < plan.nodes["end"]
             np.testing.assert_array_equal(nodes[read], plan.nodes[read])
-    planner.cuda_source.cache_clear()
+    planner.body.cache_clear()
 
 
 if __name__ == "__main__":  # more of them: python -m tests.attention.test_decode_simulated

@@ -33,8 +33,9 @@ from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
 from tilewright.attention.plan import ITEM
 from tilewright.attention.pool import Pool
-from tilewright.attention.spec import Spec, cuda_headers
+from tilewright.attention.spec import Spec, alone
 from tilewright.attention.table import Table
+from tilewright.codegen import prelude_files
 from tilewright.toolchain import nvrtc
 
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
@@ -72,14 +73,14 @@ def compiled(case, narrow: bool) -> tuple[str, bytes]:
     """The log of NVRTC and ptxas, and the cubin; past the cache, which keeps no log. The numbers
     that Python launches with are checked too."""
     spec, box, chunked = kernel_of(case)
-    text = hopper.source(spec, box, chunked, narrow)
+    text = alone(hopper.body(spec, box, chunked, narrow))
     wanted = {"SMEM_BYTES": hopper.smem_bytes(spec, narrow), "THREADS": hopper.threads(spec, box)}
     wanted |= {"BM": hopper.rows_of(spec)}
     for name, value in wanted.items():
-        text += f'\nstatic_assert(attention::{name} == {value}, "");'
-    text += '\nstatic_assert(sizeof(Aligned) == sizeof(Params), "");'
+        text += f'\nstatic_assert(body0::attention::{name} == {value}, "");'
+    text += '\nstatic_assert(alignof(body0::Params) == 64, "");'
     options = (f"--gpu-architecture={hopper.ARCH}", *nvrtc.FLAGS, "--no-cache")
-    status, log, image = nvrtc._compile(text, cuda_headers(), options)
+    status, log, image = nvrtc._compile(text, prelude_files.headers(), options)
     assert status == 0, log
     return log, image
 
@@ -134,9 +135,9 @@ def test_the_page_tells_the_shared_memory_of_each_kernel():
 def test_a_traced_kernel_does_the_same():
     """Clocks neither make ptxas spill nor serialise."""
     spec, box, chunked = kernel_of(KERNELS[0])
-    text = "#define TW_TRACE 64\n#define TW_TRACE_AT 0\n" + hopper.source(spec, box, chunked)
+    text = "#define TW_TRACE 64\n#define TW_TRACE_AT 0\n" + alone(hopper.body(spec, box, chunked))
     options = (f"--gpu-architecture={hopper.ARCH}", *nvrtc.FLAGS)
-    status, log, image = nvrtc._compile(text, cuda_headers(), options)
+    status, log, image = nvrtc._compile(text, prelude_files.headers(), options)
     assert status == 0, log
     assert image and "C75" not in log
     assert nvrtc.parse_resources(log)["stage0"].spill_bytes == 0

@@ -17,7 +17,7 @@ import tilewright as tw
 from tilewright import dtypes
 from tilewright.attention import plan as plans
 from tilewright.attention.families import hopper
-from tilewright.attention.spec import Spec
+from tilewright.attention.spec import Spec, alone
 from tilewright.toolchain import compilers
 
 pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
@@ -65,12 +65,12 @@ def result(case: Case, page_size: int, workers: int, seed: int) -> tuple[Any, An
         qo_indptr=plan.qo_indptr.ctypes.data, items=plan.items.ctypes.data, item_count=wide,
         counter=counters.ctypes.data, counters=counters.ctypes.data + 8, narrow_ctas=narrow,
         narrow_count=len(plan.items), partials=partials.ctypes.data,
-        page_shift=page_size.bit_length() - 1,
+        page_shift=page_size.bit_length() - 1, ctas=narrow,
     )  # fmt: skip
     room = np.zeros(len(bytes(block)) + 64, np.uint8)  # the parameters are aligned to 64 bytes
     at = -room.ctypes.data % 64
     room[at : at + len(bytes(block))] = np.frombuffer(bytes(block), np.uint8)
-    run = simulated.kernel(hopper.source(spec, box, plan.slots > 0, True), params="Aligned")
+    run = simulated.kernel(alone(hopper.body(spec, box, plan.slots > 0, True)))
     order = np.random.default_rng(seed).permutation(narrow).astype(np.int32)
     threads = hopper.threads(spec, box)
     run(room.ctypes.data + at, threads, order.ctypes.data, narrow, seed)
@@ -84,7 +84,7 @@ def test_narrow_items(rng, monkeypatch, case):
     monkeypatch.setattr(hopper, "tensor_map", tensor_map)
     tiles = dataclasses.replace(hopper.TILES[128, 128], segment=32)  # of 40 and 33 tiles
     if case[-1] == 1:
-        hopper.source.cache_clear()
+        hopper.body.cache_clear()
         monkeypatch.setitem(hopper.TILES, (128, 128), tiles)
     shape, counts, lengths, page_size, workers = case
     drawn = cascade(rng, shape, counts, [], lengths, page_size)
@@ -93,4 +93,4 @@ def test_narrow_items(rng, monkeypatch, case):
     assert (plan.slots > 0) == (workers > 6 and shape[4] != "window")
     again = result(drawn, page_size, workers, 1)[0]
     assert np.array_equal(first.view(np.uint32), again.view(np.uint32))
-    hopper.source.cache_clear()
+    hopper.body.cache_clear()

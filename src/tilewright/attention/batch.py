@@ -37,10 +37,12 @@ from tilewright.attention.spec import Spec, param_values
 from tilewright.attention.table import Table, TableForm
 from tilewright.attention.variant import Causal, traced_of
 from tilewright.attention.workspace import Workspace
+from tilewright.build import step_compiler
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
+from tilewright.runtime.step import Part
 from tilewright.runtime.view import byte_span, view
 from tilewright.toolchain import compilers
 
@@ -292,8 +294,8 @@ class BoundAttention:
 
     `launch` is the launch for a recorded step: on the CPU a `runtime.pool.Launch`, on a GPU a
     `runtime.cuda.Launch`, None where attention is evaluated with NumPy (no C++ compiler). `boxes`:
-    the ranges of addresses that it reads, and those that it writes. Keep this object as long as the
-    step.
+    the ranges of addresses that it reads, and those that it writes. `part`: on a GPU, what a step
+    may put beside others. Keep this object as long as the step.
     """
 
     __slots__ = ("_keep", "_prepared", "boxes", "launch", "source", "state")
@@ -307,6 +309,15 @@ class BoundAttention:
     def __call__(self) -> State:
         self._prepared.run()
         return self.state
+
+    @property
+    def part(self) -> Part | None:
+        body, launch = self._prepared.body, self.launch
+        if body is None:
+            return None
+        compile_step = step_compiler(launch.function.module.device.arch)
+        macros = self._prepared.macros
+        return Part(body, launch.params, launch.grid[0], macros, compile_step, launch)
 
     def run_over(self, kv: KV) -> None:
         """Runs it over the pages of another layer, which are laid out alike: without the checks of

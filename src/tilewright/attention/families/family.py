@@ -14,6 +14,7 @@ from tilewright.attention.checks import ordinal_of
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
 from tilewright.errors import ArgumentError
+from tilewright.ir.body import Body
 from tilewright.runtime import cuda
 from tilewright.runtime.view import allocate, view
 
@@ -65,12 +66,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """A call ready to run: its launch for a recorded step, what runs it, what it keeps alive."""
+    """A call ready to run: its launch, what runs it, its source, what it keeps alive; on a GPU the
+    body of the launch and the macros that it is compiled with."""
 
     launch: Any
     run: Callable[[], None]
     source: str
     keep: tuple[Any, ...]
+    body: Body | None = None
+    macros: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,12 +16,21 @@ from tilewright.attention.families.family import Call, Family, Prepared, check_a
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import ROWS
-from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, loaded, namespace
+from tilewright.attention.spec import (
+    PARTIALS,
+    Spec,
+    alone,
+    constants,
+    cuda_text,
+    launch_of,
+    namespace,
+)
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
 from tilewright.attention.tracing import SCORE
 from tilewright.attention.variant import all_of, conditions
 from tilewright.errors import ArgumentError
+from tilewright.ir.body import Body
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Unary, Var, binary
 from tilewright.ir.rewrite import walk
 from tilewright.runtime import cuda
@@ -34,6 +43,7 @@ MAX_GROUP = 64
 NARROW_ROWS = 8  # packed rows of a narrow item, at most: the columns of a tensor core's result
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
 _LISTS = ("items", "item_count", "narrow_count", "narrow_ctas")  # parameters of a plan's items
+SCAN = 256  # elements of a tensor that a kernel reads to learn the class of a tile
 _TAIL = 4  # items of a CTA that are drawn in the order of their keys
 _SHORT = 512  # queries of a request up to which its items follow each other always
 
@@ -148,11 +158,11 @@ def params_struct(spec: Spec) -> Struct:
     work: tuple[tuple[str, ...], ...] = (
         ("items", "ptr", "const Item*"), ("counter", "ptr", "int32_t*"),
         ("cycles", "ptr", "int64_t*"), ("item_count", "int32"), ("page_shift", "int32"),
-        ("narrow_count", "int32"), ("narrow_ctas", "int32"), *PARTIALS[:2],
+        ("narrow_count", "int32"), ("narrow_ctas", "int32"), ("ctas", "int32"), *PARTIALS[:2],
     )  # fmt: skip
     rest = -common_params(spec, work, maps).size % 64
     padding = (("padding", f"uint64[{rest // 8}]"),) if rest else ()
-    return common_params(spec, work, (*maps, *padding))
+    return common_params(spec, work, (*maps, *padding), 64)
 
 
 def keys_lie(spec: Spec) -> int:
@@ -228,9 +238,9 @@ def _names(e: Expr) -> set[str]:
 
 
 @functools.lru_cache(256)
-def source(spec: Spec, box: int, chunked: bool = False, narrow: bool = False) -> str:
-    """The CUDA C++ of one kernel; `box`: keys of a TMA box; `chunked`: items may be chunks,
-    `narrow`: some may be narrow."""
+def body(spec: Spec, box: int, chunked: bool = False, narrow: bool = False) -> Body:
+    """One kernel; `box`: keys of a TMA box; `chunked`: items may be chunks, `narrow`: some may be
+    narrow. Its units are CTAs that all run at once, one an SM."""
     tiles, (numbers, methods) = tiles_of(spec), forms(spec)
     numbers |= {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BN": tiles.keys, "BOX": box,
@@ -242,11 +252,15 @@ def source(spec: Spec, box: int, chunked: bool = False, narrow: bool = False) ->
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
     out = f"using Out = {'float' if spec.table.shared or spec.o.itemsize > 2 else 'uint16_t'};"
-    array = f"#define KEY_ARRAY v_{key_array(spec)}"
-    text = namespace("attention", *constants(numbers), kinds, out, *[array] * numbers["EXTREMES"])
-    files = ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh")
-    params = params_struct(spec)
-    return cuda_text(spec, files, text, ITEM, params, "prefill_hopper.cuh", **methods)
+    text = namespace("attention", *constants(numbers), kinds, out)
+    macros = {"TW_SCAN": SCAN} | ({"KEY_ARRAY": f"v_{array}"} if (array := key_array(spec)) else {})
+    params, size = params_struct(spec), threads(spec, box)
+    text = cuda_text(spec, text, ITEM, params, "prefill_hopper.cuh", macros, **methods)
+    return Body(
+        text, "attention::run", size, size, smem_bytes(spec, narrow),
+        ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh"), barriers=1 + 2 * narrow,
+        order=("wait", "start", "run") if spec.table.shared else ("run",), ctas=1, alone=True,
+    )  # fmt: skip
 
 
 def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]]:
@@ -295,25 +309,27 @@ def _prepare(call: Call) -> Prepared:
     wide, narrow = _lists(spec, plan)
     work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": wide}
     work |= {"narrow_count": len(plan.items) - wide, "narrow_ctas": min(narrow, sms)}
-    launch, text = _launch(call, min(wide + narrow, sms), work, *(view(x).pointer for x in memory))
+    addresses = (view(x).pointer for x in memory)
+    launch, b = _launch(call, min(wide + narrow, sms), work, *addresses)
     keep = (indptr, items, counters, partials)
-    return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
+    run = lambda: launch.run(cuda.current_stream(ordinal))  # noqa: E731
+    return Prepared(launch, run, alone(b), keep, b)
 
 
-def _launch(call: Call, ctas: int, work: dict[str, int], *memory: int) -> tuple[Any, str]:
-    """The launch of a call and its source; `memory`: partial results, and counters."""
+def _launch(call: Call, ctas: int, work: dict[str, int], *memory: int) -> tuple[Any, Body]:
+    """The launch of a call and its body; `memory`: partial results, and counters."""
     spec, values, plan, struct = call.spec, call.values, call.plan, params_struct(call.spec)
     page_size, shared = values["page_size"], spec.table.shared > 0
     padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
     block = struct.pack(
         **values, **maps(spec, values, plan.tokens), **padding, **work, partials=memory[0],
         counter=memory[1], counters=memory[1] + 8, page_shift=page_size.bit_length() - 1, cycles=0,
+        ctas=ctas,
     )  # fmt: skip
     chunked = not isinstance(plan, Plan) or shared or plan.slots > 0
     narrow = work["narrow_ctas"] > 0
-    text = source(spec, box := box_keys(spec, page_size), chunked, narrow)
-    cta, smem = (threads(spec, box), 1, 1), smem_bytes(spec, narrow)
-    return loaded(text, call.ordinal).prepare((ctas, 1, 1), cta, smem, block, shared), text
+    b = body(spec, box_keys(spec, page_size), chunked, narrow)
+    return launch_of(b, call.ordinal, ctas, block), b
 
 
 def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:

@@ -33,10 +33,10 @@ TW_INLINE void sort_tiles(const Variant& variant, Slot& s, const Tiles& seen, in
 // The number of the next item of this CTA, the n-th. Each CTA draws until it gets none, so the draw that
 // brings the counter to `count` is the last of all: it sets the counter back.
 template <class R>
-TW_INLINE int draw(const Params& p, int n, int count, int lane) {
+TW_INLINE int draw(const Params& p, int cta, int n, int count, int lane) {
   constexpr bool FEW = NARROW_ITEMS<R>, LATE = NARROW && !FEW;  // LATE: some CTAs come late and have no first item
-  const int grid = FEW ? p.narrow_ctas : gridDim.x;
-  if (!LATE && n == 0) return blockIdx.x;
+  const int grid = FEW ? p.narrow_ctas : p.ctas;
+  if (!LATE && n == 0) return cta;
   int drawn = 0;
   if (lane == 0) {
     int* counter = p.counter + FEW;
@@ -118,7 +118,7 @@ TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, 
   int segments = 0;
   for (int n = 0;; ++n) {
     shared.trace(SORT_TILES);
-    const int number = draw<R>(p, n, items, lane);
+    const int number = draw<R>(p, shared.cta, n, items, lane);
     const bool ends = number >= items;
     Item item;
     tw::Pages pages;
