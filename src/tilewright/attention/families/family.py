@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tilewright.attention.workspace import Workspace
 
 
-Order = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+Order = Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]
 
 
 class Scratch:
@@ -95,14 +95,14 @@ class Family:
 
     `device`: cpu or cuda. `rows`: the packed rows (queries × group) of an item, as a function of
     the spec. `splits`: items are cut along the keys by what the "request" alone says, or until the
-    "batch" fills the workers ("": never). `ctas_per_sm`: the CTAs
-    of an SM, by head_dim, where its plans are cuts of contiguous ranges (`ranges.py`), None where
-    they are items.
+    "batch" fills the workers ("": never). `ctas_per_sm`: the CTAs of an SM, by head_dim, where its
+    plans are cuts of contiguous ranges (`ranges.py`), None where they are items.
     `refuses(spec, rows, pool, arch)`: the reason why it cannot run a call on a GPU of an
     architecture ("": the one that has the pool), or "".
-    `order(items, qo_indptr, workers)`: the order of a plan's items, as indices (None: longest
-    first). `shares`: whether requests may share keys. `few(spec)`: the packed rows of a request up
-    to which its items are narrow: some workers begin with these.
+    `order(items, qo_indptr, workers, queries)`: the order of a plan's items, as indices (None:
+    longest first); `queries`: the most of a request whose items are narrow. `shares`: whether
+    requests may share keys. `few(spec)`: the packed rows of a request up to which its items are
+    narrow: some workers begin with these.
     """
 
     name: str
