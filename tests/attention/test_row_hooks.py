@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.attention import oracle, simulated
 from tests.attention.cases import TYPES, paged, queries, spec_of
+from tests.attention.test_cascade import cascade
 from tests.attention.test_flash_cuda import _bits, on_device
 
 import tilewright as tw
@@ -198,14 +199,13 @@ def test_cubins_without_spills(arch):
 @needs_compiler
 @pytest.mark.parametrize("rows", [name for name in oracle.ROWS if name])
 @pytest.mark.parametrize("softmax", [True, False])
-def test_on_simulated_warps(rows, softmax):
+def test_on_simulated_warps(rng, rows, softmax):
     """The text of the CUDA kernel, its threads run one after the other, against the oracle."""
-    found = (oracle.draw(11, n) for n in range(2000))
-    case = next(
-        c for c in found
-        if (c.rows, c.softmax) == (rows, softmax) and not c.shared and 2 < len(c.q) < 60
-        and c.kv_len.sum() < 900 and c.q.dtype != c.k.dtype and c.dims[0] > 8
-    )  # fmt: skip
+    dim = 40 if softmax else 33  # loads of 16 bytes, and of one element
+    shape = (3, 2, dim, np.float16, "window", "scores" if softmax else "softcap", "")
+    case = cascade(rng, shape, [3, 1, 0, 9], [], [70, 40, 5, 130], 7)
+    values = oracle.draw_row_values(rng, oracle.ROWS[rows][2], case.heads, (4, 13, 90))
+    case = replace(case, rows=rows, softmax=softmax, values=case.values | values)
     attn, table = oracle.attention_of(case), oracle.table_of(case)
     k, v = (x[:, 0] if case.form == "ragged" else x for x in (case.k, case.v))
     kv, traced = tw.KV(table, tw.Pool(k, v)), attn.variant.traced

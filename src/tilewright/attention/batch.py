@@ -97,37 +97,41 @@ class Attention:
 
     def plan(
         self, qo_indptr: Any, kv: KV | Table, *, q_dtype: Any = None, workers: int | None = None,
-        **values: Any,
+        invariant: bool | None = None, **values: Any,
     ) -> Plan:  # fmt: skip
         """Divide a batch into balanced parts, for the family of kernels that will run it.
 
         `qo_indptr` (requests + 1): the rows of q of each request, whose last query has the position
         of its last key where the table says nothing else. `kv`: a KV, or its table where the pool
         is bfloat16 or float16 with aligned rows; a plan serves every layer. `q_dtype`: of q and o
-        (None: that of the pool). `workers`: threads of the pool, or SMs of a GPU. `values`: scalars
-        of the variant, which only sharpen the balance.
+        (None: that of the pool). `workers`: threads of the pool, or SMs of a GPU. `invariant`: the
+        bits of a request's results depend on the request alone, not on `workers`, on threads or on
+        the other requests. So they always do on a CPU; on a GPU (None: not there) it leaves out the
+        family of few rows, and a long request is not divided to fill the GPU. `values`: scalars of
+        the variant, which only sharpen the balance.
         Where qo_len > kv_len the first queries of a request have positions below 0: under a causal
-        mask they see nothing (o = 0, lse = −inf). On a CPU the bits of a request's results depend
-        on the request alone, not on `workers`, on threads or on the other requests. Raises
-        ArgumentError (A101, A102, A103, A107, A109).
+        mask they see nothing (o = 0, lse = −inf). Raises ArgumentError (A101, A102, A103, A107,
+        A109).
         """
         if not isinstance(kv, Table):
             check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         over = (kv, None) if isinstance(kv, Table) else (kv.table, kv.pool)
         check_names(self.variant, values)
         indptr = host_indptr("qo_indptr", qo_indptr, kv.requests)
-        return self._plan(indptr, kv.lengths(), over, q_dtype, workers, values)
+        if invariant not in (None, False, True):
+            raise ArgumentError("A107", f"invariant={invariant!r} is no bool", where="invariant")
+        return self._plan(indptr, kv.lengths(), over, q_dtype, workers, values, bool(invariant))
 
     def _plan(
         self, indptr: np.ndarray, lengths: np.ndarray, over: tuple[Table, Pool | None],
-        q_dtype: Any, workers: int | None, values: dict[str, Any],
+        q_dtype: Any, workers: int | None, values: dict[str, Any], invariant: bool = False,
     ) -> Plan:  # fmt: skip
         table, pool = over
         kind = dtypes.bfloat16 if pool is None else pool.dtype
         q = _query_dtype(q_dtype, kind)
         spec = _spec_of(self, (q, kind, q), table.form)
         rows = int((indptr[1:] - indptr[:-1]).max(initial=0)) * self.group
-        family, reasons = families.choose(spec, rows, table.device, pool)
+        family, reasons = families.choose(spec, rows, table.device, pool, invariant)
         gpu = None if family.device == "cpu" else cuda.device(ordinal_of(table.device))
         if workers is None:
             workers = gpu.sms if gpu else pools.wanted_threads()
@@ -137,6 +141,8 @@ class Attention:
         block = decode.shared_block(spec, pool, gpu.arch) if table.form.shared and gpu else 1
         numbers = tuple((n, v) for n, v in values.items() if is_number(v)), block, family.few(spec)
         shape = _shape_of(self, family, family.qo_tile(spec), *numbers)
+        if invariant:
+            shape = replace(shape, splits="request" if shape.splits else "", few=0)
         result = plan.make(indptr, lengths, shape, workers, table.tree(lengths), batch)
         if gpu is not None:
             result.on_device(ordinal_of(table.device))
@@ -261,9 +267,11 @@ class Attention:
             words = "requests, kv_heads, queries of an item, device, shared levels, nodes and group"
             text = f"the plan is for {wanted}, not {actual} ({words})"
             raise ArgumentError("A103", text, where="plan")
-        if isinstance(plan, Plan) and bool(len(plan.cuts)) != bool(family.ctas_per_sm):
-            text = f"the plan is damaged: its work is not for {family.name}"
-            raise ArgumentError("A109", text, where="plan")
+        if isinstance(plan, Plan):
+            walks = bool(plan.tree[0] and len(plan.items)) and not family.splits
+            if (bool(len(plan.cuts)), plan.walks) != (bool(family.ctas_per_sm), walks):
+                text = f"the plan is damaged: its work is not for {family.name}"
+                raise ArgumentError("A109", text, where="plan")
         reason = family.reason(spec, plan.longest * self.group, kv.pool)
         if reason:
             text = f"the plan is for the {family.name} kernels, which cannot run this: {reason}"

@@ -25,8 +25,8 @@ ROW = ir.Buffer("row", dtypes.float32, (ir.Var(size_name("row_0")),))
 VALUE_TYPES = (dtypes.float32, dtypes.int32)
 RESERVED = frozenset(
     {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "q_dtype", "variant", "sm_scale"}
-    | {"scratch", "fixed", "traced", "logits", "mask", "sink", "query", "key", "output", "softmax"}
-    | {ROW.name}
+    | {"scratch", "invariant", "fixed", "traced", "logits", "mask", "sink", "query", "key"}
+    | {"output", "softmax", ROW.name}
 )
 """Names that no value of a variant may have: other arguments of its users, its own attributes."""
 

@@ -46,18 +46,24 @@ def smem_bytes(spec: Spec, tiles: bool = False) -> int:
 def _prepare(call: Call) -> Prepared:
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     assert isinstance(plan, Plan)  # a workspace is of the decode family
-    indptr, items, _ = plan.on_device(ordinal)
+    indptr, items, nodes = plan.on_device(ordinal)
     tiles, strides = plan.family == TILES.name, [values[n] for n in ("k_page", "k_slot", "k_head")]
     addresses = [values["k"], *(s * call.pool.dtype.itemsize for s in strides)]
     if tiles:
         check_alignment(values, 2)
     text = source(spec, all(a % 16 == 0 for a in addresses), tiles)
-    block = params_struct(spec, ITEMS).pack(**values, qo_indptr=indptr.pointer, items=items.pointer)
+    work = {"qo_indptr": indptr.pointer, "items": items.pointer}
+    work |= {"nodes": nodes.pointer} if spec.table.shared else {}
+    block = params_struct(spec, ITEMS).pack(**values, **work)
     grid, cta, smem = (len(plan.items), 1, 1), (THREADS, 1, 1), smem_bytes(spec, tiles)
     launch = loaded(text, ordinal).prepare(grid, cta, smem, block, overlaps=True)
-    keep = (indptr, items, block)
+    keep = (indptr, items, nodes, block)
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
 
 
-FAMILY = Family("portable", "cuda", lambda spec: ROWS, "", None, lambda *_: "", _prepare)
-TILES = Family("tiles", "cuda", lambda spec: tiles_of(spec)[0], "", None, refusal, _prepare)
+FAMILY = Family(
+    "portable", "cuda", lambda spec: ROWS, "", None, lambda *_: "", _prepare, shares=True
+)
+TILES = Family(
+    "tiles", "cuda", lambda spec: tiles_of(spec)[0], "", None, refusal, _prepare, shares=True
+)

@@ -64,12 +64,12 @@ TW_INLINE void start(Rows& rows) {
 
 struct Work {
   int first, row0, rows;  // position of the item's first query; rows of this pass
-  int kv_head, request, token, qo_len;  // `token`: row of q of the first query
+  int kv_head, request, token, qo_len, kv_len;  // `token`: row of q of the first query
 };
 
 TW_INLINE At at_of(const Work& w, const tw::Pages& pages, int row, int key) {
   return At{w.first + row / G, pages.position(key), w.kv_head * G + row % G, w.kv_head, w.request,
-            w.token + row / G, key, w.qo_len, pages.length};
+            w.token + row / G, pages.number(key), w.qo_len, w.kv_len};
 }
 
 // One tile of 32 keys for one warp. Its values are summed from 0 before they join the sums, or small
@@ -176,39 +176,44 @@ TW_INLINE void finish(const Params& p, const Variant& variant, const Item& item,
 TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
   const Item item = p.items[unit];
   const Variant variant(p);
-  const tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
-  int qo_begin = p.qo_indptr[item.request], qo_end = p.qo_indptr[item.request + 1];
-  int first = tw::first_query(p, pages, item.request, qo_end - qo_begin) + (item.qo_begin - qo_begin);
+  const int request = item.request - tw::own_node(p, 0);
+  const tw::Pages own = tw::pages_of(p, item.request, MAX_KEYS);
+  int qo_begin = p.qo_indptr[request], qo_end = p.qo_indptr[request + 1];
+  int first = tw::first_query(p, own, request, qo_end - qo_begin) + (item.qo_begin - qo_begin);
   int all_rows = (item.qo_end - item.qo_begin) * G;
   float* q = reinterpret_cast<float*>(smem);
   float* exchange = q + Q_FLOATS;
   for (int row0 = 0; row0 < all_rows; row0 += ROWS) {
-    Work w{first, row0, all_rows - row0 < ROWS ? all_rows - row0 : ROWS, item.kv_head, item.request, item.qo_begin, qo_end - qo_begin};
+    Work w{first, row0, all_rows - row0 < ROWS ? all_rows - row0 : ROWS, item.kv_head, request, item.qo_begin, qo_end - qo_begin,
+           own.number(own.length)};
     for (int i = thread; i < Q_FLOATS; i += THREADS) {
       int r = i / DKP, d = i % DKP, row = row0 + r;
       int64_t token = item.qo_begin + row / G;
       bool inside = r < w.rows && d < DK;
-      const typename Q::type* own = p.q + token * p.q_token + (w.kv_head * G + row % G) * p.q_head;
-      const auto read = [&](int d) { return as_float(own[d], Q()); };
+      const typename Q::type* from = p.q + token * p.q_token + (w.kv_head * G + row % G) * p.q_head;
+      const auto read = [&](int d) { return as_float(from[d], Q()); };
       q[i] = 0.0f;
-      if (inside) q[i] = p.sm_scale * (Variant::QUERY ? variant.query(tw::elements_of<DK>(read), at_of(w, pages, row, 0), d) : read(d));
+      if (inside) q[i] = p.sm_scale * (Variant::QUERY ? variant.query(tw::elements_of<DK>(read), at_of(w, own, row, 0), d) : read(d));
     }
     tw::bar_sync(1, THREADS);
     Rows rows;
     start(rows);
     tw::Tile tile{tw::Bound{first + row0 / G, first + (row0 + w.rows - 1) / G}, tw::Bound{0, 0},
                   tw::Bound{w.kv_head * G, w.kv_head * G + G - 1}, tw::bound(w.kv_head), tw::bound(w.request),
-                  tw::Bound{0, 0}, tw::bound(w.qo_len), tw::bound(pages.length)};
-    const auto seen = tw::tiles_seen<T>(variant, tile, pages);
-    for (int i = thread / 32; i < seen.count(); i += WARPS) {
-      const int kv0 = seen.at(i) * T;
-      int end = pages.length - kv0 < T ? pages.length : kv0 + T;
-      tile.key = tw::Bound{kv0, end - 1};
-      tile.kv = tw::Bound{pages.position(kv0), pages.position(end - 1)};
-      int kind = variant.tile_class(tile);
-      if (kind != tw::EMPTY) attend_tile(p, variant, w, pages, kv0, kind, q, thread % 32, rows);
+                  tw::Bound{0, 0}, tw::bound(w.qo_len), tw::bound(w.kv_len)};
+    for (int node = item.request; node >= 0; node = tw::node_at(p, node).outer) {  // behind its own the keys that it shares
+      const tw::Pages pages = tw::pages_of(p, node, MAX_KEYS);
+      const auto seen = tw::tiles_seen<T>(variant, tile, pages);
+      for (int i = thread / 32; i < seen.count(); i += WARPS) {
+        const int kv0 = seen.at(i) * T;
+        int end = pages.length - kv0 < T ? pages.length : kv0 + T;
+        tile.key = tw::Bound{pages.number(kv0), pages.number(end - 1)};
+        tile.kv = tw::Bound{pages.position(kv0), pages.position(end - 1)};
+        int kind = variant.tile_class(tile);
+        if (kind != tw::EMPTY) attend_tile(p, variant, w, pages, kv0, kind, q, thread % 32, rows);
+      }
     }
-    finish(p, variant, item, w, pages, rows, exchange, thread);
+    finish(p, variant, item, w, own, rows, exchange, thread);
   }
 }
 
