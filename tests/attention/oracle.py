@@ -469,7 +469,8 @@ def check_on_gpu(case: Case) -> str:
     plan = attn.plan(case.qo_indptr, kv, q_dtype=q_dtype, workers=case.workers)
     arrays = {name: on_gpu(x) for name, x in arrays_of(case).items()}
     state = attn.run(on_gpu(case.q), kv, plan, **arrays)
-    o, lse = (None if x is None else x.double().cpu().numpy() for x in (state.o, state.lse))
+    o = state.o.double().cpu().numpy()
+    lse: Any = None if state.lse is None else state.lse.double().cpu().numpy()
     family = plan.family
     if family == "portable":
         compare(case, o, lse, relative=4e-6, kind=case.q.dtype.name)
