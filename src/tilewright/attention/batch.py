@@ -167,6 +167,10 @@ class Attention:
         """
         if kv is not None:
             check_kv(kv, self.kv_heads, self.head_dim, self._vo)
+        if extras := traced_of(self.variant).extras:
+            text = f"the decode kernels of a workspace do not take a variant with {extras}"
+            hint = "plan each batch with attn.plan"
+            raise ArgumentError("A103", text, where="variant", hint=hint)
         heads = (self.kv_heads, self.group, self.head_dim)
         form, pool = (kv.table.form, kv.pool) if kv else (TableForm(shared=shared), None)
         spec = _spec_of(self, (kv.dtype if kv else dtypes.bfloat16,) * 3, form)
@@ -237,8 +241,9 @@ class Attention:
             plan = self._plan(indptr, lengths, (kv.table, kv.pool), kind, None, values)
         _check_is_plan(plan)
         queries = check_q(q, kv, (plan.tokens, self.qo_heads, self.head_dim))
-        o, lse = outputs(q, queries, kv, out)
-        written = named_view("out", o), named_view("lse", lse)
+        o, lse = outputs(q, queries, kv, out, traced_of(self.variant).softmax is not False)
+        results = ("out", o), ("lse", lse)
+        written = tuple(named_view(n, x) for n, x in results if x is not None)
         spec = _spec_of(self, (queries.dtype, kv.dtype, written[0].dtype), kv.table.form)
         family = self._family(plan, kv, spec)
         _check_not_capturing(plan, kv.device)
@@ -295,6 +300,8 @@ class Attention:
             )
             torch = sys.modules.get("torch")
             for array, values in ((state.o, result.o), (state.lse, result.lse)):
+                if array is None:
+                    continue
                 if torch is not None and isinstance(array, torch.Tensor):  # bfloat16 among them
                     array.copy_(torch.from_numpy(values))
                 else:
