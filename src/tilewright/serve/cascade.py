@@ -88,9 +88,8 @@ class Cascade:
         rows = (part(self.arrays[i], self.nodes, height) for i in (0, 1, 3))
         self.block_table, self.base, self.own = rows
         self.attention = model.layers[0].attention
-        reasons = self.attention.resolve(self._views(0)[0]).families
-        can = self.memory.on_cuda and not any(model.config.windowed)
-        self.is_on = may and can and not all(reason for _, reason in reasons)
+        reasons = dict(self.attention.resolve(self._views(0)[0]).families)
+        self.is_on = may and not any(model.config.windowed) and reasons.get("decode") == ""
         self.steps: tuple[dict[int, Any], ...] = ({}, {})
         self.room, self.totals = None, np.zeros(2, np.int64)
         self.page_bytes = 2 * pools[0].k.strides[0] * pools[0].dtype.itemsize
