@@ -167,6 +167,13 @@ SHIPPED: dict[str, Shipped] = {
         for kind in ("pairs", "halves")
     },
     "append": Shipped(APPEND),
+    "append 12": Shipped(rope.append_plain.schedule(rope.by_token.of(width=12)), CUDA),
+    **{
+        f"{name} halves 12": Shipped(
+            rope._program(True, name == "append").schedule(rope.by_token.of(width=12)), CUDA
+        )
+        for name in ("rope", "append")
+    },
     "argmax": Shipped(ARGMAX),
     # the lessons
     "example 01 spmm": Shipped(_example("01_spmm.py", "scheduled")),
