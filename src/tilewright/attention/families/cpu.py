@@ -36,8 +36,7 @@ def rows(spec: Spec) -> int:
 
 def refuses(spec: Spec, _rows: int, _pool: Pool | None) -> str:
     """Why the kernel cannot run a call, or ""."""
-    read = set() if spec.traced.key is None else free_vars(spec.traced.key)
-    if spec.table.shared and read & {"at.request", "at.kv_len"}:
+    if spec.table.shared and free_vars(spec.traced.key) & {"at.request", "at.kv_len"}:
         return "keys are shared, and the hook of key rows reads at.request or at.kv_len"
     return ""
 
