@@ -44,6 +44,7 @@ from tilewright.sparse.structured import band, bitmap, dia, n_m, paged
 from tilewright.sparse.trace import abs_ as abs
 from tilewright.sparse.trace import any_ as any
 from tilewright.sparse.trace import (
+    argmax,
     cos,
     dense,
     exp,
@@ -51,6 +52,7 @@ from tilewright.sparse.trace import (
     indices,
     log,
     maximum,
+    mean,
     minimum,
     out,
     prod,
@@ -124,10 +126,10 @@ __all__ = [
     "KV", "LLM", "Alibi", "Atom", "Attention", "Bound", "Causal", "Composed", "Definition",
     "Format", "Full", "Kernel", "Packed", "Plan", "Pool", "Schedule", "SlidingWindow", "Softcap",
     "State", "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "any",
-    "band", "bit_mask", "bitmap", "bsr", "bucket", "coo", "cos", "csc", "csf", "csr", "dbsr",
-    "dcsr", "dense", "dia", "ell", "equal", "exp", "floor", "hyb", "indices", "log", "max",
-    "maximum", "merge", "min", "minimum", "n_m", "ops", "out", "paged", "per_channel", "per_head",
-    "per_key", "per_request", "per_token", "prod", "program", "ragged", "recipes", "rsqrt",
-    "scalar", "select", "sigmoid", "sin", "size", "sparse", "sqrt", "sr_bcrs", "stored", "sum",
-    "tanh", "target", "temp", "update", "variant", "where",
+    "argmax", "band", "bit_mask", "bitmap", "bsr", "bucket", "coo", "cos", "csc", "csf", "csr",
+    "dbsr", "dcsr", "dense", "dia", "ell", "equal", "exp", "floor", "hyb", "indices", "log", "max",
+    "maximum", "mean", "merge", "min", "minimum", "n_m", "ops", "out", "paged", "per_channel",
+    "per_head", "per_key", "per_request", "per_token", "prod", "program", "ragged", "recipes",
+    "rsqrt", "scalar", "select", "sigmoid", "sin", "size", "sparse", "sqrt", "sr_bcrs", "stored",
+    "sum", "tanh", "target", "temp", "update", "variant", "where",
 ]  # fmt: skip

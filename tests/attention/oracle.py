@@ -471,7 +471,7 @@ def check_on_gpu(case: Case) -> str:
     state = attn.run(on_gpu(case.q), kv, plan, **arrays)
     o = state.o.double().cpu().numpy()
     lse: Any = None if state.lse is None else state.lse.double().cpu().numpy()
-    family = plan.family
+    family = plan.family + " with narrow items" * (plan.narrow > 0)
     if family == "portable":
         compare(case, o, lse, relative=4e-6, kind=case.q.dtype.name)
         return family

@@ -22,7 +22,7 @@ from tilewright.attention import families, reference
 from tilewright.attention import plan as plans
 from tilewright.attention.families import portable
 from tilewright.attention.plan import ITEMS
-from tilewright.attention.spec import Spec, compile_cuda, params_struct
+from tilewright.attention.spec import Spec, alone, compile_cuda, params_struct
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.toolchain import compilers, nvrtc
@@ -50,10 +50,10 @@ def spec_of_shape(shape: tuple[Any, ...], o: str = "") -> Spec:
 def test_cubin_without_spills(arch, shape):
     """The numbers that Python launches with are those of the kernel, too."""
     spec = spec_of_shape(shape)
-    text = portable.source(spec, tiles=True)
+    text = alone(portable.body(spec, tiles=True))
     wanted = {"SMEM_BYTES": portable.smem_bytes(spec, tiles=True), "THREADS": portable.THREADS}
     for name, value in (wanted | {"ROWS": portable.tiles_of(spec)[0]}).items():
-        text += f'\nstatic_assert(flash::{name} == {value}, "");'
+        text += f'\nstatic_assert(body0::flash::{name} == {value}, "");'
     used = compile_cuda(text, arch).resources["stage0"]
     assert used.spill_bytes == 0 and 0 < used.registers <= 255
     assert portable.smem_bytes(spec, tiles=True) <= 99 << 10  # of a CTA on sm_86 and sm_89
@@ -63,7 +63,7 @@ def test_cubin_without_spills(arch, shape):
 @pytest.mark.parametrize("tiles", [False, True], ids=["portable", "tiles"])
 def test_cubins_of_shared_keys(tiles):
     spec = spec_of(4, 128, "bfloat16", "bfloat16", tw.Causal(), shared=1)
-    used = compile_cuda(portable.source(spec, tiles=tiles), "sm_80").resources["stage0"]
+    used = compile_cuda(alone(portable.body(spec, tiles)), "sm_80").resources["stage0"]
     assert used.spill_bytes == 0 and 0 < used.registers <= 255
 
 
@@ -95,7 +95,7 @@ def simulated_result(case: Case) -> tuple[np.ndarray, np.ndarray]:
     work = {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
     work |= {"nodes": plan.nodes.ctypes.data} if case.shared else {}
     block = params_struct(spec, ITEMS).pack(**numbers, **work)
-    run = simulated.kernel(portable.source(spec, tiles=True))
+    run = simulated.kernel(alone(portable.body(spec, tiles=True)))
     simulated.launch(run, block, portable.THREADS, len(plan.items), 3)
     return o.astype(np.float64), lse
 

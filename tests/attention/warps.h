@@ -34,7 +34,7 @@ alignas(128) char smem[MOST_SMEM];
 alignas(64) char stacks[MOST_THREADS][STACK];
 Fiber fibers[MOST_THREADS];
 Warp warps[MOST_THREADS / 32];
-int current, threads, cta, grid, cta_arrived[16], cta_generation[16], cta_or[2];
+int current, threads, cta, grid, cta_arrived[16], cta_generation[16], cta_or;
 void* scheduler;
 uint64_t state = 1;
 void (*kernel)(const void*);
@@ -176,15 +176,6 @@ inline int atomicAdd(int* p, int x) { const int before = *p; *p += x; return bef
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __syncwarp() { int all[32]; simulated::collective(0, all); }
 inline void __syncthreads() { simulated::barrier(0, simulated::threads); }
-inline int __syncthreads_or(int x) {
-  int& any = simulated::cta_or[0];
-  __syncthreads();
-  any = 0;
-  __syncthreads();
-  any |= x != 0;
-  __syncthreads();
-  return any;
-}
 template <class T>
 inline T __shfl_sync(uint32_t, T x, int from) { T all[32]; simulated::collective(x, all); return all[from & 31]; }
 template <class T>
@@ -261,6 +252,15 @@ inline void copy_async_wait() {
 inline void wait_for_previous_launch() {}
 inline void start_next_launch() {}
 inline void bar_sync(int id, int count) { simulated::barrier(id, count); }
+inline bool bar_or(int id, int count, bool x) {
+  int& any = simulated::cta_or;
+  bar_sync(id, count);
+  any = 0;
+  bar_sync(id, count);
+  any |= x;
+  bar_sync(id, count);
+  return any;
+}
 inline int arrive(int* counter, int count = 1) { const int before = *counter; *counter += count; return before; }
 
 // -- products ---------------------------------------------------------------------------------------

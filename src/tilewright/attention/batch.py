@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention import families, plan, planner, reference, render
+from tilewright.attention import families, plan, reference, render
 from tilewright.attention.arguments import check_kv, check_names, check_q, outputs, values_of
 from tilewright.attention.checks import (
     FLOATS,
@@ -37,11 +37,15 @@ from tilewright.attention.spec import Spec, param_values
 from tilewright.attention.table import Table, TableForm
 from tilewright.attention.variant import Causal, traced_of
 from tilewright.attention.workspace import Workspace
+from tilewright.build import step_compiler
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
+from tilewright.runtime.step import Part
 from tilewright.runtime.view import byte_span, view
+from tilewright.target import Target
+from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers
 
 MAX_HEAD_DIM = 256
@@ -173,20 +177,25 @@ class Attention:
         block_of = functools.partial(decode.shared_block, spec, pool)
         room = Workspace(heads, max_requests, max_tokens, device, workers, shared, block_of)
         shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())
-        room.most_tiles = planner.most_visible_tiles(shape, room.longest)
+        room.most_tiles = shape.most_tiles
         if kv is not None:
             room.load(spec, kv.pool.page_size)
         return room
 
-    def resolve(self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None) -> Resolution:
-        """Lists the kernel families of `kv`'s device, each with what keeps it from running calls of
-        at most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). Touches no array.
-        Raises ArgumentError[A102, A103, A107]."""
+    def resolve(
+        self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None, target: Target | str | None = None
+    ) -> Resolution:
+        """Lists the kernel families of a machine, each with what keeps it from running calls of at
+        most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). `target`: the machine,
+        "cuda:sm_90a" also where there is no GPU (None: the one that has kv). Touches no array.
+        Raises ArgumentError[A102, A103, A107], BuildError[B103]."""
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         qo_len = check_count("qo_len", qo_len, least=0)
         q = _query_dtype(q_dtype, kv.dtype)
         spec = _spec_of(self, (q, kv.dtype, q), kv.table.form)
-        return Resolution(families.reasons(spec, qo_len * self.group, kv.device, kv.pool))
+        machine = parse_target(kv.device.partition(":")[0] if target is None else target)
+        device, rows = "cuda" if machine.is_cuda else "cpu", qo_len * self.group
+        return Resolution(families.reasons(spec, rows, device, kv.pool, machine.arch))
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -249,11 +258,10 @@ class Attention:
             return self._interpreted(q, kv, plan, State(o, lse), arrays)
         reads = (queries, kv.pool.k, kv.pool.v, *kv.table.views.values())
         prepared = family.prepare(call)
-        shared = [view(array).pointer for array in call.scratch.arrays]
+        writes = [byte_span(x) for x in (*written, *map(view, call.scratch.arrays))]
         if isinstance(plan, Workspace):
-            shared = plan.params().values()
-        writes = *map(byte_span, written), *((a, a + 1) for a in shared if a)
-        boxes = (*map(byte_span, (*reads, *(seen for _, seen in arrays.values()))),), writes
+            writes += [(a, a + 1) for a in plan.params().values() if a]
+        boxes = (*map(byte_span, (*reads, *(x for _, x in arrays.values()))),), tuple(writes)
         return BoundAttention(State(o, lse), prepared, (*keep, family, call), boxes)
 
     def _family(self, plan: Plan | Workspace, kv: KV, spec: Spec) -> Family:
@@ -307,8 +315,8 @@ class BoundAttention:
 
     `launch` is the launch for a recorded step: on the CPU a `runtime.pool.Launch`, on a GPU a
     `runtime.cuda.Launch`, None where attention is evaluated with NumPy (no C++ compiler). `boxes`:
-    the ranges of addresses that it reads, and those that it writes. Keep this object as long as the
-    step.
+    the ranges of addresses that it reads, and those that it writes. `part`: on a GPU, what a step
+    may put beside others. Keep this object as long as the step.
     """
 
     __slots__ = ("_keep", "_prepared", "boxes", "launch", "source", "state")
@@ -322,6 +330,15 @@ class BoundAttention:
     def __call__(self) -> State:
         self._prepared.run()
         return self.state
+
+    @property
+    def part(self) -> Part | None:
+        body, launch = self._prepared.body, self.launch
+        if body is None:
+            return None
+        compile_step = step_compiler(launch.function.module.device.arch)
+        macros = self._prepared.macros
+        return Part(body, launch.params, launch.grid[0], macros, compile_step, launch)
 
     def run_over(self, kv: KV) -> None:
         """Runs it over the pages of another layer, which are laid out alike: without the checks of

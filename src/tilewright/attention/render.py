@@ -98,7 +98,7 @@ class _OnThreads(CudaRenderer):
         return "dim" if e.name == "at.dim" else e.name
 
     def load(self, e: Load) -> str:
-        return _load(self, e, lambda at: f"tw::load_const({at})")
+        return _load(self, e, lambda at: f"*({at})")
 
 
 def _load(renderer: CppRenderer | CudaRenderer, e: Load, read: Callable[[str], str]) -> str:
@@ -137,7 +137,7 @@ def cuda_variant(traced: Traced, more: dict[str, Expr]) -> str:
         "float logits(float s, const At& at)": traced.logits,
         "bool mask(const At& at)": traced.mask,
     }
-    return _struct(traced, renderer, methods, lambda v: f"tw::load_const(p.v_{v.name})")
+    return _struct(traced, renderer, methods, lambda v: f"*p.v_{v.name}")
 
 
 def _struct(

@@ -8,7 +8,7 @@
 
 A class is traced when it is defined. Its instances are frozen values, may fix scalars, and compose:
 
-    Causal() & SlidingWindow(window=1024) | Softcap(soft_cap=50.0)
+    Causal() & SlidingWindow(1024) | Softcap(soft_cap=50.0)
 
 The hook `sink(self, at)` returns a logit that is added to the denominator of a row's softmax as if
 it belonged to a key whose value is 0 (GPT-OSS): `return self.sinks[at.qo_head]`. The row's lse
@@ -50,17 +50,23 @@ def variant(cls: type) -> Any:
 
     Class attributes `scalar(dtype, default)`, `per_head(dtype)`, `per_request`, `per_token`,
     `per_key`, `per_channel` and `bit_mask()` are read from memory at run time (float32 or int32).
-    `softmax = False` is none. Instances are frozen values that may fix scalars:
-    `SlidingWindow(window=512)`. Raises ProgramError (P codes).
+    `softmax = False` is none. Instances are frozen values that may fix scalars, by name or in the
+    order of definition: `SlidingWindow(window=512)`, `SlidingWindow(512)`. Raises ProgramError (P
+    codes).
     """
     traced = trace(cls)
     scalars = {v.name: v for v in traced.values if not v.by}
 
-    def __init__(self: Any, **values: float) -> None:
+    def __init__(self: Any, *positional: float, **values: float) -> None:
+        first = dict(zip(scalars, positional, strict=False))  # in the order of definition
+        hint = f"scalars: {', '.join(scalars) or 'none'}, each once; tensors go to run()"
+        if len(first) < len(positional) or first.keys() & values.keys():
+            text = f"{cls.__name__} has {len(scalars)} scalars, and got one too many"
+            raise ArgumentError("A101", text, where=cls.__name__, hint=hint)
+        values |= first
         for name, value in values.items():
             if name not in scalars:
                 text = f"{cls.__name__} has no scalar {name!r}"
-                hint = f"scalars: {', '.join(scalars) or 'none'}; tensors go to run()"
                 raise ArgumentError("A101", text, where=name, hint=hint)
             check_number(scalars[name], value)
         fixed = {n: v.default for n, v in scalars.items() if v.default is not None} | values

@@ -2,7 +2,7 @@
 //
 // Expects before it: gpu.cuh, the constants of `flash` (DK and DV: elements of a row of K and of V,
 // G query heads of a KV head, MAX_KEYS of a request; the element types Q, KV and
-// O), `Params`, `Item`, bounds.h, table.h, variant.h and the struct `Variant`.
+// O), `Params`, `Item`, bounds.h, table.h, variant.h, the struct `Variant` and the barrier id BARRIER.
 //
 // A CTA runs one item: some queries of one request with one KV head. Its warps take tiles of 32 keys in
 // turn, a key a thread. Rows (token, query head of the group) are processed ROWS at a time and share
@@ -141,7 +141,7 @@ TW_INLINE void finish(const Params& p, const Variant& variant, const Item& item,
       mine[r * (DVP + 2) + DVP + 1] = rows.row_sum[r];
     }
   }
-  tw::bar_sync(1, THREADS);
+  tw::bar_sync(BARRIER, THREADS);
   for (int i = thread; i < w.rows * DVP; i += THREADS) {
     int r = i / DVP, d = i % DVP, row = w.row0 + r;
     float* all = exchange + r * (DVP + 2);
@@ -161,7 +161,7 @@ TW_INLINE void finish(const Params& p, const Variant& variant, const Item& item,
     else if (d < DV) p.o[at * DV + d] = from_float(total, O());
     if (d == 0 && p.lse) p.lse[at] = new_max == lowest() ? lowest() : new_max + tw::log(weight);
   }
-  tw::bar_sync(1, THREADS);
+  tw::bar_sync(BARRIER, THREADS);
   if constexpr (Variant::OUTPUT) {
     for (int i = thread; i < w.rows * DV; i += THREADS) {
       const int r = i / DV, d = i % DV;
@@ -169,11 +169,11 @@ TW_INLINE void finish(const Params& p, const Variant& variant, const Item& item,
       const float x = variant.output(tw::elements_of<DV>(read), at_of(w, pages, w.row0 + r, 0), d);
       p.o[row_of_o(p, item, w, w.row0 + r) * DV + d] = from_float(x, O());
     }
-    tw::bar_sync(1, THREADS);
+    tw::bar_sync(BARRIER, THREADS);
   }
 }
 
-TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
+TW_INLINE void run(const Params& p, int64_t unit, int thread, char* smem) {
   const Item item = p.items[unit];
   const Variant variant(p);
   const int request = item.request - tw::own_node(p, 0);
@@ -195,7 +195,7 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
       q[i] = 0.0f;
       if (inside) q[i] = p.sm_scale * (Variant::QUERY ? variant.query(tw::elements_of<DK>(read), at_of(w, own, row, 0), d) : read(d));
     }
-    tw::bar_sync(1, THREADS);
+    tw::bar_sync(BARRIER, THREADS);
     Rows rows;
     start(rows);
     tw::Tile tile{tw::Bound{first + row0 / G, first + (row0 + w.rows - 1) / G}, tw::Bound{0, 0},
@@ -218,10 +218,3 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
 }
 
 }  // namespace flash
-
-extern "C" __global__ void __launch_bounds__(flash::THREADS, 2) stage0(const __grid_constant__ Params p) {
-  extern __shared__ __align__(16) char smem[];
-  tw::wait_for_previous_launch();
-  tw::start_next_launch();
-  flash::body(p, blockIdx.x, threadIdx.x, smem);
-}

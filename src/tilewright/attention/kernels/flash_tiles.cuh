@@ -3,7 +3,7 @@
 // Expects before it: gpu.cuh, mma.cuh, async.cuh, the constants of `flash` (DK and DV: elements of a row of K and
 // of V, G query heads of a KV head, BLOCKS of 16 rows of a warp, KEYS of a tile, DIRECT: logits are the scores,
 // MAX_KEYS of a request; the element types Q, KV and O), `Params`, `Item`, bounds.h, table.h,
-// variant.h and the struct `Variant`.
+// variant.h, the struct `Variant` and the barrier id BARRIER.
 //
 // A CTA runs one item: some queries of one request with one KV head, at most ROWS rows (token, query head of the
 // group), BLOCKS × 16 of them in each warp; all warps go over the same tiles of keys, behind the request's own those
@@ -280,7 +280,7 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Work& w, co
     const int kv0 = seen.at(i) * KEYS, end = pages.length - kv0 < KEYS ? pages.length : kv0 + KEYS;
     const bool more = i + 1 < seen.count();
     tw::copy_async_wait<0>();
-    tw::bar_sync(1, THREADS);  // keys have arrived, values of the last tile have been read
+    tw::bar_sync(BARRIER, THREADS);  // keys have arrived, values of the last tile have been read
     copy_rows<DV>(v, values, from.v, pages.length - kv0, warp, lane);
     if (more) from = locate(p, pages, w.kv_head, seen.at(i + 1) * KEYS, warp, lane);
     int kind = tw::EMPTY;
@@ -294,7 +294,7 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Work& w, co
     float s[BLOCKS][KEYS / 8][4];
     if (kind != tw::EMPTY) score(s, q + warp_row * PITCH<DK>, k, lane);
     tw::copy_async_wait<0>();
-    tw::bar_sync(1, THREADS);  // values have arrived, keys have been read
+    tw::bar_sync(BARRIER, THREADS);  // values have arrived, keys have been read
     lane = opaque(lane);
     if (more) copy_rows<DK>(k, keys, from.k, pages.length - seen.at(i + 1) * KEYS, warp, lane);
     uint32_t visible = 0;
@@ -309,7 +309,7 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Work& w, co
   tw::copy_async_wait<0>();
 }
 
-TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
+TW_INLINE void run(const Params& p, int64_t unit, int thread, char* smem) {
   __shared__ Work w;  // scores and outputs take the registers
   __shared__ tw::Pages pages;
   __shared__ tw::Tiles<Variant::RANGES> seen;
@@ -325,19 +325,19 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
     w = Work{first, (item.qo_end - item.qo_begin) * G, item.kv_head, request, item.qo_begin, qo_len, pages.number(pages.length)};
     seen = tw::tiles_seen<KEYS>(variant, tile_of(w, pages, 0, w.rows), pages);
   }
-  tw::bar_sync(1, THREADS);
+  tw::bar_sync(BARRIER, THREADS);
   copy_queries(p, w, q, thread);
   Rows rows;
   start(rows);
   attend(p, variant, w, pages, seen, q, rows, warp, lane);
   if constexpr (table::LEVELS > 1) {  // the keys that the request shares with others
     for (int node = tw::node_at(p, tw::own_node(p, w.request)).outer; node >= 0; node = tw::node_at(p, node).outer) {
-      tw::bar_sync(1, THREADS);  // the tiles, `pages` and `seen` of the last node have been read
+      tw::bar_sync(BARRIER, THREADS);  // the tiles, `pages` and `seen` of the last node have been read
       if (thread == 0) {
         pages = tw::pages_of(p, node, MAX_KEYS);
         seen = tw::tiles_seen<KEYS>(variant, tile_of(w, pages, 0, w.rows), pages);
       }
-      tw::bar_sync(1, THREADS);
+      tw::bar_sync(BARRIER, THREADS);
       attend(p, variant, w, pages, seen, q, rows, warp, lane);
     }
   }
@@ -345,10 +345,3 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
 }
 
 }  // namespace flash
-
-extern "C" __global__ void __launch_bounds__(flash::THREADS, 2) stage0(const __grid_constant__ Params p) {
-  extern __shared__ __align__(16) char smem[];
-  tw::wait_for_previous_launch();
-  tw::start_next_launch();
-  flash::body(p, blockIdx.x, threadIdx.x, smem);
-}
