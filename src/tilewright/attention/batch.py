@@ -9,7 +9,6 @@ state = attn.run(q, kv, plan)            # state.o, state.lse
 from __future__ import annotations
 
 import functools
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +40,7 @@ from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
+from tilewright.runtime.transfer import write
 from tilewright.runtime.view import byte_span, view
 from tilewright.toolchain import compilers
 
@@ -277,12 +277,8 @@ class Attention:
             result = reference.attention(
                 q, kv, plan.qo_indptr, self.variant, sm_scale=self.scale, **arguments
             )
-            torch = sys.modules.get("torch")
-            for array, values in ((state.o, result.o), (state.lse, result.lse)):
-                if torch is not None and isinstance(array, torch.Tensor):  # bfloat16 among them
-                    array.copy_(torch.from_numpy(values))
-                else:
-                    np.asarray(array)[...] = values
+            write(state.o, result.o)
+            write(state.lse, result.lse)
 
         return BoundAttention(state, families.Prepared(None, run, "", ()), (q, kv, plan))
 

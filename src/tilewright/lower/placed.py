@@ -200,16 +200,14 @@ class _Online:
         """A value computed in the loops of the maxima `inside`, which reads their weights."""
 
         def visit(x: Any) -> Any:
-            a = x.a if isinstance(x, ir.Unary) and x.op == "exp" else None
-            if isinstance(a, ir.Binary) and a.op == "-" and isinstance(a.b, ir.Load):
-                m = inside.get(a.b.buffer.name)
-                if m is not None and a.a == m.value:
-                    registers = (
-                        ir.Buffer(f"{a.b.buffer.name}.{kind}", x.dtype, (), "register")
-                        for kind in ("weight", "factor")
-                    )
-                    pair = self.registers.setdefault(a.b.buffer.name, tuple(registers))  # type: ignore[arg-type]
-                    return ir.Load(pair[0], (), x.dtype)
+            match x:
+                case ir.Unary("exp", ir.Binary("-", term, ir.Load(ir.Buffer(top)))) if (
+                    top in inside and term == inside[top].value
+                ):
+                    kinds = f"{top}.weight", f"{top}.factor"
+                    weight, factor = (ir.Buffer(kind, x.dtype, (), "register") for kind in kinds)
+                    self.registers[top] = weight, factor
+                    return ir.Load(weight, (), x.dtype)
             return rebuild(x, visit)
 
         e = visit(e)
