@@ -24,7 +24,6 @@ from tilewright.attention.checks import (
     host_indptr,
     is_number,
     named_view,
-    ordinal_of,
 )
 from tilewright.attention.families import Call, Family, Scratch, decode
 from tilewright.attention.kv import KV
@@ -41,7 +40,7 @@ from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.transfer import write
-from tilewright.runtime.view import byte_span, view
+from tilewright.runtime.view import byte_span, ordinal_of, view
 from tilewright.toolchain import compilers
 
 MAX_HEAD_DIM = 256

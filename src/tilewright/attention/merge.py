@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import check_count, check_view, named_view, ordinal_of
+from tilewright.attention.checks import check_count, check_view, named_view
 from tilewright.attention.spec import constants, loaded, namespace
 from tilewright.codegen.params import C_TYPES
 from tilewright.dtypes import DType
@@ -22,7 +22,7 @@ from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.transfer import as_float64, to_host, write
-from tilewright.runtime.view import View, allocate
+from tilewright.runtime.view import View, allocate, ordinal_of
 
 MAX_STATES = 8  # that one launch merges
 _WARPS = 4

@@ -22,7 +22,7 @@ from tilewright.dtypes import DType
 from tilewright.dtypes import dtype as to_dtype
 from tilewright.errors import ArgumentError, BuildError, InternalError
 from tilewright.runtime.driver import ATTRIBUTE_MAJOR, device, driver
-from tilewright.runtime.view import View
+from tilewright.runtime.view import View, ordinal_of
 
 Dim3 = tuple[int, int, int]
 Params = ctypes.Array[Any]
@@ -92,7 +92,7 @@ def clear(array: View) -> None:
     if array.device == "cpu":
         ctypes.memset(array.pointer, 0, nbytes)
         return
-    Fill(array.pointer, nbytes).run(_active_stream(int(array.device.partition(":")[2])))
+    Fill(array.pointer, nbytes).run(_active_stream(ordinal_of(array.device)))
 
 
 def synchronize(stream: int = 0, ordinal: int = 0) -> None:

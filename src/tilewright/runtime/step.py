@@ -20,7 +20,8 @@ from tilewright.ir.body import Body
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.kernel import Bound
-from tilewright.runtime.launch import CompileStep, CpuLauncher, CudaLauncher, ordinal_of
+from tilewright.runtime.launch import CompileStep, CpuLauncher, CudaLauncher
+from tilewright.runtime.view import ordinal_of
 
 Box = tuple[int, int]
 """The first address of a range of memory, and the one behind its last."""
@@ -123,7 +124,7 @@ class Step:
     def _launches(self, overlaps: bool) -> list[cuda.Launch]:
         """The launches of the graph, level by level."""
         level = levels(len(self.nodes), self.edges)
-        ordinal = next((ordinal_of(b.frame) for b in self.keep if isinstance(b, Bound)), 0)
+        ordinal = next((ordinal_of(b.frame.device) for b in self.keep if isinstance(b, Bound)), 0)
         launches: list[cuda.Launch] = []
         for of_level in range(max(level) + 1):
             nodes = [n.launch for n, at in zip(self.nodes, level, strict=True) if at == of_level]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import ordinal_of
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
@@ -26,7 +25,7 @@ from tilewright.ir.rewrite import all_of, conjuncts, walk
 from tilewright.runtime import cuda
 from tilewright.runtime.cuda import tensor_map
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.view import view
+from tilewright.runtime.view import ordinal_of, view
 
 ARCH = "sm_90a"
 MAX_GROUP = 64
