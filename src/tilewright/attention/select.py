@@ -154,11 +154,11 @@ class Selection:
         first run compiles. Raises ArgumentError."""
         target = "cpp" if self.table.device == "cpu" else "cuda"
         sparse = {t.name for t in self._definition.program.tensors if t.is_sparse}
-        given = {n: self._tensor(n, x) if n in sparse else x for n, x in arrays.items()}
-        types = tuple((n, named_view(n, arrays[n]).dtype, x.shape) for n, x in given.items())
+        arguments = {n: self._tensor(n, x) if n in sparse else x for n, x in arrays.items()}
+        types = tuple((n, named_view(n, arrays[n]).dtype, x.shape) for n, x in arguments.items())
         lengths, rivals = self._kv.table.arrays["kv_len"], self._rivals.arrays["kv_len"]
         pages_before_kernel(target)(lengths, self._kv.page_size, out=rivals)
-        _scores(self._definition, types, target)(**given, out=self._scores)
+        _scores(self._definition, types, target)(**arguments, out=self._scores)
         self._choose()
         return self.table
 

@@ -46,8 +46,8 @@ class Products:
 
     def tensor(self, array: Any) -> Any:
         """An array as a tensor, the same memory; integers of 16 bits are bfloat16."""
-        made = self.torch.as_tensor(array, device=self.device)
-        return made if made.dtype.is_floating_point else made.view(self.torch.bfloat16)
+        tensor = self.torch.as_tensor(array, device=self.device)
+        return tensor if tensor.dtype.is_floating_point else tensor.view(self.torch.bfloat16)
 
     def __call__(self, *args: Any, out: Any) -> None:
         Product(self, args, out)()
@@ -55,13 +55,13 @@ class Products:
     def bind(self, *args: Any, out: Any) -> Product:
         """A product for a recorded step. What torch makes at the first of a shape is made now,
         which writes `out`."""
-        made, kinds = Product(self, args, out), [(a.shape, str(a.dtype)) for a in (*args, out)]
+        product, kinds = Product(self, args, out), [(a.shape, str(a.dtype)) for a in (*args, out)]
         if self.stream and (shape := tuple(kinds)) not in self._known:
             self.torch.cuda.synchronize(self.device)  # a step under way reads what this writes
-            made.run(0)
+            product.run(0)
             self.torch.cuda.synchronize(self.device)
             self._known.add(shape)
-        return made
+        return product
 
 
 class Product:
