@@ -22,54 +22,11 @@ from tilewright.ir.atoms import Atom
 from tilewright.ir.nodes import equal
 from tilewright.runtime.kernel import Bound, Kernel
 from tilewright.runtime.step import Step
-from tilewright.sparse.formats import (
-    Composed,
-    Format,
-    Where,
-    bsr,
-    bucket,
-    coo,
-    csc,
-    csf,
-    csr,
-    dbsr,
-    dcsr,
-    ell,
-    hyb,
-    ragged,
-    sr_bcrs,
-)  # fmt: skip
+from tilewright.sparse.expressions import *
+from tilewright.sparse.formats import *
 from tilewright.sparse.pack import Packed
 from tilewright.sparse.structured import band, bitmap, dia, n_m, paged
-from tilewright.sparse.trace import abs_ as abs
-from tilewright.sparse.trace import any_ as any
-from tilewright.sparse.trace import (
-    cos,
-    dense,
-    exp,
-    floor,
-    indices,
-    log,
-    maximum,
-    minimum,
-    out,
-    prod,
-    rsqrt,
-    scalar,
-    sigmoid,
-    sin,
-    size,
-    sparse,
-    sqrt,
-    stored,
-    tanh,
-    temp,
-    update,
-    where,
-)  # fmt: skip
-from tilewright.sparse.trace import max_ as max
-from tilewright.sparse.trace import min_ as min
-from tilewright.sparse.trace import sum_ as sum
+from tilewright.sparse.trace import dense, out, scalar, sparse, temp, update
 from tilewright.target import Target, target
 
 if TYPE_CHECKING:
@@ -81,7 +38,14 @@ if TYPE_CHECKING:
     from tilewright.attention.pool import Pool
     from tilewright.attention.select import select
     from tilewright.attention.table import Table
-    from tilewright.attention.tracing import bit_mask, per_head, per_key, per_request, per_token
+    from tilewright.attention.tracing import (
+        bit_mask,
+        per_channel,
+        per_head,
+        per_key,
+        per_request,
+        per_token,
+    )
     from tilewright.attention.variant import Alibi, Causal, Full, SlidingWindow, Softcap, variant
     from tilewright.attention.workspace import Workspace
     from tilewright.ops import schedules as recipes
@@ -90,6 +54,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+abs, any, max, min, sum = abs_, any_, max_, min_, sum_
+
 _ON_DEMAND = {
     name: module
     for module, names in {
@@ -97,7 +63,7 @@ _ON_DEMAND = {
         "attention.batch": "Attention", "attention.kv": "KV", "attention.merge": "State merge",
         "attention.plan": "Plan", "attention.pool": "Pool", "attention.select": "select",
         "attention.table": "Table",
-        "attention.tracing": "bit_mask per_head per_key per_request per_token",
+        "attention.tracing": "bit_mask per_channel per_head per_key per_request per_token",
         "attention.variant": "Alibi Causal Full SlidingWindow Softcap variant",
         "attention.workspace": "Workspace",
     }.items()
@@ -117,10 +83,10 @@ __all__ = [
     "KV", "LLM", "Alibi", "Atom", "Attention", "Bound", "Causal", "Composed", "Definition",
     "Format", "Full", "Kernel", "Packed", "Plan", "Pool", "Schedule", "SlidingWindow", "Softcap",
     "State", "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "any",
-    "band", "bit_mask", "bitmap", "bsr", "bucket", "coo", "cos", "csc", "csf", "csr", "dbsr",
-    "dcsr", "dense", "dia", "ell", "equal", "exp", "floor", "hyb", "indices", "log", "max",
-    "maximum", "merge", "min", "minimum", "n_m", "ops", "out", "paged", "per_head", "per_key",
-    "per_request", "per_token", "prod", "program", "ragged", "recipes", "rsqrt", "scalar",
-    "select", "sigmoid", "sin", "size", "sparse", "sqrt", "sr_bcrs", "stored", "sum", "tanh",
-    "target", "temp", "update", "variant", "where",
+    "argmax", "band", "bit_mask", "bitmap", "bsr", "bucket", "coo", "cos", "csc", "csf", "csr",
+    "dbsr", "dcsr", "dense", "dia", "ell", "equal", "exp", "floor", "hyb", "indices", "log", "max",
+    "maximum", "mean", "merge", "min", "minimum", "n_m", "ops", "out", "paged", "per_channel",
+    "per_head", "per_key", "per_request", "per_token", "prod", "program", "ragged", "recipes",
+    "rsqrt", "scalar", "select", "sigmoid", "sin", "size", "sparse", "sqrt", "sr_bcrs", "stored",
+    "sum", "tanh", "target", "temp", "update", "variant", "where",
 ]  # fmt: skip

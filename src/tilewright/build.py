@@ -293,13 +293,13 @@ def _cuda_kernel(built: Built, target: Target) -> Kernel:
 
     cubin = compiled(())
     launcher = launch.CudaLauncher(
-        lambda v: compiled(v).image if v else cubin.image, built.bodies, _step_compiler(target.arch)
+        lambda v: compiled(v).image if v else cubin.image, built.bodies, step_compiler(target.arch)
     )
     return Kernel(built.manifest, launcher, built.source, cubin.resources)
 
 
 @functools.cache
-def _step_compiler(arch: str) -> launch.CompileStep:
+def step_compiler(arch: str) -> launch.CompileStep:
     """Returns a function that compiles several kernel bodies of a recorded step into one cubin."""
 
     def compile_step(bodies: tuple[Body, ...], macros: tuple[str, ...]) -> bytes:

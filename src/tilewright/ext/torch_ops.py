@@ -11,8 +11,6 @@ Each operator, `torch.ops.tilewright.attend` … `.merge`, has a fake and no der
 ArgumentErrors.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ with needed_for("operators of torch", "torch"):
     import torch
 
 Tensor = Any
-_OPERATORS: dict[str, Operator] = {}  # by the key that compiled graphs of this process hold
+_OPERATORS: dict[str, "Operator"] = {}  # by the key that compiled graphs of this process hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +70,9 @@ def operator(attn: Attention, room: Workspace | None = None) -> Operator:
     one each call plans on the host."""
     if not isinstance(attn, Attention):
         raise ArgumentError("A107", f"attn is a {type(attn).__name__}", where="attn")
+    if attn.variant.traced.softmax is False:
+        text = f"{attn.variant} has no softmax: there is no lse to return"
+        raise ArgumentError("A107", text, where="attn", hint="attn.run(…).o")
     fixed = dict(attn.variant.fixed)
     names = tuple(v.name for v in attn.variant.traced.values if v.name not in fixed)
     key = f"attention_{len(_OPERATORS)}"

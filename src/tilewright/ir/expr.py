@@ -22,7 +22,9 @@ BITWISE = {"&", "|", "^", "<<", ">>"}
 COMPARISON = {"<", "<=", ">", ">=", "==", "!="}
 UNARY = {"-", "not", "exp", "exp2", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "abs", "floor"}
 REDUCTIONS = {"sum": "+", "max": "max", "min": "min", "prod": "*"}
-ATOMIC = dict.fromkeys(("sum", "max", "min"), (dtypes.float32, dtypes.float64, dtypes.int32))
+ATOMIC: dict[str, tuple[DType, ...]] = dict.fromkeys(
+    ("sum", "max", "min"), (dtypes.float32, dtypes.float64, dtypes.int32)
+)
 """The atomic updates that every target has: types by operator."""
 
 

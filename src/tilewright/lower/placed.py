@@ -2,8 +2,6 @@
 (`Schedule.compute_at`): their checks, their memory, and the online form of a softmax.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -66,7 +64,7 @@ class Row:
     levels: list[tuple[int, ir.Expr, ir.Expr]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, tables: Tables, out: ir.Access, scope: Scope) -> Row:
+    def of(cls, tables: Tables, out: ir.Access, scope: Scope) -> "Row":
         """That of a temporary whose loops are inside those of a scope."""
         first = len(out.stored_coords) if out.tensor.is_sparse else 0
         own = list(enumerate(indices_of(out)))[first:]

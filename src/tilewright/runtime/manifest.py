@@ -1,8 +1,6 @@
 """The result of building a program: its manifest, plain data for its calls, with the C structs of
 their blocks, and its source text, in memory and on disk."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -117,7 +115,7 @@ class Built:
         return f"{json.dumps(head)}\n{self.source}".encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Built | None:
+    def from_bytes(cls, data: bytes) -> "Built | None":
         """The value that `to_bytes` wrote; None for bytes of any other form."""
         try:
             head, _, rest = data.partition(b"\n")

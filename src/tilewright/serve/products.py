@@ -1,8 +1,6 @@
 """Products of many rows by torch, which is cuBLAS on a GPU: they share memory with our kernels, and
 a recorded step captures them among its own launches. torch is optional."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -14,7 +12,7 @@ from tilewright.target import Target
 OWN_ROWS = 16  # up to so many rows our own layers keep the bits of each
 
 
-def products_of(file: ModelFile, target: Target) -> Products | None:
+def products_of(file: ModelFile, target: Target) -> "Products | None":
     """What computes products of many rows: None for our own layers, where torch has no GPU. In
     bfloat16, and in float32 where all weights are."""
     kinds = {w.kind for w in file.tensors.values() if len(w.shape) == 2}
@@ -52,7 +50,7 @@ class Products:
     def __call__(self, *args: Any, out: Any) -> None:
         Product(self, args, out)()
 
-    def bind(self, *args: Any, out: Any) -> Product:
+    def bind(self, *args: Any, out: Any) -> "Product":
         """A product for a recorded step. What torch makes at the first of a shape is made now,
         which writes `out`."""
         product, kinds = Product(self, args, out), [(a.shape, str(a.dtype)) for a in (*args, out)]

@@ -31,6 +31,13 @@ PACKAGES: tuple[tuple[str, str, str], ...] = (
     ("nvidia-cuda-nvrtc", "cuda", "compiling for NVIDIA GPUs"),
     ("nvidia-cuda-runtime", "cuda", "its headers"),
     ("jinja2", "models", "chat templates of models"),
+    ("tokenizers", "models", "text of models in a folder"),
+    ("safetensors", "models", "weights of models in a folder"),
+    ("gguf", "models", "weights of GGUF files"),
+    ("transformers", "hf", "our attention in its models, and a peer in benchmarks"),
+    ("fastapi", "serve", "the server"),
+    ("uvicorn", "serve", "the server"),
+    ("llguidance", "grammar", "answers that follow a JSON schema"),
     ("matplotlib", "plot", "pictures of benchmark results"),
     ("cupy-cuda13x", "", "arrays on the GPU, where you use it"),
 )
