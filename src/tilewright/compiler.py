@@ -26,7 +26,7 @@ Recipe = Callable[[Schedule], Schedule]
 
 def scheduled(program: Program, recipe: Recipe | None, target: Target) -> Schedule:
     """The schedule of a program at the coordinate level, after its recipe ran."""
-    start = Schedule(program, _to_positions(), target)
+    start = Schedule(program, _positions(), target)
     result = start if recipe is None else recipe(start)
     if not isinstance(result, Schedule):
         text = f"the recipe of {program.name} returned {result!r}"
@@ -62,17 +62,17 @@ def steps_of(s: Schedule, program: Program) -> tuple[Step, ...] | None:
     return s.history if first.program is program else None
 
 
-def _to_positions() -> Callable[[Program], Program]:
+def _positions() -> Callable[[Program], Program]:
     """Coordinates → positions. A recipe looks at the loops many times before its first verb, so
     the last result is kept."""
-    last: list[Program] = []  # a program, and what became of it
+    last: list[Program] = []  # a program, and what the passes made of it
 
-    def positions(program: Program) -> Program:
+    def lowering(program: Program) -> Program:
         if not last or last[0] is not program:
             last[:] = program, run_passes(program, BEFORE_SCHEDULE)
         return last[1]
 
-    return positions
+    return lowering
 
 
 def built(s: Schedule) -> Built:
