@@ -127,8 +127,9 @@ class Step:
         launches: list[cuda.Launch] = []
         for of_level in range(max(level) + 1):
             nodes = [n.launch for n, at in zip(self.nodes, level, strict=True) if at == of_level]
-            launches += [one for one in nodes if not isinstance(one, Part)]
-            parts = [one for one in nodes if isinstance(one, Part)]
+            parts = [one for one in nodes if isinstance(one, Part) and not one.body.alone]
+            launches += [getattr(one, "launch", one) for one in nodes if one not in parts]
+            parts.sort(key=lambda part: part.launch is not None)  # programs first
             for begin, end in itertools.pairwise(_cuts(parts)):
                 own = parts[begin].launch if end - begin == 1 else None
                 launches.append(own or _together(tuple(parts[begin:end]), self._ordinal, overlaps))
@@ -187,15 +188,15 @@ def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
 
 def _cuts(parts: Sequence[Part]) -> list[int]:
     """Divides launches into ranges that can become one launch: the parameters of a range fit a
-    kernel, no body gets fewer registers because another one has more threads, none fewer CTAs of an
-    SM than its work is divided for, and none that runs alone is among others."""
+    kernel, no body gets fewer registers because another one has more threads, and none fewer CTAs
+    of an SM than its work is divided for."""
     cuts, used, last = [0], 0, ()
     for i, part in enumerate(parts):
         size, bodies = len(part.params) + 8, (*last, part.body)
         threads = max(b.threads for b in bodies)
         ctas = min(b.resident for b in bodies) // threads
         fits = used + size <= PARAMS_BYTES and ctas >= max(1, *(b.ctas for b in bodies))
-        if last and not (fits and not any(b.alone for b in bodies)):
+        if last and not fits:
             cuts.append(i)
             used, bodies = 0, (part.body,)
         used, last = used + size, bodies
