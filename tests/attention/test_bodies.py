@@ -63,7 +63,7 @@ def portable_bodies() -> tuple[Body, ...]:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_a_function_each_in_one_translation_unit(arch, tmp_path):
     """Also beside Hopper kernels, whose macros end with their texts, and a program; none uses a
-    barriers that its body says, and no other."""
+    barrier beyond those that its body says."""
     bodies = list(portable_bodies())
     if arch == hopper.ARCH:
         documents = spec_of(4, 128, "float16", "float16", Documents())
