@@ -44,6 +44,8 @@ from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.step import Part
 from tilewright.runtime.view import byte_span, view
+from tilewright.target import Target
+from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers
 
 MAX_HEAD_DIM = 256
@@ -165,6 +167,10 @@ class Attention:
         """
         if kv is not None:
             check_kv(kv, self.kv_heads, self.head_dim, self._vo)
+        if extras := traced_of(self.variant).extras:
+            text = f"the decode kernels of a workspace do not take a variant with {extras}"
+            hint = "plan each batch with attn.plan"
+            raise ArgumentError("A103", text, where="variant", hint=hint)
         heads = (self.kv_heads, self.group, self.head_dim)
         form, pool = (kv.table.form, kv.pool) if kv else (TableForm(shared=shared), None)
         spec = _spec_of(self, (kv.dtype if kv else dtypes.bfloat16,) * 3, form)
@@ -176,15 +182,20 @@ class Attention:
             room.load(spec, kv.pool.page_size)
         return room
 
-    def resolve(self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None) -> Resolution:
-        """Lists the kernel families of `kv`'s device, each with what keeps it from running calls of
-        at most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). Touches no array.
-        Raises ArgumentError[A102, A103, A107]."""
+    def resolve(
+        self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None, target: Target | str | None = None
+    ) -> Resolution:
+        """Lists the kernel families of a machine, each with what keeps it from running calls of at
+        most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). `target`: the machine,
+        "cuda:sm_90a" also where there is no GPU (None: the one that has kv). Touches no array.
+        Raises ArgumentError[A102, A103, A107], BuildError[B103]."""
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         qo_len = check_count("qo_len", qo_len, least=0)
         q = _query_dtype(q_dtype, kv.dtype)
         spec = _spec_of(self, (q, kv.dtype, q), kv.table.form)
-        return Resolution(families.reasons(spec, qo_len * self.group, kv.device, kv.pool))
+        machine = parse_target(kv.device.partition(":")[0] if target is None else target)
+        device, rows = "cuda" if machine.is_cuda else "cpu", qo_len * self.group
+        return Resolution(families.reasons(spec, rows, device, kv.pool, machine.arch))
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -230,8 +241,9 @@ class Attention:
             plan = self._plan(indptr, lengths, (kv.table, kv.pool), kind, None, values)
         _check_is_plan(plan)
         queries = check_q(q, kv, (plan.tokens, self.qo_heads, self.head_dim))
-        o, lse = outputs(q, queries, kv, out)
-        written = named_view("out", o), named_view("lse", lse)
+        o, lse = outputs(q, queries, kv, out, traced_of(self.variant).softmax is not False)
+        results = ("out", o), ("lse", lse)
+        written = tuple(named_view(n, x) for n, x in results if x is not None)
         spec = _spec_of(self, (queries.dtype, kv.dtype, written[0].dtype), kv.table.form)
         family = self._family(plan, kv, spec)
         _check_not_capturing(plan, kv.device)
@@ -288,6 +300,8 @@ class Attention:
             )
             torch = sys.modules.get("torch")
             for array, values in ((state.o, result.o), (state.lse, result.lse)):
+                if array is None:
+                    continue
                 if torch is not None and isinstance(array, torch.Tensor):  # bfloat16 among them
                     array.copy_(torch.from_numpy(values))
                 else:

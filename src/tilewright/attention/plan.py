@@ -265,7 +265,7 @@ def _items(
     work = np.repeat(cost / chunks, chunks * shape.kv_heads)
     order = np.argsort(-work, kind="stable")
     if shape.order is not None:
-        order = shape.order(items, indptr, workers)
+        order = shape.order(items, indptr, workers, shape.few // shape.group)
     return {
         "items": _frozen(items[order]), "slots": slots, "counters": counters, "narrow": narrow,
         "imbalance": _imbalance(work[order], workers),

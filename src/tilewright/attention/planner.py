@@ -48,7 +48,7 @@ class Shape:
     qo_tile: int
     splits: str
     ctas_per_worker: int
-    order: Callable[[np.ndarray, np.ndarray, int], np.ndarray] | None = None
+    order: Callable[[np.ndarray, np.ndarray, int, int], np.ndarray] | None = None
     block: int = 1
     few: int = 0
     packed: np.ndarray = field(init=False, compare=False, repr=False)

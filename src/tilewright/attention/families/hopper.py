@@ -75,7 +75,8 @@ def rows_of(spec: Spec) -> int:
 
 
 def refuses(spec: Spec, rows: int, pool: Pool | None, arch: str = "") -> str:
-    """Why the kernel cannot run a call, or ""; `arch`: of a GPU whose strides are assumed."""
+    """Why the kernel cannot run a call, or ""; `arch`: of the GPU ("": that of the pool). Without a
+    pool its strides are assumed."""
     if reason := refusal(spec, rows, pool):
         return reason
     if (spec.head_dim, spec.head_dim_vo) not in TILES:
@@ -101,8 +102,9 @@ def refuses(spec: Spec, rows: int, pool: Pool | None, arch: str = "") -> str:
     return "" if pool.pages else "the cache has no pages"
 
 
-def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
-    """The order in which CTAs draw the items of a batch, as indices.
+def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int, few: int) -> np.ndarray:
+    """The order in which CTAs draw the items of a batch, as indices; `few`: the most queries of a
+    request whose items are narrow.
 
     Requests with many queries come first. Within one, the items of a KV head follow each other, so
     that CTAs read the same keys at the same time; the last queries first: under a causal mask they
@@ -115,7 +117,7 @@ def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
     begin, queries = items["qo_begin"] - indptr[request], np.diff(indptr)[request]
     by = np.lexsort((-begin, head, request, -queries))
     unit = items[["request", "kv_head"]][by]
-    tail = max(0, int((queries > NARROW_ROWS).sum()) - _TAIL * workers)
+    tail = max(0, int((queries > few).sum()) - _TAIL * workers)
     tail = int(np.argmax(unit == unit[tail])) if tail else 0  # whole units
     key = np.where(queries > _SHORT, -begin, 1)
     by[tail:] = by[tail:][np.argsort(key[by[tail:]], kind="stable")]
@@ -278,11 +280,11 @@ def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]
     return words
 
 
-def _lists(spec: Spec, plan: Plan, box: int) -> tuple[int, int]:
+def _lists(spec: Spec, plan: Plan) -> tuple[int, int]:
     """How many items come in front of the narrow ones, and how many CTAs begin with those."""
     wide = np.diff(plan.qo_indptr)[plan.items["request"]] * spec.group > NARROW_ROWS
     count = int(wide.sum())
-    hosts = tiles_of(spec).keys == 128 and box >= 8 and wide[:count].all()
+    hosts = tiles_of(spec).keys == 128 and wide[:count].all()
     return (count, min(plan.narrow, len(wide) - count)) if hosts and plan.narrow else (len(wide), 0)
 
 
@@ -297,7 +299,7 @@ def _prepare(call: Call) -> Prepared:
     counts = 2 + 4 * tiles_of(spec).groups * plan.counters
     partials, counters = call.scratch.grown(call.like, floats, counts)
     sms, memory = cuda.device(ordinal).sms, (partials, counters)
-    wide, narrow = _lists(spec, plan, box_keys(spec, values["page_size"]))
+    wide, narrow = _lists(spec, plan)
     work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": wide}
     work |= {"narrow_count": len(plan.items) - wide, "narrow_ctas": min(narrow, sms)}
     addresses = (view(x).pointer for x in memory)
