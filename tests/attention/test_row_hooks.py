@@ -18,7 +18,7 @@ from tilewright.attention import families, reference
 from tilewright.attention import plan as plans
 from tilewright.attention.families import portable
 from tilewright.attention.plan import ITEMS
-from tilewright.attention.spec import Spec, compile_cuda, params_struct
+from tilewright.attention.spec import Spec, alone, compile_cuda, params_struct
 from tilewright.attention.variant import traced_of
 from tilewright.errors import ArgumentError, ProgramError
 from tilewright.toolchain import compilers, nvrtc
@@ -192,7 +192,7 @@ def test_cubins_without_spills(arch):
         (Normed(), 80, "float16"),
         (Gated() | Sigmoid(), 256, "bfloat16"),
     ):
-        text = portable.source(spec_of(4, dim, kind, kind, variant))
+        text = alone(portable.body(spec_of(4, dim, kind, kind, variant)))
         assert compile_cuda(text, arch).resources["stage0"].spill_bytes == 0
 
 
@@ -221,7 +221,7 @@ def test_on_simulated_warps(rng, rows, softmax):
     numbers |= {} if softmax else {"lse": 0}
     work = {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
     block = params_struct(spec, ITEMS).pack(**numbers, **work)
-    run = simulated.kernel(portable.source(spec, False))
+    run = simulated.kernel(alone(portable.body(spec), "stage0", "TW_UNALIGNED"))
     simulated.launch(run, block, portable.THREADS, len(plan.items), 5)
     oracle.compare(case, o, lse if softmax else None, 4e-6)
 
