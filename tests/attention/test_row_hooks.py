@@ -19,6 +19,7 @@ from tilewright.attention import plan as plans
 from tilewright.attention.families import portable
 from tilewright.attention.plan import ITEMS
 from tilewright.attention.spec import Spec, alone, compile_cuda, params_struct
+from tilewright.attention.tracing import SAME_ROW
 from tilewright.attention.variant import traced_of
 from tilewright.errors import ArgumentError, ProgramError
 from tilewright.toolchain import compilers, nvrtc
@@ -328,7 +329,7 @@ def test_composition(rng):
     then = first * 2 + np.concatenate([first[:, 1:], qo], 1)  # the row is 0 outside, the hook adds
     found = reference._changed(both.query, rows, {"at.qo": qo}, {})
     np.testing.assert_allclose(found, then)
-    assert both.key is None and both.output is not None and both.mask == tw.Causal().traced.mask
+    assert both.key == SAME_ROW != both.output and both.mask == tw.Causal().traced.mask
     assert traced_of(tw.Full() | Twice()).output == Twice.traced.output
 
     class Negated(Twice):

@@ -8,7 +8,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
-from tilewright.attention.tracing import ROW
+from tilewright.attention.tracing import NO_SINK, ROW, SAME_ROW
 from tilewright.attention.variant import traced_of
 from tilewright.ir.nodes import Const, Expr, Load, Var
 from tilewright.ir.stmt import children
@@ -95,10 +95,9 @@ def attention(
             right = _changed(traced.key, keys[:, head // group], by_key, values)
             positions["s"] = left @ right.T * scale
             seen = np.broadcast_to(evaluate(traced.mask, positions, values), positions["s"].shape)
-            logits = np.broadcast_to(evaluate(traced.logits, positions, values), seen.shape)
-            scores = np.where(seen, logits, -np.inf)
+            scores = np.where(seen, evaluate(traced.logits, positions, values), -np.inf)
             top, sink = scores.max(1, keepdims=True, initial=-np.inf), -np.inf
-            if traced.sink is not None:
+            if traced.sink != NO_SINK:
                 sink = np.broadcast_to(evaluate(traced.sink, positions, values), top.shape)
                 top = np.maximum(top, sink)
             shift = np.where(top == -np.inf, 0.0, top)
@@ -106,7 +105,7 @@ def attention(
             total = weights.sum(1) + np.exp(sink - shift)[:, 0]
             some = total > 0
             if traced.softmax is False:
-                weights, total = np.where(seen, logits, 0.0), np.ones(qo_len)
+                weights, total = np.where(seen, scores, 0.0), np.ones(qo_len)
             sums = _weighted(weights, vals[:, head // group], seen)
             means = sums / np.where(some, total, 1)[:, None]
             o[rows, head] = _changed(traced.output, means, positions, values)
@@ -115,10 +114,10 @@ def attention(
 
 
 def _changed(
-    hook: Expr | None, rows: np.ndarray, positions: dict[str, Any], values: dict[str, Any]
+    hook: Expr, rows: np.ndarray, positions: dict[str, Any], values: dict[str, Any]
 ) -> np.ndarray:
     """Rows (n, elements) as a hook of rows changes them; `positions` of rows are (n, 1)."""
-    if hook is None:
+    if hook == SAME_ROW:
         return rows
     positions = positions | {"at.dim": np.arange(rows.shape[1])[None]}
     return np.broadcast_to(evaluate(hook, positions, values | {ROW.name: rows}), rows.shape)

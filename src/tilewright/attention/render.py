@@ -150,12 +150,10 @@ def _struct(
     for v in traced.values:
         members.append(f"  {_member(v)};")
         starts.append(f"v_{v.name}{{{_start(v, read)}}}")
-    methods = methods | {
-        "float sink(const At& at)": NO_SINK if traced.sink is None else traced.sink
-    }
-    flags = {"SOFTMAX": traced.softmax is not False}
-    flags |= {name.upper(): getattr(traced, name) is not None for name in ("sink", *ROW_HOOKS)}
-    rows = {n: getattr(traced, n) if flags[n.upper()] else SAME_ROW for n in ROW_HOOKS}
+    methods = methods | {"float sink(const At& at)": traced.sink}
+    flags = {"SOFTMAX": traced.softmax is not False, "SINK": traced.sink != NO_SINK}
+    rows = {name: getattr(traced, name) for name in ROW_HOOKS}
+    flags |= {name.upper(): e != SAME_ROW for name, e in rows.items()}
     return "\n".join(
         (
             f"// {traced.name}",

@@ -132,7 +132,7 @@ class Selection:
             raise ArgumentError("A107", f"kv={kv!r}", where="kv", hint=hint)
         traced, masks = traced_of(attn.variant), [traced_of(v).mask for v in (Causal(), Full())]
         hooks = traced.logits, traced.query, traced.key, traced.output
-        read = set().union(*(free_vars(x) for x in hooks if x is not None))
+        read = set[str]().union(*map(free_vars, hooks))
         if traced.mask not in masks or read & {"at.kv", "at.key", "at.qo"}:
             text = f"{attn.variant!r} reads positions of keys, which a selection does not keep"
             raise ArgumentError("A107", text, where="attn", hint="tw.Causal(), tw.Full()")

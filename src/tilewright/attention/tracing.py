@@ -13,22 +13,18 @@ from tilewright.dtypes import DType
 from tilewright.errors import ProgramError, TilewrightError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import size_name
-from tilewright.ir.rewrite import walk
+from tilewright.ir.rewrite import substitute, transform, walk
 from tilewright.sparse.trace import Declared
 
 POSITIONS = (
     "qo", "kv", "qo_head", "kv_head", "request", "q_token", "key", "qo_len", "kv_len", "dim",
 )  # fmt: skip
 SCORE = ir.Var("s", dtypes.float32)
+NO_SINK = ir.Const(float("-inf"), dtypes.float32)
 ROW = ir.Buffer("row", dtypes.float32, (ir.Var(size_name("row_0")),))
 """What a hook of rows changes: of q, of k or of o; 0 outside."""
+SAME_ROW = ir.Load(ROW, (ir.Var("at.dim", dtypes.int32),), dtypes.float32)
 VALUE_TYPES = (dtypes.float32, dtypes.int32)
-RESERVED = frozenset(
-    {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "q_dtype", "variant", "sm_scale"}
-    | {"scratch", "invariant", "fixed", "traced", "logits", "mask", "sink", "query", "key"}
-    | {"output", "softmax", ROW.name}
-)
-"""Names that no value of a variant may have: other arguments of its users, its own attributes."""
 
 
 class At:
@@ -103,29 +99,30 @@ class Value:
 @dataclass(frozen=True, slots=True)
 class Traced:
     """A variant after tracing: `logits` float32, `mask` bool, over `s`, `at.…` and the values;
-    `sink` float32 over what no key decides, None where there is none. `query`, `key` and `output`:
-    element `at.dim` of a new row, float32, over elements of `ROW`, None where the row stays.
-    `softmax`: None where the class does not say, which means that there is one."""
+    `sink` float32 over what no key decides. `query`, `key` and `output`: element `at.dim` of a new
+    row, float32, over elements of `ROW`. `softmax`: None where the class does not say, which means
+    that there is one."""
 
     name: str
     logits: ir.Expr
     mask: ir.Expr
     values: tuple[Value, ...]
-    sink: ir.Expr | None = None
-    query: ir.Expr | None = None
-    key: ir.Expr | None = None
-    output: ir.Expr | None = None
+    sink: ir.Expr = NO_SINK
+    query: ir.Expr = SAME_ROW
+    key: ir.Expr = SAME_ROW
+    output: ir.Expr = SAME_ROW
     softmax: bool | None = None
 
     @property
     def extras(self) -> str:
         """The hooks that only some families of kernels host, "" where there are none."""
-        names = [f"a hook of {n} rows" for n in ROW_HOOKS if getattr(self, n) is not None]
+        names = [f"a hook of {n} rows" for n in ROW_HOOKS if getattr(self, n) != SAME_ROW]
         return " and ".join([*names, *["no softmax"] * (self.softmax is False)])
 
     def __str__(self) -> str:
         hooks = {name: getattr(self, name) for name in HOOKS} | {"softmax": self.softmax}
-        lines = (f"\n  {name} = {e}" for name, e in hooks.items() if e is not None)
+        absent = (NO_SINK, SAME_ROW, None)
+        lines = (f"\n  {name} = {e}" for name, e in hooks.items() if e not in absent)
         return f"variant {self.name}{''.join(lines)}"
 
 
@@ -200,17 +197,16 @@ class _Defaults:
     key = output = query
 
 
-NO_SINK = ir.Const(float("-inf"), dtypes.float32)
-SAME_ROW = _Row()[ir.Var("at.dim", dtypes.int32)]
+ROW_HOOKS = {"query": "q, ", "key": "k, ", "output": "o, "}
 HOOKS = {
-    "logits": "def logits(self, s, at)",
-    "mask": "def mask(self, at)",
-    "sink": "def sink(self, at)",
-    "query": "def query(self, q, at)",
-    "key": "def key(self, k, at)",
-    "output": "def output(self, o, at)",
+    name: f"def {name}(self, {first}at)"
+    for name, first in ({"logits": "s, ", "mask": "", "sink": ""} | ROW_HOOKS).items()
 }
-ROW_HOOKS = ("query", "key", "output")
+RESERVED = frozenset(
+    {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "q_dtype", "variant", "sm_scale"}
+    | {"scratch", "invariant", "fixed", "traced", "softmax", ROW.name, *HOOKS}
+)
+"""Names that no value of a variant may have: other arguments of its users, its own attributes."""
 _SCORES = {*POSITIONS} - {"dim"}
 _QUERIES = {*POSITIONS} - {"kv", "key"}
 _READS = {  # what a hook may read of `at`, and the score
@@ -256,12 +252,21 @@ def trace(cls: type) -> Traced:
         else Value(n, d.dtype, d.default)
         for n, d in declared.items()
     )
-    mask, logits = hooks.pop("mask"), ir.cast(hooks.pop("logits"), dtypes.float32)
-    changed = {
-        name: None if hook in (NO_SINK, SAME_ROW) else ir.cast(hook, dtypes.float32)
-        for name, hook in hooks.items()
-    }
-    return Traced(cls.__name__, logits, mask, values, **changed, softmax=softmax)
+    floats = {n: ir.cast(hook, dtypes.float32) for n, hook in hooks.items() if n != "mask"}
+    return Traced(cls.__name__, mask=hooks["mask"], values=values, softmax=softmax, **floats)
+
+
+def chained(first: Traced, then: Traced) -> dict[str, ir.Expr]:
+    """The hooks of rows of a variant, and over the rows that they change those of another."""
+
+    def over(old: ir.Expr, new: ir.Expr) -> ir.Expr:
+        def visit(x: Any) -> Any:
+            own = isinstance(x, ir.Load) and x.buffer == ROW
+            return substitute(old, {"at.dim": x.index[0]}) if own else x
+
+        return transform(new, visit)
+
+    return {name: over(getattr(first, name), getattr(then, name)) for name in ROW_HOOKS}
 
 
 def _declared(cls: type) -> dict[str, Any]:

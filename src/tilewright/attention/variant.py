@@ -35,10 +35,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.attention.tracing import ROW, ROW_HOOKS, SCORE, Traced, Value, per_head, trace
+from tilewright.attention.tracing import NO_SINK, SCORE, Traced, Value, chained, per_head, trace
 from tilewright.errors import ArgumentError, ProgramError
 from tilewright.ir.nodes import Binary, Const, Expr, Load, binary
-from tilewright.ir.rewrite import substitute, transform, walk
+from tilewright.ir.rewrite import substitute, walk
 from tilewright.sparse.trace import scalar, tanh
 
 _MAX_FLOAT32 = 2**128 - 2**104
@@ -144,23 +144,18 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
     elif getattr(b, "by", "") == "&":
         text = f"{b} on the right of | would lose its masks"
         raise ProgramError("P101", text, hint="(a | b) & c: masks by &")
-    elif right.logits == SCORE and right.sink is None and not right.extras:
+    elif right.logits == SCORE and right.sink == NO_SINK and not right.extras:
         hint = "a | b adds b's hooks; a & b counts scores that both masks count"
         raise ProgramError("P101", f"{b} has no hooks but a mask to add to {a}", hint=hint)
-    if left.sink is not None and right.sink is not None:
+    if NO_SINK not in (left.sink, right.sink):
         raise ProgramError("P101", f"{a} and {b} both have a sink")
-    hooks = {
-        "logits": substitute(right.logits, {"s": left.logits}),
-        "mask": mask,
-        "sink": right.sink if left.sink is None else left.sink,
-    }
-    hooks |= {name: _chained(getattr(left, name), getattr(right, name)) for name in ROW_HOOKS}
+    hooks = {"logits": substitute(right.logits, {"s": left.logits}), "mask": mask}
+    hooks |= {"sink": right.sink if left.sink == NO_SINK else left.sink} | chained(left, right)
     softmax = left.softmax if right.softmax is None else right.softmax
-    if left.softmax not in (None, softmax) or (softmax is False and hooks["sink"] is not None):
+    if left.softmax not in (None, softmax) or (softmax is False and hooks["sink"] != NO_SINK):
         text = f"of {a} and {b} one has no softmax, and the other needs it"
         raise ProgramError("P101", text, hint="softmax = False in both, and no sink")
-    used = (x for hook in hooks.values() if hook is not None for x in walk(hook, Load))
-    read = {x.buffer.name for x in used}
+    read = {x.buffer.name for hook in hooks.values() for x in walk(hook, Load)}
     values = {v.name: v for v in left.values}
     fixed = dict(a.fixed)
     for v in right.values:
@@ -182,18 +177,6 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
     )
     traced = Traced(name, values=tuple(values.values()), softmax=softmax, **hooks)
     return Combined(traced, tuple(sorted(fixed.items())), by, text)
-
-
-def _chained(first: Expr | None, then: Expr | None) -> Expr | None:
-    """A hook of rows over the rows that another has changed."""
-    if first is None or then is None:
-        return then if first is None else first
-
-    def visit(x: Any) -> Any:
-        own = isinstance(x, Load) and x.buffer == ROW
-        return substitute(first, {"at.dim": x.index[0]}) if own else x
-
-    return transform(then, visit)
 
 
 def conditions(mask: Expr) -> list[Expr]:

@@ -91,8 +91,9 @@ def _attention(options: dict[str, Any], device: Any) -> tuple[Attention, dict[st
     tensors = {"bits": options["bits"], "sinks": options.get("sinks")}
     tensors["slopes"] = _alibi_slopes(heads, device) if mode == "ALIBI" else None
     if mode == "ROPE_LLAMA":
-        scale, theta = options["rope_scale"] or 1.0, options["rope_theta"] or 1e4
-        tensors["freqs"] = _rope_frequencies(dim, scale, theta, device)
+        powers = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / -dim
+        freqs = (options["rope_theta"] or 1e4) ** powers / (options["rope_scale"] or 1.0)
+        tensors["freqs"] = freqs.float()
     tensors = {name: value for name, value in tensors.items() if value is not None}
     causal = options["causal"] and "bits" not in tensors
     variant = composed(causal, options["window_left"], cap, frozenset(tensors), dim // 2)
@@ -111,13 +112,6 @@ def _alibi_slopes(heads: int, device: Any) -> Tensor:
     slopes = [2.0 ** (-8 * i / n) for i in range(1, n + 1)]
     slopes += [2.0 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
     return torch.tensor(slopes, dtype=torch.float32, device=device)
-
-
-@functools.lru_cache(64)
-def _rope_frequencies(dim: int, scale: float, theta: float, device: Any) -> Tensor:
-    """theta^(−2i/dim) / scale for i < dim / 2 (Su et al. 2021)."""
-    numbers = torch.arange(0, dim, 2, dtype=torch.float64)
-    return (theta ** (-numbers / dim) / scale).to(device, torch.float32)
 
 
 def _bits(options: dict[str, Any], qo: Tensor, table: Table) -> Tensor | None:

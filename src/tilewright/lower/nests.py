@@ -252,7 +252,7 @@ class NestBuilder:
                 raise refuse(row.tensor.name, "the lengths of its rows differ", 'scope="global"')
             row.levels.append((s.depth, begin, end))
         suffix = ("_i" if level.inner else "_o") if level.block else ""
-        suffix += "" if type(level).coord is Level.coord else "_p"
+        suffix += "_p" if level.keys or type(level).coord is not Level.coord else ""
         var = self.tables.variable(s.axis.name + suffix)
         variable: ir.Expr = parent if level.single else var
         scope.walks[s.structure].variables[s.depth] = variable

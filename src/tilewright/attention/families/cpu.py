@@ -10,7 +10,6 @@ from tilewright.attention import render
 from tilewright.attention import spec as specs
 from tilewright.attention.families.family import Call, Family, Prepared
 from tilewright.attention.plan import CHUNK_TILES, ITEM, ITEMS, Plan
-from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import TILE
 from tilewright.attention.spec import Spec
 from tilewright.codegen import prelude_files
@@ -34,10 +33,9 @@ def rows(spec: Spec) -> int:
     return _ROWS if max(spec.head_dim, spec.head_dim_vo) <= 128 else _ROWS // 2
 
 
-def refuses(spec: Spec, _rows: int, _pool: Pool | None) -> str:
+def refuses(spec: Spec, *_: Any) -> str:
     """Why the kernel cannot run a call, or ""."""
-    read = set() if spec.traced.key is None else free_vars(spec.traced.key)
-    if spec.table.shared and read & {"at.request", "at.kv_len"}:
+    if spec.table.shared and free_vars(spec.traced.key) & {"at.request", "at.kv_len"}:
         return "keys are shared, and the hook of key rows reads at.request or at.kv_len"
     return ""
 
