@@ -33,13 +33,15 @@ Edge = tuple[int, int]
 @dataclass(frozen=True, slots=True)
 class Part:
     """A launch that a step may put beside others: `units` CTAs of a body with its parameters, and
-    the macros that its code is compiled with. `launch`: what runs it alone, if that is loaded."""
+    the macros that its code is compiled with, on GPU `ordinal`. `launch`: what runs it alone, if
+    that is loaded."""
 
     body: Body
     params: Any
     units: int
     macros: tuple[str, ...]
     compile_step: CompileStep
+    ordinal: int = 0
     launch: cuda.Launch | None = None
 
 
@@ -132,17 +134,8 @@ class Step:
             parts.sort(key=lambda part: part.launch is not None)  # programs first
             for begin, end in itertools.pairwise(_cuts(parts)):
                 own = parts[begin].launch if end - begin == 1 else None
-                launches.append(own or _together(tuple(parts[begin:end]), self._ordinal, overlaps))
+                launches.append(own or _together(tuple(parts[begin:end]), overlaps))
         return launches
-
-    @functools.cached_property
-    def _ordinal(self) -> int:
-        """The number of the GPU."""
-        launches = (getattr(n.launch, "launch", n.launch) for n in self.nodes)
-        own = next((x for x in launches if isinstance(x, cuda.Launch)), None)
-        if own:
-            return own.function.module.device.ordinal
-        return next((ordinal_of(b.frame) for b in self.keep if isinstance(b, Bound)), 0)
 
     def __call__(self) -> None:
         self._run()
@@ -177,7 +170,8 @@ def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
     """A node for each launch of a kernel that has units."""
     boxes, frame, nodes = bound.boxes(), bound.frame, []
     for body, params, units in zip(launcher.bodies, frame.blocks, frame.units, strict=True):
-        part = Part(body, params, units, frame.variants, launcher.compile_step)
+        how = frame.variants, launcher.compile_step, ordinal_of(frame)
+        part = Part(body, params, units, *how)
         reads, writes = (
             tuple(box for name in names for box in boxes.get(name, boxes[""]))
             for names in (body.reads, body.writes)
@@ -210,11 +204,11 @@ def parameters(parts: Sequence[Part]) -> Any:
     return ctypes.create_string_buffer(data, len(data))
 
 
-def _together(parts: tuple[Part, ...], ordinal: int, overlaps: bool) -> cuda.Launch:
+def _together(parts: tuple[Part, ...], overlaps: bool) -> cuda.Launch:
     """One launch of several parts, each on its own CTAs."""
     bodies = tuple(p.body for p in parts)
     macros = tuple(sorted({m for p in parts for m in p.macros}))
-    function = _function(parts[0].compile_step, bodies, macros, ordinal)
+    function = _function(parts[0].compile_step, bodies, macros, parts[0].ordinal)
     return function.prepare(
         (sum(p.units for p in parts), 1, 1), (max(b.threads for b in bodies), 1, 1),
         max(b.smem_bytes for b in bodies), parameters(parts), overlaps,
