@@ -328,9 +328,9 @@ class BoundAttention:
         body, launch = self._prepared.body, self.launch
         if body is None:
             return None
-        compile_step = step_compiler(launch.function.module.device.arch)
-        macros = self._prepared.macros
-        return Part(body, launch.params, launch.grid[0], macros, compile_step, launch)
+        gpu, units = launch.function.module.device, launch.grid[0]
+        how = self._prepared.macros, step_compiler(gpu.arch), gpu.ordinal
+        return Part(body, launch.params, units, *how, launch)
 
     def run_over(self, kv: KV) -> None:
         """Runs it over the pages of another layer, which are laid out alike: without the checks of

@@ -5,7 +5,7 @@ the order of the plan."""
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -301,11 +301,13 @@ def _prepare(call: Call) -> Prepared:
     work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": wide}
     work |= {"narrow_count": len(plan.items) - wide, "narrow_ctas": min(narrow, sms)}
     addresses = (view(x).pointer for x in memory)
-    made = _prepared(call, min(wide + narrow, sms), work, *addresses)
-    return replace(made, keep=(*made.keep, indptr, items, counters, partials))
+    keep = indptr, items, counters, partials
+    return _prepared(call, min(wide + narrow, sms), work, *addresses, keep=keep)
 
 
-def _prepared(call: Call, ctas: int, work: dict[str, int], *memory: int) -> Prepared:
+def _prepared(
+    call: Call, ctas: int, work: dict[str, int], *memory: int, keep: Any = ()
+) -> Prepared:
     """A launch of a call; `memory`: partial results, and counters."""
     spec, values, plan, struct = call.spec, call.values, call.plan, params_struct(call.spec)
     page_size, shared = values["page_size"], spec.table.shared > 0
@@ -318,7 +320,7 @@ def _prepared(call: Call, ctas: int, work: dict[str, int], *memory: int) -> Prep
     chunked = not isinstance(plan, Plan) or shared or plan.slots > 0
     narrow = work["narrow_ctas"] > 0
     b = body(spec, box_keys(spec, page_size), chunked, narrow)
-    return Prepared.on_gpu(b, call.ordinal, ctas, block, ())
+    return Prepared.on_gpu(b, call.ordinal, ctas, block, keep)
 
 
 def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
