@@ -64,7 +64,7 @@ struct Consumer : Writer {
   // −inf where the mask refuses. Logits that are not DIRECT are computed here too, times log2 e. Returns how many
   // blocks of 32 keys this warp sees any of; where it `skips`, those behind are left as they are.
   TW_INLINE int apply(const Slot& item, int entry, float (&s)[BN / 2], bool skips) const {
-    const int column = lane % 4 * 2, tile = entry & ~WHOLE;
+    const int column = here(lane) % 4 * 2, tile = entry & ~WHOLE;
     At at[2];
     uint32_t bits[2];  // of columns that are seen by comparisons, and of all that reads memory
 #pragma unroll
@@ -206,41 +206,41 @@ struct Consumer : Writer {
     rows.sum[1] += sum[1];
   }
 
-  // The first tile of a segment: starts its scores, behind the outputs of the tile before, maybe of another
-  // item, which are there when this returns, as are its `ends`. Those of the scores are not.
-  TW_INLINE void join(int done, int buffer, bool arrived, bool& fresh, const Rows& rows, Ends& ends, float (&s)[BN / 2], float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
+  // Starts the outputs of the last tile of a segment, which are under way while the next one is found, and computes the
+  // `ends` of its item.
+  TW_INLINE void finish(int done, bool arrived, bool& fresh, const Rows& rows, Ends& ends, float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
     shared.trace(WAIT_TILE);
-    if (!arrived) arrive(done);
+    if (!arrived) tw::barrier_wait(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
     if (BY_ROWS) tw::fence_async();
     shared.trace(ISSUE);
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
     issue_outputs(o, weights, done % V_STAGES, fresh);
-    issue_scores(s, buffer, done % K_STAGES);
-    shared.trace(WAIT_OUTPUTS);
     if constexpr (EARLY_ENDS) {
       ends = ends_of(Work{}, rows);
       tw::tie(ends.scale);
       tw::tie(ends.lse);
     }
-    tw::wgmma_wait<1>();
-    tw::tie(o);
-    release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
   }
-
-  // The outputs of the last tile.
-  TW_INLINE void drain(int done, bool fresh, float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
-    tw::barrier_wait(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
-    if (BY_ROWS) tw::fence_async();
-    tw::tie(weights);
-    tw::tie(o);
-    tw::wgmma_fence();
-    issue_outputs(o, weights, done % V_STAGES, fresh);
+  // Waits for these.
+  TW_INLINE void wait_outputs(float (&o)[DV / 2]) const {
+    shared.trace(WAIT_OUTPUTS);
     tw::wgmma_wait<0>();
     tw::tie(o);
   }
 
+  // The first tile of a segment: starts its scores. The outputs of the tile before, maybe of another item, are there.
+  TW_INLINE void join(int done, int buffer, bool arrived, float (&s)[BN / 2], float (&o)[DV / 2]) const {
+    wait_outputs(o);
+    release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
+    shared.trace(WAIT_TILE);
+    if (!arrived) tw::barrier_wait(shared.barrier(K_FULL + done % K_STAGES), done / K_STAGES & 1);
+    if (BY_ROWS) tw::fence_async();
+    shared.trace(ISSUE);
+    tw::wgmma_fence();
+    issue_scores(s, buffer, done % K_STAGES);
+  }
 };
 
 TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& shared, int group, int warp, int lane) {
@@ -259,6 +259,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   bool arrived = false, fresh = true;  // whether the next tile has, whether nothing of o is kept
   if (!STAGED) consumer.free_queries(0);
   for (int n = 0;; ++n) {
+    consumer.finish(done, arrived, fresh, rows, ends, o, weights);
     const Slot& item = next_item<Wide>(shared, n);
     if (item.tokens < 0) break;
     const int tiles = item.partial + item.full, applied = DIRECT ? item.partial : tiles;  // tiles that the variant is applied to
@@ -268,7 +269,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
       ++items;
     }
     const int buffer = items % Q_TILES, previous = (items + Q_TILES - 1) % Q_TILES;
-    consumer.join(done, buffer, arrived, fresh, rows, ends, s, o, weights);
+    consumer.join(done, buffer, arrived, s, o);
     bool sends = false;
     if (item.begins) {
       shared.trace(WRITE);
@@ -310,10 +311,8 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     for (; DIRECT && i < tiles; ++i, ++done) consumer.step<false>(item, LEANS ? tile_at(item, i) : 0, done, buffer, item.ends && i + 1 == tiles, arrived, fresh, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
-  shared.trace(WAIT_OUTPUTS);
-  consumer.drain(done, fresh, o, weights);
+  consumer.wait_outputs(o);
   shared.trace(WRITE);
-  if constexpr (EARLY_ENDS) ends = consumer.ends_of(current, rows);
   if (consumer.write(current, items % Q_TILES, o, rows, ends)) consumer.send(current, items % Q_TILES, ends);
   if (STAGED) consumer.free_queries(items % Q_TILES);
 }
