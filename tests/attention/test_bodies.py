@@ -22,9 +22,10 @@ from tests.runtime.test_cuda import fake  # noqa: F401 - a fixture
 
 import tilewright as tw
 from tilewright import dtypes
-from tilewright.attention import merge, planner, reference, select
+from tilewright.attention import families, merge, planner, reference, select
 from tilewright.attention.families import decode, hopper, portable
-from tilewright.attention.spec import loaded
+from tilewright.attention.plan import ITEMS
+from tilewright.attention.spec import loaded, params_struct
 from tilewright.attention.table import TableForm
 from tilewright.codegen import prelude_files, shell
 from tilewright.ir.body import Body
@@ -172,6 +173,31 @@ def test_what_shares_no_launch(rng, imagined):
     two, _ = on_gpu(rng, (4, 2, 128, "bfloat16"), [9])
     assert Step([alone, two])._launches(True) == [one.launch, two.launch]
     assert Step([one, two]).count == 1
+
+
+STRUCTS = {decode.FAMILY: decode.params_struct, hopper.FAMILY: hopper.params_struct}
+OF_A_PLAN = {"cuts", "items", "qo_indptr", "nodes"}  # arrays that nobody writes
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("family", [decode.FAMILY, portable.FAMILY, portable.TILES, hopper.FAMILY])
+def test_boxes_hold_what_a_body_names(rng, imagined, monkeypatch, family):
+    """Every address of the parameters that a body reads or writes lies in a box of its call."""
+    monkeypatch.setattr(families, "FAMILIES", (family,))
+    monkeypatch.setattr(hopper, "tensor_map", lambda *_: [0] * 16)
+    bound, _ = on_gpu(rng, (4, 2, 128, "bfloat16"), [700, 0, 65])
+    part, spec = bound.part, bound._keep[-1].spec
+    struct = STRUCTS.get(family, lambda spec: params_struct(spec, ITEMS))(spec)
+    data = bytearray(part.params)
+    fields = {f.name: f.in_buffer(data).value for f in struct.fields if not f.count}
+    assert {"q", "k", "v", "kv_len", "table_entries"} <= {*part.body.reads}
+    assert {"o", "lse"} <= {*part.body.writes} and not {*part.body.reads} & {*part.body.writes}
+    for names, boxes in zip((part.body.reads, part.body.writes), bound.boxes, strict=True):
+        for name in set(names) - OF_A_PLAN:
+            at = fields[name]
+            assert at == 0 or any(low <= at <= high for low, high in boxes), name
+    if bound.launch.before is None:
+        assert part.params is bound.launch.params and part.units == bound.launch.grid[0]
 
 
 # ---------------------------------------------------------------------------- on a GPU

@@ -28,6 +28,8 @@ CASES = [  # shape (as for `cascade`), queries and keys of each request, page si
     ((3, 2, 96, BFLOAT16, "full", "alibi", ""), [2, 1, 1, 2], [129, 127, 128, 2], 64, 3),
     ((1, 1, 128, BFLOAT16, "causal", "scores", ""), [8, 5, 1], [2100, 3, 260], 32, 40),
     ((2, 1, 128, np.float16, "causal", "scores", ""), [1, 3], [5003, 4200], 128, 1),  # segments
+    ((4, 2, 128, BFLOAT16, "window", "scores", ""), [1, 2, 0, 1], [130, 7, 40, 600], 1, 6),
+    ((2, 1, 96, np.float16, "causal", "alibi", ""), [1, 3, 4], [2100, 33, 260], 4, 40),
 ]
 
 
@@ -51,7 +53,7 @@ def result(case: Case, page_size: int, workers: int, seed: int) -> tuple[Any, An
                         few=hopper.FAMILY.few(spec))  # fmt: skip
     plan = plans.make(case.qo_indptr, kv.lengths(), shape, workers)
     box = hopper.box_keys(spec, page_size)
-    wide, narrow = hopper._lists(spec, plan, box)
+    wide, narrow = hopper._lists(spec, plan)
     assert wide == 0 and narrow == plan.narrow > 0
     o, lse, numbers, _kept = simulated.arguments(case, attn, kv, plan.tokens)
     partials = np.full(max(plan.slots, 1) * 128 * (case.dims[1] + 8), np.nan, np.float32)

@@ -168,6 +168,8 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float __int_as_float(int x) { return tw::bits_to_float(static_cast<uint32_t>(x)); }
 inline float __uint_as_float(uint32_t x) { return tw::bits_to_float(x); }
 inline int __float_as_int(float x) { return static_cast<int>(tw::float_to_bits(x)); }
+inline uint32_t __float_as_uint(float x) { return tw::float_to_bits(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 template <class T> inline T __ldcg(const T* p) { return *p; }
 template <class T> inline T __ldg(const T* p) { return *p; }
 inline int atomicAdd(int* p, int x) { const int before = *p; *p += x; return before; }
@@ -221,6 +223,13 @@ template <> struct bits_of<bfloat16_bits> {
   static uint16_t from(float x) { return to_bfloat16(x); }
 };
 
+template <class T> struct op_max { static T of(T a, T b) { return b > a ? b : a; } };
+template <class T> struct op_sum { static T of(T a, T b) { return a + b; } };
+template <class Op, int Extent, class T>
+inline T across_lanes(T x) {
+  for (int by = Extent / 2; by > 0; by /= 2) x = Op::of(x, __shfl_xor_sync(0xffffffffu, x, by));
+  return x;
+}
 inline float lowest() { return -__builtin_inff(); }
 template <class T> inline T load_const(const T* p) { return *p; }
 inline void prefetch(const void*) {}

@@ -169,6 +169,18 @@ PROGRAMS = [
     ("P104", "j", over(lambda i, j, a: tw.out[i](a[i, j]), a=D)),
     ("P104", "j", over(lambda i, j, a: tw.out[i](tw.sum(a[i, i * 0], over=j)), a=D)),
     ("P104", "over 3", over(lambda i, j, a: tw.out[i](tw.sum(a[i, j], over=3)), a=D)),
+    ("P104", "over (i, j)", over(lambda i, j, a: tw.out[i](tw.argmax(a[i, j], over=(i, j))), a=D)),
+    ("P104", "over 3", over(lambda i, j, a: tw.out[i](tw.mean(a[i, j], over=3)), a=D)),
+    (
+        "P107",
+        "A[i, j] and B[i, j]",
+        over(lambda i, j, A, B: tw.out[i](tw.mean(A[i, j] + B[i, j], over=j)), A=A, B=A),
+    ),
+    (
+        "P107",
+        "argmax",
+        over(lambda i, j, A, B: tw.out[i](tw.argmax(A[i, j] + B[i, j], over=j)), A=A, B=A),
+    ),
     ("P106", "integers", over(lambda i, j, a: tw.out[i, j](a[i, j] & 1), a=D)),
     (
         "P106",

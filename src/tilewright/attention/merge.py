@@ -26,7 +26,7 @@ from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import View, allocate
 
 MAX_STATES = 8  # that one launch merges
-_WARPS, RESIDENT = 4, 1536  # of a CTA; threads of an SM
+_WARPS = 4  # of a CTA
 _FLOATS = (dtypes.float64, dtypes.float32, dtypes.float16, dtypes.bfloat16)
 
 
@@ -35,7 +35,8 @@ class State:
     """The result of attention over some keys, which merges with that over other keys.
 
     `o` (tokens, qo_heads, head_dim), of the dtype of q; `lse` (tokens, qo_heads) float32, natural
-    logarithm. Both are arrays of the framework of the queries."""
+    logarithm. Both are arrays of the framework of the queries. `lse` is None where the variant has
+    no softmax: such states do not merge, their sums o add."""
 
     o: Any
     lse: Any
@@ -62,7 +63,8 @@ class State:
         return merge((self, *others))
 
     def __repr__(self) -> str:
-        return f"State(o {tuple(self.o.shape)}, lse {tuple(self.lse.shape)})"
+        lse = None if self.lse is None else tuple(self.lse.shape)
+        return f"State(o {tuple(self.o.shape)}, lse {lse})"
 
 
 def merge(states: Sequence[State], *, mask: Any = None, out: State | None = None) -> State:
@@ -77,6 +79,9 @@ def merge(states: Sequence[State], *, mask: Any = None, out: State | None = None
     for s in states if isinstance(states, Sequence) else (states,):
         if not isinstance(s, State):
             raise ArgumentError("A107", f"{type(s).__name__} is no State", where="states")
+        if s.lse is None:
+            text, hint = "a state has no lse: its variant has no softmax", "add: a.o + b.o"
+            raise ArgumentError("A107", text, where="states", hint=hint)
     if not states:
         raise ArgumentError("A101", "no states to merge", where="states", hint="State.empty(…)")
     first, checked = states[0], [_views(s, f"state {n}") for n, s in enumerate(states)]
@@ -203,8 +208,9 @@ def body(o: DType, dim: int) -> Body:
         f"TW_INLINE float load(Element x) {{ return {load}; }}",
         f"TW_INLINE void store(Element* to, float x) {{ *to = {store}; }}",
     )  # fmt: skip
-    text = body_text("merge.cuh", text, _params_struct(o).c_decl)
-    return Body(text, "merge::run", _WARPS * 32, RESIDENT, barriers=0)
+    params = _params_struct(o)
+    text, size = body_text("merge.cuh", text, params.c_decl), _WARPS * 32
+    return Body(text, "merge::run", size, 1024, 0, ("gpu.cuh",), *params.buffers, barriers=0)
 
 
 def _on_gpu(states: list[tuple[View, View]], out: tuple[View, View], mask: Any) -> None:

@@ -48,7 +48,7 @@ class Shape:
     qo_tile: int
     splits: str
     ctas_per_worker: int
-    order: Callable[[np.ndarray, np.ndarray, int], np.ndarray] | None = None
+    order: Callable[[np.ndarray, np.ndarray, int, int], np.ndarray] | None = None
     block: int = 1
     few: int = 0
     packed: np.ndarray = field(init=False, compare=False, repr=False)
@@ -170,12 +170,11 @@ def body(form: TableForm, group: int, block: int = 1) -> Body:
     `block`: that of its plans."""
     most = ranges.ROWS // group
     numbers = _constants(THREADS=THREADS, MAX_KEYS=MAX_KEYS, BLOCK=block, MOST_QUERIES=most)
-    text = body_text(
-        "plan_gpu.cuh", form.c_text(), expanded("table.h"), CUT.c_decl, numbers,
-        params_struct(form).c_decl, expanded("cuts.h"),
-    )  # fmt: skip
-    files, order = ("gpu.cuh", "async.cuh"), ("start", "wait", "run")
-    return Body(text, "cuts::run", THREADS, headers=files, order=order)
+    table, params = (form.c_text(), expanded("table.h")), params_struct(form)
+    parts = (*table, CUT.c_decl, numbers, params.c_decl, expanded("cuts.h"))
+    text, files = body_text("plan_gpu.cuh", *parts), ("gpu.cuh", "async.cuh")
+    order = ("start", "wait", "run")
+    return Body(text, "cuts::run", THREADS, 1024, 0, files, *params.buffers, order=order)
 
 
 def smem_bytes(nodes: int, limit: int) -> int:

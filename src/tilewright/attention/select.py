@@ -131,7 +131,9 @@ class Selection:
             hint = "Table(kv_len, block_table), int32, contiguous, without positions, not shared"
             raise ArgumentError("A107", f"kv={kv!r}", where="kv", hint=hint)
         traced, masks = traced_of(attn.variant), [traced_of(v).mask for v in (Causal(), Full())]
-        if traced.mask not in masks or free_vars(traced.logits) & {"at.kv", "at.key", "at.qo"}:
+        hooks = traced.logits, traced.query, traced.key, traced.output
+        read = set().union(*(free_vars(x) for x in hooks if x is not None))
+        if traced.mask not in masks or read & {"at.kv", "at.key", "at.qo"}:
             text = f"{attn.variant!r} reads positions of keys, which a selection does not keep"
             raise ArgumentError("A107", text, where="attn", hint="tw.Causal(), tw.Full()")
         self._definition, self._kv, requests = scores, kv, kv.requests
@@ -207,7 +209,7 @@ def body() -> Body:
     numbers = namespace("select", *constants({"THREADS": THREADS}))
     text, files = body_text("select.cuh", numbers, PARAMS.c_decl), ("gpu.cuh", "async.cuh")
     order = ("start", "wait", "run")
-    return Body(text, "select::run", THREADS, RESIDENT, headers=files, order=order)
+    return Body(text, "select::run", THREADS, RESIDENT, 0, files, *PARAMS.buffers, order=order)
 
 
 @functools.cache

@@ -82,13 +82,15 @@ def params_struct(
 
 
 def param_values(
-    q: View, pool: Pool, table: Table, outputs: tuple[View, View], sm_scale: float
+    q: View, pool: Pool, table: Table, outputs: tuple[View, ...], sm_scale: float
 ) -> dict[str, Any]:
-    """The values of `params_struct` that no plan and no variant decides."""
-    o, lse = outputs
+    """The values of `params_struct` that no plan and no variant decides; `outputs`: o, and lse if
+    there is one."""
+    o, *lse = outputs
     numbers = {
         "q": q.pointer, "q_token": q.strides[0], "q_head": q.strides[1], "qo_heads": q.shape[1],
-        "o": o.pointer, "lse": lse.pointer, "kv_heads": pool.kv_heads, "sm_scale": sm_scale,
+        "o": o.pointer, "lse": lse[0].pointer if lse else 0, "kv_heads": pool.kv_heads,
+        "sm_scale": sm_scale,
     }  # fmt: skip
     return numbers | pool.params() | table.params()
 

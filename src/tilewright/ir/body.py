@@ -12,11 +12,10 @@ class Body:
     a CTA. Of the barriers of a CTA it uses `barriers`, by their ids from `BARRIER` on, which is in
     that namespace. Launches of several stages share one text.
     `resident`: threads of an SM that share its registers; `smem_bytes`: of dynamic shared memory;
-    `headers`: of the prelude; `reads`, `writes`: the names of its buffers (none of attention, whose
-    bound calls know their memory).
-    `order`: what a launch of its own does: "run" it, "wait" for the launch in front, "start" the
-    next one, which waits in turn. `ctas`: those of an SM that its work is divided for: a launch
-    that it shares with others holds as many. `alone`: it shares none.
+    `headers`: of the prelude; `reads`, `writes`: the names of its buffers, whose addresses a bound
+    call knows. `order`: what a launch of its own does: "run" it, "wait" for the launch in front,
+    "start" the next one, which waits in turn. `ctas`: those of an SM that its work is divided for:
+    a launch that it shares with others holds as many. `alone`: it shares none.
     """
 
     text: str

@@ -102,6 +102,13 @@ class Struct:
         return "\n".join(lines) + "\n"
 
     @cached_property
+    def buffers(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of its pointers to constants, and those of the others."""
+        pointers = [f for f in self.fields if f.type == "ptr"]
+        constant = tuple(f.name for f in pointers if f.c_type.startswith("const "))
+        return constant, tuple(f.name for f in pointers if f.name not in constant)
+
+    @cached_property
     def version(self) -> str:
         """16 hex digits that change with the layout."""
         return hashlib.sha256(self.c_decl.encode()).hexdigest()[:16]

@@ -4,6 +4,7 @@ Template: kernels/decode.cuh. `attention/ranges.py` cuts the work of a batch. Ke
 share are read by a launch in front, of this family or of the Hopper family (`Plan.block`)."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from tilewright.attention.spec import Spec
 from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
 from tilewright.ir.body import Body
-from tilewright.runtime import cuda
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
@@ -31,7 +31,7 @@ THREADS = WARPS * 32
 ALONE, BEHIND, FRONT = range(3)  # kinds of launches where requests share keys (decode.cuh)
 
 
-def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
+def refuses(spec: Spec, rows: int, pool: Pool | None, _arch: str = "") -> str:
     """Why the kernel cannot run a call, or "" where it can."""
     if reason := refusal(spec, rows, pool):
         return reason
@@ -112,7 +112,8 @@ def body(spec: Spec, together: int, blocks: int, kind: int = ALONE, block: int =
     ctas = ctas_per_sm(spec.head_dim)
     return Body(
         text, "attention::run", THREADS, THREADS * ctas, smem_bytes(spec, blocks, kind),
-        ("gpu.cuh", "mma.cuh", "async.cuh"), order=ORDERS[kind], ctas=ctas, alone=kind != ALONE,
+        ("gpu.cuh", "mma.cuh", "async.cuh"), *params_struct(spec).buffers,
+        order=ORDERS[kind], ctas=ctas, alone=kind != ALONE,
     )  # fmt: skip
 
 
@@ -140,12 +141,11 @@ def _prepare(call: Call) -> Prepared:
 
     behind, planned = shared and front > 0 < plan.tokens, (plan.requests, plan.tokens)
     b = body(spec, together, blocks, BEHIND if behind else ALONE, plan.block)
-    launch = specs.launch_of(b, ordinal, ctas, block)
-    if behind and (before := hopper.shared_launch(call, front, work)):
-        launch.before = before
-    elif behind:
+    made = Prepared.on_gpu(b, ordinal, ctas, block, keep)
+    if behind:
         other = body(spec, together, blocks_of(ROWS), FRONT, plan.block)
-        launch.before = specs.launch_of(other, ordinal, front, block)
+        before = hopper.shared_launch(call, front, work)
+        made.launch.before = before or specs.launch_of(other, ordinal, front, block)
 
     def run() -> None:
         if (plan.requests, plan.tokens) != planned:
@@ -153,9 +153,9 @@ def _prepare(call: Call) -> Prepared:
             text = f"the workspace is planned for {now}, this call is bound for {planned}"
             hint = "bind again, or plan the same numbers"
             raise ArgumentError("A103", text, where="plan", hint=hint)
-        launch.run(cuda.current_stream(ordinal))
+        made.run()
 
-    return Prepared(launch, run, specs.alone(b), (*keep, block), b)
+    return replace(made, run=run)
 
 
 FAMILY = Family("decode", "cuda", lambda _: ROWS, "", ctas_per_sm, refuses, _prepare, shares=True)

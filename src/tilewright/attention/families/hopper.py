@@ -5,7 +5,7 @@ the order of the plan."""
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,7 @@ from tilewright.attention.families.family import Call, Family, Prepared, check_a
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import ROWS
-from tilewright.attention.spec import (
-    PARTIALS,
-    Spec,
-    alone,
-    constants,
-    cuda_text,
-    launch_of,
-    namespace,
-)
+from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, namespace
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
 from tilewright.attention.tracing import SCORE
@@ -83,7 +75,8 @@ def rows_of(spec: Spec) -> int:
 
 
 def refuses(spec: Spec, rows: int, pool: Pool | None, arch: str = "") -> str:
-    """Why the kernel cannot run a call, or ""; `arch`: of a GPU whose strides are assumed."""
+    """Why the kernel cannot run a call, or ""; `arch`: of the GPU ("": that of the pool). Without a
+    pool its strides are assumed."""
     if reason := refusal(spec, rows, pool):
         return reason
     if (spec.head_dim, spec.head_dim_vo) not in TILES:
@@ -109,8 +102,9 @@ def refuses(spec: Spec, rows: int, pool: Pool | None, arch: str = "") -> str:
     return "" if pool.pages else "the cache has no pages"
 
 
-def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
-    """The order in which CTAs draw the items of a batch, as indices.
+def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int, few: int) -> np.ndarray:
+    """The order in which CTAs draw the items of a batch, as indices; `few`: the most queries of a
+    request whose items are narrow.
 
     Requests with many queries come first. Within one, the items of a KV head follow each other, so
     that CTAs read the same keys at the same time; the last queries first: under a causal mask they
@@ -123,7 +117,7 @@ def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
     begin, queries = items["qo_begin"] - indptr[request], np.diff(indptr)[request]
     by = np.lexsort((-begin, head, request, -queries))
     unit = items[["request", "kv_head"]][by]
-    tail = max(0, int((queries > NARROW_ROWS).sum()) - _TAIL * workers)
+    tail = max(0, int((queries > few).sum()) - _TAIL * workers)
     tail = int(np.argmax(unit == unit[tail])) if tail else 0  # whole units
     key = np.where(queries > _SHORT, -begin, 1)
     by[tail:] = by[tail:][np.argsort(key[by[tail:]], kind="stable")]
@@ -257,7 +251,7 @@ def body(spec: Spec, box: int, chunked: bool = False, narrow: bool = False) -> B
     text = cuda_text(spec, text, ITEM, params, "prefill_hopper.cuh", macros, **methods)
     return Body(
         text, "attention::run", size, size, smem_bytes(spec, narrow),
-        ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh"), barriers=1 + 2 * narrow,
+        ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh"), *params.buffers, 1 + 2 * narrow,
         order=("wait", "start", "run") if spec.table.shared else ("run",), ctas=1, alone=True,
     )  # fmt: skip
 
@@ -286,11 +280,11 @@ def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]
     return words
 
 
-def _lists(spec: Spec, plan: Plan, box: int) -> tuple[int, int]:
+def _lists(spec: Spec, plan: Plan) -> tuple[int, int]:
     """How many items come in front of the narrow ones, and how many CTAs begin with those."""
     wide = np.diff(plan.qo_indptr)[plan.items["request"]] * spec.group > NARROW_ROWS
     count = int(wide.sum())
-    hosts = tiles_of(spec).keys == 128 and box >= 8 and wide[:count].all()
+    hosts = tiles_of(spec).keys == 128 and wide[:count].all()
     return (count, min(plan.narrow, len(wide) - count)) if hosts and plan.narrow else (len(wide), 0)
 
 
@@ -305,18 +299,16 @@ def _prepare(call: Call) -> Prepared:
     counts = 2 + 4 * tiles_of(spec).groups * plan.counters
     partials, counters = call.scratch.grown(call.like, floats, counts)
     sms, memory = cuda.device(ordinal).sms, (partials, counters)
-    wide, narrow = _lists(spec, plan, box_keys(spec, values["page_size"]))
+    wide, narrow = _lists(spec, plan)
     work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": wide}
     work |= {"narrow_count": len(plan.items) - wide, "narrow_ctas": min(narrow, sms)}
     addresses = (view(x).pointer for x in memory)
-    launch, b = _launch(call, min(wide + narrow, sms), work, *addresses)
-    keep = (indptr, items, counters, partials)
-    run = lambda: launch.run(cuda.current_stream(ordinal))  # noqa: E731
-    return Prepared(launch, run, alone(b), keep, b)
+    made = _prepared(call, min(wide + narrow, sms), work, *addresses)
+    return replace(made, keep=(*made.keep, indptr, items, counters, partials))
 
 
-def _launch(call: Call, ctas: int, work: dict[str, int], *memory: int) -> tuple[Any, Body]:
-    """The launch of a call and its body; `memory`: partial results, and counters."""
+def _prepared(call: Call, ctas: int, work: dict[str, int], *memory: int) -> Prepared:
+    """A launch of a call; `memory`: partial results, and counters."""
     spec, values, plan, struct = call.spec, call.values, call.plan, params_struct(call.spec)
     page_size, shared = values["page_size"], spec.table.shared > 0
     padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
@@ -328,7 +320,7 @@ def _launch(call: Call, ctas: int, work: dict[str, int], *memory: int) -> tuple[
     chunked = not isinstance(plan, Plan) or shared or plan.slots > 0
     narrow = work["narrow_ctas"] > 0
     b = body(spec, box_keys(spec, page_size), chunked, narrow)
-    return launch_of(b, call.ordinal, ctas, block), b
+    return Prepared.on_gpu(b, call.ordinal, ctas, block, ())
 
 
 def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
@@ -340,7 +332,7 @@ def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
     if not (aligned and planned) or refuses(call.spec, 0, call.pool):
         return None
     items = {n: work[n] for n in ("qo_indptr", "nodes")} | dict.fromkeys(_LISTS, 0)
-    return _launch(call, ctas, items, work["states"], work["arrivals"])[0]
+    return _prepared(call, ctas, items, work["states"], work["arrivals"]).launch
 
 
 FAMILY = Family(

@@ -7,17 +7,9 @@ import functools
 
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import ITEM, ITEMS, Plan
-from tilewright.attention.spec import (
-    Spec,
-    alone,
-    cuda_text,
-    flash_constants,
-    launch_of,
-    params_struct,
-)
+from tilewright.attention.spec import Spec, cuda_text, flash_constants, params_struct
 from tilewright.attention.tracing import SCORE
 from tilewright.ir.body import Body
-from tilewright.runtime import cuda
 
 THREADS = 128
 CTAS = 2  # of an SM
@@ -36,11 +28,10 @@ def body(spec: Spec, tiles: bool = False) -> Body:
     numbers = {"BLOCKS": rows // 64, "KEYS": keys, "DIRECT": direct} if tiles else {}
     files = ("gpu.cuh", *(["mma.cuh"] if tiles else []), "async.cuh")
     file = "flash_tiles.cuh" if tiles else "flash_portable.cuh"
-    constants = flash_constants(spec, numbers)
-    text = cuda_text(spec, constants, ITEM, params_struct(spec, ITEMS), file)
+    text = cuda_text(spec, flash_constants(spec, numbers), ITEM, params_struct(spec, ITEMS), file)
     return Body(
         text, "flash::run", THREADS, THREADS * CTAS, smem_bytes(spec, tiles), files,
-        order=("wait", "start", "run"), ctas=CTAS,
+        *params_struct(spec, ITEMS).buffers, order=("wait", "start", "run"), ctas=CTAS,
     )  # fmt: skip
 
 
@@ -57,18 +48,22 @@ def smem_bytes(spec: Spec, tiles: bool = False) -> int:
 def _prepare(call: Call) -> Prepared:
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     assert isinstance(plan, Plan)  # a workspace is of the decode family
-    indptr, items, _ = plan.on_device(ordinal)
+    indptr, items, nodes = plan.on_device(ordinal)
     tiles, strides = plan.family == TILES.name, [values[n] for n in ("k_page", "k_slot", "k_head")]
     addresses = [values["k"], *(s * call.pool.dtype.itemsize for s in strides)]
     if tiles:
         check_alignment(values, 2)
     b, macros = body(spec, tiles), ("TW_UNALIGNED",) * any(a % 16 for a in addresses)
-    block = params_struct(spec, ITEMS).pack(**values, qo_indptr=indptr.pointer, items=items.pointer)
-    launch = launch_of(b, ordinal, len(plan.items), block, *macros)
-    keep, text = (indptr, items, block), alone(b, "stage0", *macros)
-    run = lambda: launch.run(cuda.current_stream(ordinal))  # noqa: E731
-    return Prepared(launch, run, text, keep, b, macros)
+    work = {"qo_indptr": indptr.pointer, "items": items.pointer}
+    work |= {"nodes": nodes.pointer} if spec.table.shared else {}
+    block = params_struct(spec, ITEMS).pack(**values, **work)
+    keep = indptr, items, nodes
+    return Prepared.on_gpu(b, ordinal, len(plan.items), block, keep, *macros)
 
 
-FAMILY = Family("portable", "cuda", lambda spec: ROWS, "", None, lambda *_: "", _prepare)
-TILES = Family("tiles", "cuda", lambda spec: tiles_of(spec)[0], "", None, refusal, _prepare)
+FAMILY = Family(
+    "portable", "cuda", lambda spec: ROWS, "", None, lambda *_: "", _prepare, shares=True
+)
+TILES = Family(
+    "tiles", "cuda", lambda spec: tiles_of(spec)[0], "", None, refusal, _prepare, shares=True
+)

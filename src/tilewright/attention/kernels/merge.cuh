@@ -13,7 +13,7 @@ TW_INLINE const Element* o_of(const Params& p, int i) { return (&p.o0)[i]; }
 TW_INLINE const float* lse_of(const Params& p, int i) { return (&p.lse0)[i]; }
 
 TW_INLINE void run(const Params& p, int64_t unit, int thread, char*) {
-  const int lane = thread % 32;
+  const int lane = thread & 31;  // so that the compiler knows that it is not below 0
   const int64_t row = unit * WARPS + thread / 32;
   if (row >= p.rows) return;
   const int count = p.mask && !p.mask[row / p.heads] ? 1 : p.states;

@@ -100,7 +100,7 @@ struct Narrow {
                ITEM_EMPTY = FIRST + Wide::ITEM_EMPTY, END = FIRST + Wide::END };
   static constexpr int PITCH = DV + 4;  // floats of a row of outputs
   static constexpr int Q_AT = attention::Q_AT, O_AT = Q_AT + 2 * K_BLOCKS * 1024, SUMS_AT = O_AT + 4 * 8 * PITCH * 4, BYTES = SUMS_AT + 4 * 8 * 8;
-  static_assert(!NARROW || (BYTES <= K_AT && BN == 128 && CONSUMERS == 2 && LOADERS == 1), "");
+  static_assert(!NARROW || (BYTES <= K_AT && BN == 128 && CONSUMERS == 2), "");
 };
 template <class R> constexpr bool NARROW_ITEMS = R::K_FULL > 0;
 constexpr int EXTREMES_AT = BARRIERS_AT + (NARROW ? int(Narrow::END) : BARRIERS) * 8;
@@ -193,6 +193,16 @@ TW_INLINE void init_barriers(const Shared& shared) {
   }
 }
 
+// Of the scheduler and the loaders of K and V what this warp is; the loader of Q is none of these.
+template <class R>
+TW_INLINE void provide(const Params& p, const Variant& variant, const Shared& shared, int items, int warp, int lane) {
+  if (warp == 0) schedule<R>(p, variant, shared, items, lane);
+  else if (BY_ROWS && warp <= LOADERS) load_rows<R, false>(p, variant, shared, warp - 1, lane);
+  else if (BY_ROWS) load_rows<R, true>(p, variant, shared, warp - 1 - LOADERS, lane);
+  else if (warp <= LOADERS) load_keys<R>(p, shared, lane);
+  else load_values<R>(p, variant, shared, lane);
+}
+
 // What was written where tiles of Q are comes before TMA writes there.
 TW_INLINE void end_narrow() {
   tw::fence_async();
@@ -221,18 +231,12 @@ TW_INLINE void run(const Params& p, int64_t unit, int thread, char* smem) {
     if (lane == 0) tw::prefetch_map(warp == 0 ? &p.o_map : warp > 2 * LOADERS ? &p.q_map : warp <= LOADERS ? &p.k_map : &p.v_map);
     if constexpr (NARROW)
       if (narrow) {
-        if (warp == 0) schedule<Narrow>(p, variant, shared, p.narrow_count, lane);
-        else if (warp == 1) load_keys<Narrow>(p, shared, lane);
-        else if (warp == 2) load_values<Narrow>(p, variant, shared, lane);
-        else load_few_queries(p, shared, lane);
+        if (warp > 2 * LOADERS) load_few_queries(p, shared, lane);
+        else provide<Narrow>(p, variant, shared, p.narrow_count, warp, lane);
         end_narrow();
       }
-    if (warp == 0) schedule<Wide>(p, variant, shared, SHARED ? items : p.item_count, lane);
-    else if (warp > 2 * LOADERS) load_queries(p, shared, lane);
-    else if (BY_ROWS && warp <= LOADERS) load_rows<false>(p, variant, shared, warp - 1, lane);
-    else if (BY_ROWS) load_rows<true>(p, variant, shared, warp - 1 - LOADERS, lane);
-    else if (warp <= LOADERS) load_keys<Wide>(p, shared, lane);
-    else load_values<Wide>(p, variant, shared, lane);
+    if (warp > 2 * LOADERS) load_queries(p, shared, lane);
+    else provide<Wide>(p, variant, shared, SHARED ? items : p.item_count, warp, lane);
   } else {
     tw::more_registers<CONSUMER_REGISTERS>();
     if constexpr (NARROW)
