@@ -191,7 +191,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "spmm by_length f16 128": ROWS_0 | ROWS_1,
     "spmm by_length f32 512 far": ROWS_0 | ROWS_1,
     "spmm by_length f32 1": ROWS_0 | ROWS_1,
-    "rmsnorm": ROWS_0,
+    "rmsnorm_add": ROWS_0,
     "gemm bf16 512x256": {"barrier Commit 2": NO_WAIT},
     # two reductions in one body
     "argmax": ROWS_1,

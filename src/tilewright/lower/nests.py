@@ -301,11 +301,7 @@ class NestBuilder:
         lower, storage = scope.storage(s.structure, 1)
         assert isinstance(lower, Compressed), "checked by the verb"
         row, col = s.axis.name, column.name
-        var, i, j = (
-            self.tables.variable(f"{row}{col}"),
-            self.tables.variable(row),
-            self.tables.variable(col),
-        )
+        var, i, j = map(self.tables.variable, (f"{row}{col}", row, col))
         rows = upper_storage.size if upper.is_dense else upper_storage.count
         zero = ir.Const(0, self.tables.index)
         parent = self.tables.variable(f"{row}_q")

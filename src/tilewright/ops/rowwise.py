@@ -39,20 +39,12 @@ def _normalised(x: Any, W: Any, eps: Any, k: Any) -> Any:
 
 
 @program
-def rmsnorm(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar()):
-    t, k = indices("t:t k:k")
-    return out[t, k](_normalised(X[t, k], W, eps, k))
-
-
-@program
 def rmsnorm_add(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar(), R=dense("t k")):
     t, k = indices("t:t k:k")
     return out[t, k](R[t, k] + _normalised(X[t, k], W, eps, k))
 
 
-# X / sqrt(mean(X²) + ε) · W. X: (t, k), W: (k,), eps: a number → (t, k); the second adds a
-# residual, R: (t, k).
-rmsnorm_kernel = cache(rmsnorm.schedule(WITH_SUM).build)
+# X / sqrt(mean(X²) + ε) · W + R. X, R: (t, k), W: (k,), eps: a number → (t, k)
 rmsnorm_add_kernel = cache(rmsnorm_add.schedule(WITH_SUM).build)
 
 
