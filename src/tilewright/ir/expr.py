@@ -22,9 +22,10 @@ BITWISE = {"&", "|", "^", "<<", ">>"}
 COMPARISON = {"<", "<=", ">", ">=", "==", "!="}
 UNARY = {"-", "not", "exp", "exp2", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "abs", "floor"}
 REDUCTIONS = {"sum": "+", "max": "max", "min": "min", "prod": "*"}
-# The atomic updates that every target has.
-_ATOMIC = (dtypes.float32, dtypes.float64, dtypes.int32)
-ATOMIC: dict[str, tuple[DType, ...]] = dict.fromkeys(("sum", "max", "min"), _ATOMIC)
+ATOMIC: dict[str, tuple[DType, ...]] = dict.fromkeys(
+    ("sum", "max", "min"), (dtypes.float32, dtypes.float64, dtypes.int32)
+)
+"""The atomic updates that every target has: types by operator."""
 
 
 def _both_sides(op: str) -> tuple[Callable[[Any, Any], Expr], Callable[[Any, Any], Expr]]:
@@ -370,7 +371,7 @@ def as_expr(x: Any, dtype: DType | None = None) -> Expr:
             raise ProgramError("P106", f"{x} does not fit {kind}", hint="cast the other operand")
         return Const(x, kind)
     if isinstance(x, float):
-        return Const(x, dtype or dtypes.float32)
+        return Const(x, dtype if dtype and dtype.is_float else dtypes.float32)
     hint = "operands are numbers, scalars and elements of tensors, such as X[i, j]"
     raise ProgramError("P101", f"{x!r} cannot be an operand", hint=hint)
 

@@ -81,32 +81,32 @@ def _by_token(width: int) -> Any:
 
 @cache
 def rope_kernel(
-    interleaved: bool, target: str = "cpp", dtype: str = "float32", given: str = "float32",
+    interleaved: bool, target: str = "cpp", dtype: str = "float32", stored: str = "float32",
     head_dim: int = 0,
 ) -> Kernel:  # fmt: skip
-    """X (t, h, p, 2) or (t, h, 2, p) in `given`, C and S (positions, p), P (t,) → X rotated, in
+    """X (t, h, p, 2) or (t, h, 2, p) in `stored`, C and S (positions, p), P (t,) → X rotated, in
     `dtype`. `head_dim`: of the kernel (0: any)."""
     recipe = _by_token(0 if interleaved else head_dim // 2)
-    return _program(not interleaved, False, dtype).typed(X=given).schedule(recipe).build(target)
+    return _program(not interleaved, False, dtype).typed(X=stored).schedule(recipe).build(target)
 
 
 @cache
 def rope_append_kernel(
-    interleaved: bool, target: str = "cpp", dtype: str = "float32", given: str = "float32",
+    interleaved: bool, target: str = "cpp", dtype: str = "float32", stored: str = "float32",
     head_dim: int = 0,
 ) -> Kernel:  # fmt: skip
     """Builds the kernel that rotates keys and writes that of token t to K[page[t], slot[t]]."""
     recipe = _by_token(0 if interleaved else head_dim // 2)
-    return _program(not interleaved, True).typed(K=dtype, X=given).schedule(recipe).build(target)
+    return _program(not interleaved, True).typed(K=dtype, X=stored).schedule(recipe).build(target)
 
 
 @cache
 def append_kernel(
-    target: str = "cpp", dtype: str = "float32", given: str = "float32", head_dim: int = 0
+    target: str = "cpp", dtype: str = "float32", stored: str = "float32", head_dim: int = 0
 ) -> Kernel:
     """Builds the kernel that writes values to `page[t], slot[t]` of the pages (g, f, h, d)."""
     recipe = _by_token(head_dim)
-    return append_plain.schedule(recipe).typed(V=dtype, X=given).build(target)
+    return append_plain.schedule(recipe).typed(V=dtype, X=stored).build(target)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,6 @@ With `invariant` the bits of a row depend on its own request only, and not on ho
 *The bits of an answer* in docs/design/serving.md has what that takes, and where it holds on GPUs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import call
@@ -48,7 +46,7 @@ class Logits:
     way: `wait` before anything is read. `drawn`: those that it samples; `left`: for the host;
     `groups`: of the answers, which of them share reads."""
 
-    def __init__(self, runner: Runner, chunks: Sequence[Chunk], rows: Any, drawn: Any) -> None:
+    def __init__(self, runner: "Runner", chunks: Sequence[Chunk], rows: Any, drawn: Any) -> None:
         self._runner, self._rows, self.groups = runner, rows, runner.groups
         self.requests = [c.request for c in chunks if c.wants_token]
         self._drawn = [int(r in drawn) for r in self.requests]
@@ -188,13 +186,16 @@ class Runner:
         prompts that are longer than the context come later. Overwrites the first page."""
         most, longest = self.limits.step_tokens, (self.width - 1) * PAGE_SIZE
 
-        def step(answers: int, start: int = 0, size: int = 0, heat: float = 0.0) -> None:
-            keys = 0 if size else start  # of the answers
-            lengths = [keys + 1] * answers + [start + size] * bool(size)
+        def step(
+            answers: int, start: int = 0, size: int = 0, heat: float = 0.0, short: int = 0
+        ) -> None:
+            keys = 0 if size else start  # of the answers; `short`: prompts of one token beside
+            lengths = [keys + 1] * answers + [start + size] * bool(size) + [1] * short
             requests = [Request(0, [0] * n, Sampling(temperature=heat)) for n in lengths]
             for i, request in enumerate(requests):
                 request.in_chunks, request.pages = (i >= answers) * lengths[i], [0] * self.width
-            self.run([Chunk(r, start if r.in_chunks else keys, len(r.tokens)) for r in requests])
+            starts = [min(start, r.in_chunks - 1) if r.in_chunks else keys for r in requests]
+            self.run([Chunk(r, at, len(r.tokens)) for r, at in zip(requests, starts, strict=True)])
 
         for answers in range(1, self.limits.running + 1):
             for keys in (0, longest)[: 1 + self.cascade.is_on]:
@@ -204,6 +205,8 @@ class Runner:
             for size in (1, 2, 5, 16, *range(BUCKET, most - answers, BUCKET), most - answers - 1):
                 step(answers + self.joins, 0, min(size, longest))
                 step(0, longest - min(size, longest), min(size, longest))
+        for start in (0, longest - 16):
+            step(0, start, 16, short=1)
         self.read_tokens()()  # waits
 
     def _write_table(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> None:

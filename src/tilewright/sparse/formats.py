@@ -10,8 +10,6 @@ Formats compare and hash by value; kernels are built for them and cached by them
 Reference: hyb(c, k) of SparseTIR (ASPLOS 2023, §4.2.1).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,10 @@ from tilewright.errors import FormatError
 from tilewright.ir.levels import Compressed, Dense, Fixed, Level, Ragged, Singleton, integer
 from tilewright.ir.levels.lists import lists_rows
 
+__all__ = [
+    "Composed", "Format", "Where", "bsr", "bucket", "coo", "csc", "csf", "csr", "dbsr", "dcsr",
+    "ell", "hyb", "ragged", "sr_bcrs",
+]  # fmt: skip
 MOST_PARTS = 1 << 16  # of a composed format: a row of its work table each
 Chosen = tuple["Format", np.ndarray | None, np.ndarray | None]  # format, entries, rows of a part
 
@@ -46,7 +48,7 @@ class Format:
         return 1 + max(level.dim for level in self.levels)
 
     @property
-    def formats(self) -> tuple[Format, ...]:
+    def formats(self) -> tuple["Format", ...]:
         """The formats of its parts: one, itself."""
         return (self,)
 
@@ -134,14 +136,16 @@ class Where:
         cols = f", columns {self.col_part}/{self.col_parts}" if self.col_parts > 1 else ""
         return f"rows of {self.shortest}…{top} entries{cols}"
 
-    def choose(self, entries: ByRow) -> tuple[np.ndarray, np.ndarray]:
+    def choose(self, entries: "ByRow") -> tuple[np.ndarray, np.ndarray]:
         """A bool mask of the selected rows, and the numbers of the selected entries."""
         numbers, length = entries.of_columns(self.col_part, self.col_parts)
         longest = entries.over_blocks(np.maximum, length)
         rows = longest >= self.shortest
         if self.longest is not None:
             rows &= longest <= self.longest
-        mine = _ranges(np.cumsum(length) - length, np.where(rows, length, 0))
+        taken = np.where(rows, length, 0)
+        skipped = np.cumsum(length - taken)  # entries of rows in front that are not selected
+        mine = np.arange(taken.sum()) + np.repeat(skipped, taken)
         return rows, mine if numbers is None else numbers[mine]
 
 
@@ -175,12 +179,6 @@ class ByRow:
         return numbers, np.bincount(rows, minlength=self.shape[0])
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, … of each range, one behind the other."""
-    shift = starts - (np.cumsum(lengths) - lengths)
-    return np.repeat(shift, lengths) + np.arange(lengths.sum())
-
-
 @dataclass(frozen=True, slots=True, repr=False)
 class Composed:
     """A matrix as the sum of parts. Each is a `Where` (or any object with its `choose`), which
@@ -212,7 +210,9 @@ class Composed:
         if wrong:
             raise FormatError("F101", wrong, where="parts", hint=hint)
         for at, (_, f) in enumerate(self.parts):
-            if self.covers_rows and not _can_store_empty_rows(f):
+            top = f.levels[0]
+            stores_empty = top.dim == 0 and (top.is_dense or getattr(top, "chunk", 0) >= 0)
+            if self.covers_rows and not stores_empty:
                 wrong = f"{self.name} covers rows, but parts[{at}], {f}, stores no empty rows"
                 hint = "covers_rows=False, or rows first: tw.dcsr()"
                 raise FormatError("F101", wrong, where="covers_rows", hint=hint)
@@ -325,11 +325,6 @@ class Composed:
     def __repr__(self) -> str:
         rows = "\n".join(f"  {i}: {where}: {fmt!r}" for i, (where, fmt) in enumerate(self.parts))
         return f"{self.name}:\n{rows}"
-
-
-def _can_store_empty_rows(fmt: Format) -> bool:
-    top = fmt.levels[0]
-    return top.dim == 0 and (top.is_dense or getattr(top, "chunk", 0) >= 0)
 
 
 def _is_part(part: Any) -> bool:
@@ -490,9 +485,8 @@ def hyb(
 
 def _widths(of: str, buckets: Any) -> tuple[int, ...]:
     """The widths of the buckets of `of`: a tuple or list, ascending."""
-    widths = ()
-    if isinstance(buckets, tuple | list):
-        widths = tuple(integer(of, "buckets", w, 1) for w in buckets)
+    is_list = isinstance(buckets, tuple | list)
+    widths = tuple(integer(of, "buckets", w, 1) for w in (buckets if is_list else ()))
     if not widths or list(widths) != sorted(set(widths)):
         rule = f"{of}: buckets are widths, ascending"
         raise FormatError("F101", rule, where="buckets", hint="as (1, 2, 4, 8)")
