@@ -72,9 +72,6 @@ def by_token(s: Schedule, width: int = 0) -> Schedule:
     return s.bind("x_i", "thread.x")
 
 
-APPEND = append_plain.schedule(by_token)
-
-
 def _by_token(width: int) -> Any:
     return by_token.of(width=0 if width % 4 else width)
 
