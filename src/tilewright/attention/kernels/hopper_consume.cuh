@@ -309,7 +309,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     int i = 1;
     for (; i < applied; ++i, ++done) consumer.step<true>(item, DIRECT ? item.tiles[i] : tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, fresh, o, weights, rows);
     for (; DIRECT && i < tiles; ++i, ++done) consumer.step<false>(item, LEANS ? tile_at(item, i) : 0, done, buffer, item.ends && i + 1 == tiles, arrived, fresh, o, weights, rows);
-    release(shared.barrier(ITEM_EMPTY + n % SLOTS), lane);
+    release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
   consumer.wait_outputs(o);
   shared.trace(WRITE);

@@ -143,7 +143,7 @@ TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, 
     for (int first = 1; first || top >= bottom; top -= MAX_TILES, first = 0, ++segments) {
       Slot& s = shared.slot(segments);
       shared.trace(WAIT_STAGE);
-      tw::barrier_wait(shared.barrier(R::ITEM_EMPTY + segments % SLOTS), (segments / SLOTS & 1) ^ 1);
+      tw::barrier_wait(shared.barrier(R::ITEM_EMPTY + (segments & 1)), (segments >> 1 & 1) ^ 1);
       shared.trace(SORT_TILES);
       if (lane == 0) {
         static_cast<Work&>(s) = work;
@@ -154,7 +154,7 @@ TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, 
       }
       __syncwarp();
       if (!ends) sort_tiles(variant, s, seen, top, max(bottom, top - MAX_TILES + 1), lane);
-      release(shared.barrier(R::ITEM_FULL + segments % SLOTS), lane);
+      release(shared.barrier(R::ITEM_FULL + (segments & 1)), lane);
       if (ends) return;
     }
   }
@@ -234,7 +234,7 @@ TW_INLINE void load_queries(const Params& p, const Shared& shared, int lane) {
           tw::copy_box(shared.base + Q_AT + buffer * Q_BYTES + block * Q_BLOCK, &p.q_map, full, block * 64, s.head * G, s.token);
       }
     }
-    release(shared.barrier(ITEM_EMPTY + n % SLOTS), lane);
+    release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
 }
 
@@ -256,7 +256,7 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
       loader.issue(p, tile_at(s, i), shared.base + K_AT + stage * K_BYTES, shared.barrier(R::K_FULL + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
     }
-    release(shared.barrier(R::ITEM_EMPTY + n % SLOTS), lane);
+    release(shared.barrier(R::ITEM_EMPTY + (n & 1)), lane);
   }
 }
 
@@ -329,7 +329,7 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
         release(shared.barrier(R::V_FULL + stage), lane);
       }
     }
-    release(shared.barrier(R::ITEM_EMPTY + n % SLOTS), lane);
+    release(shared.barrier(R::ITEM_EMPTY + (n & 1)), lane);
   }
 }
 
@@ -391,7 +391,7 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
       tw::copy_async_arrive(shared.barrier(FULL + stage));
       ++done;
     }
-    release(shared.barrier(R::ITEM_EMPTY + n % SLOTS), lane);
+    release(shared.barrier(R::ITEM_EMPTY + (n & 1)), lane);
   }
   tw::copy_async_wait<0>();
 }

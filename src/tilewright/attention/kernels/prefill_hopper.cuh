@@ -59,7 +59,6 @@ constexpr int Q_BLOCK = BM * 128, KV_BLOCK = BN * 128;         // bytes of a blo
 constexpr int Q_BYTES = K_BLOCKS * Q_BLOCK, K_BYTES = K_BLOCKS * KV_BLOCK, V_BYTES = V_BLOCKS * KV_BLOCK;
 constexpr int BOXES = BN / BOX;       // of a tile
 constexpr bool STAGED = sizeof(Out) == 2 && Q_TILES > 1;      // outputs pass through the item's tile of Q
-constexpr int SLOTS = 3;              // segments of items that are passed on at once
 constexpr float LOG2E = 1.4426950408889634f, SLACK = 8.0f;
 static_assert(DK % 16 == 0 && DV <= DK && BN % BOX == 0 && BN % 32 == 0 && G <= 64, "");
 
@@ -86,9 +85,9 @@ constexpr int WHOLE = 1 << 30;  // on a partial tile of which `rest` holds every
 
 constexpr int Q_AT = 0, K_AT = Q_TILES * Q_BYTES, V_AT = K_AT + K_STAGES * K_BYTES, STAGE_AT = V_AT + V_STAGES * V_BYTES;
 constexpr int SLOTS_AT = STAGE_AT + (Q_TILES == 1 ? BM * 128 : 0);
-constexpr int BARRIERS_AT = SLOTS_AT + SLOTS * sizeof(Slot);
+constexpr int BARRIERS_AT = SLOTS_AT + 2 * sizeof(Slot);
 enum Barrier { K_FULL, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES, V_EMPTY = V_FULL + V_STAGES, V_LOADED = V_EMPTY + V_STAGES,
-               Q_FULL = V_LOADED + V_STAGES, Q_EMPTY = Q_FULL + Q_TILES, ITEM_FULL = Q_EMPTY + Q_TILES, ITEM_EMPTY = ITEM_FULL + SLOTS, BARRIERS = ITEM_EMPTY + SLOTS };
+               Q_FULL = V_LOADED + V_STAGES, Q_EMPTY = Q_FULL + Q_TILES, ITEM_FULL = Q_EMPTY + Q_TILES, ITEM_EMPTY = ITEM_FULL + 2, BARRIERS = ITEM_EMPTY + 2 };
 // The barriers of the pipeline, as its scheduler and its loaders see them.
 struct Wide {
   enum : int { K_FULL = attention::K_FULL, K_EMPTY = attention::K_EMPTY, V_FULL = attention::V_FULL, V_EMPTY = attention::V_EMPTY, V_LOADED = attention::V_LOADED,
@@ -141,7 +140,7 @@ struct Shared {  // of a CTA, as one of its warps has it
   int cta;
   Trace trace;
   TW_INLINE uint32_t barrier(int n) const { return base + BARRIERS_AT + n * 8; }
-  TW_INLINE Slot& slot(int n) const { return reinterpret_cast<Slot*>(memory + SLOTS_AT)[n % SLOTS]; }
+  TW_INLINE Slot& slot(int n) const { return reinterpret_cast<Slot*>(memory + SLOTS_AT)[n & 1]; }
 };
 
 TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
@@ -169,7 +168,7 @@ TW_INLINE At at_of(const Params& p, const Work& w, int row, int key) {
 template <class R>
 TW_INLINE const Slot& next_item(const Shared& shared, int n) {
   shared.trace(WAIT_ITEM);
-  tw::barrier_wait(shared.barrier(R::ITEM_FULL + n % SLOTS), n / SLOTS & 1);
+  tw::barrier_wait(shared.barrier(R::ITEM_FULL + (n & 1)), n >> 1 & 1);
   return shared.slot(n);
 }
 TW_INLINE void release(uint32_t barrier, int lane) {
