@@ -48,7 +48,6 @@ constexpr int BM = CONSUMERS * 64;    // rows of an item
 constexpr int TOKENS = BM / G;        // queries of an item
 constexpr bool SHARED = table::LEVELS > 1;
 constexpr bool BY_ROWS = BOX < 8;     // K and V come by cp.async, not by TMA
-constexpr bool HELPS = NARROW && !BY_ROWS;  // a CTA without items takes narrow ones that are left; by rows it has no registers for that
 constexpr int LOADERS = BY_ROWS && CONSUMERS == 2 && DV <= 128 ? 3 : 1;  // warps that load K; as many load V
 constexpr int LOADER_GROUPS = (2 * LOADERS + 2) / 4;  // warpgroups of the scheduler and the loaders
 constexpr int WARPGROUPS = LOADER_GROUPS + CONSUMERS, THREADS = WARPGROUPS * 128;
@@ -194,29 +193,20 @@ TW_INLINE void init_barriers(const Shared& shared) {
   }
 }
 
-// What a warp of the scheduler or of the loaders does for a list of items.
+// Of the scheduler and the loaders of K and V what this warp is; the loader of Q is none of these.
 template <class R>
-TW_INLINE void provide(const Params& p, const Variant& variant, const Shared& shared, int items, int warp, int lane, bool late) {
-  if (warp == 0) schedule<R>(p, variant, shared, items, lane, late);
+TW_INLINE void provide(const Params& p, const Variant& variant, const Shared& shared, int items, int warp, int lane) {
+  if (warp == 0) schedule<R>(p, variant, shared, items, lane);
   else if (BY_ROWS && warp <= LOADERS) load_rows<R, false>(p, variant, shared, warp - 1, lane);
-  else if (BY_ROWS && warp <= 2 * LOADERS) load_rows<R, true>(p, variant, shared, warp - 1 - LOADERS, lane);
-  else if (warp > 2 * LOADERS) load_queries<R>(p, shared, lane);
+  else if (BY_ROWS) load_rows<R, true>(p, variant, shared, warp - 1 - LOADERS, lane);
   else if (warp <= LOADERS) load_keys<R>(p, shared, lane);
   else load_values<R>(p, variant, shared, lane);
 }
 
-// What the CTA did so far comes before what it does next: shared memory has other uses there. `again`: narrow items once
-// more, whose barriers start anew. `first`: one thread of all.
-TW_INLINE void next_list(const Shared& shared, bool again, bool first) {
+// What was written where tiles of Q are comes before TMA writes there.
+TW_INLINE void end_narrow() {
   tw::fence_async();
-  tw::bar_sync(NEXT_LIST, THREADS);
-  if (!again) return;
-  if (first) {
-    for (int i = Narrow::K_FULL; i < Narrow::END; ++i) tw::barrier_invalidate(shared.barrier(i));
-    init_barriers<Narrow>(shared);
-    tw::barrier_init_done();
-  }
-  tw::bar_sync(NEXT_LIST, THREADS);
+  tw::bar_sync(NARROW_END, THREADS);
 }
 
 TW_INLINE void run(const Params& p, int64_t unit, int thread, char* smem) {
@@ -235,31 +225,26 @@ TW_INLINE void run(const Params& p, int64_t unit, int thread, char* smem) {
   tw::bar_sync(BARRIER, THREADS);
   if (SHARED && cta >= items) return;  // the launch behind takes this SM
   const Variant variant(p);
-  // Some CTAs begin with narrow items. Who is done with the others helps with those that are left.
-  const bool begins_narrow = NARROW && cta < p.narrow_ctas;
+  const bool narrow = NARROW && cta < p.narrow_ctas;  // this CTA works on narrow items first
   if (group < LOADER_GROUPS) {
     tw::fewer_registers<LOADER_REGISTERS>();
     if (lane == 0) tw::prefetch_map(warp == 0 ? &p.o_map : warp > 2 * LOADERS ? &p.q_map : warp <= LOADERS ? &p.k_map : &p.v_map);
-    if (begins_narrow) {
-      provide<Narrow>(p, variant, shared, p.narrow_count, warp, lane, false);
-      next_list(shared, false, false);
-    }
-    provide<Wide>(p, variant, shared, SHARED ? items : p.item_count, warp, lane, NARROW);
-    if constexpr (HELPS) {
-      next_list(shared, true, thread == 0);
-      provide<Narrow>(p, Variant(p), shared, p.narrow_count, here(warp), here(lane), true);
-    }
+    if constexpr (NARROW)
+      if (narrow) {
+        if (warp > 2 * LOADERS) load_few_queries(p, shared, lane);
+        else provide<Narrow>(p, variant, shared, p.narrow_count, warp, lane);
+        end_narrow();
+      }
+    if (warp > 2 * LOADERS) load_queries(p, shared, lane);
+    else provide<Wide>(p, variant, shared, SHARED ? items : p.item_count, warp, lane);
   } else {
     tw::more_registers<CONSUMER_REGISTERS>();
-    if (begins_narrow) {
-      consume_narrow(p, variant, shared, warp - LOADER_GROUPS * 4, lane);
-      next_list(shared, false, false);
-    }
+    if constexpr (NARROW)
+      if (narrow) {
+        consume_narrow(p, variant, shared, warp - LOADER_GROUPS * 4, lane);
+        end_narrow();
+      }
     consume(p, variant, shared, group - LOADER_GROUPS, warp % 4, lane);
-    if constexpr (HELPS) {
-      next_list(shared, true, false);
-      consume_narrow(p, Variant(p), shared, here(warp) - LOADER_GROUPS * 4, here(lane));
-    }
   }
   shared.trace(END);
 #ifdef TW_CYCLES
