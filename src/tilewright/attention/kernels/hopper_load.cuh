@@ -186,8 +186,9 @@ struct Loader {
     if (tw::elect()) tw::barrier_expect(barrier, BLOCKS * KV_BLOCK);
     if constexpr (KEYS_LIE == IN_PAGES) {
       const int mask = (1 << p.page_shift) - 1;
-      // A box too many, and the barrier would never complete.
-      constexpr int AT_ONCE = BOXES % 8 == 0 ? 8 : BOXES % 4 == 0 ? 4 : BOXES;
+      // A box too many, and the barrier would never complete. With more at once their addresses do not fit into uniform
+      // registers, and moving them takes longer than the boxes.
+      constexpr int AT_ONCE = BOXES % 2 == 0 ? 2 : 1;
       static_assert(BY_ROWS || (BOXES <= 32 && BOXES % AT_ONCE == 0), "");
 #pragma unroll 1
       for (int first = 0; first < BOXES; first += AT_ONCE) {
