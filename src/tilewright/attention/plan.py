@@ -247,15 +247,17 @@ def _items(
     cost = visible * ((end - begin) * shape.group + 4) + 4
     chunks = np.ones(len(node), np.int64)
     few = ((last_row - first_row) * shape.group <= shape.few)[node]
-    tiles = visible * np.where(few, _NARROW_COST, 1)
-    narrow = max(round(workers * tiles[few].sum() / max(tiles.sum(), 1)), int(few.any()))
-    narrow = min(narrow, int(few.sum()) * shape.kv_heads, -(-workers // 2))
+    narrow = 0
     if shape.splits == "batch":
         share = visible.sum() * shape.kv_heads / workers
         chunks = np.clip(visible / max(share, 1), 1, np.maximum(visible // _BATCH_CHUNK_TILES, 1))
         chunks = chunks.astype(np.int64)
+        narrow = _narrow(visible, chunks, few, shape.kv_heads, workers) if few.any() else 0
         if 0 < narrow < workers:
-            _cut_last(chunks, np.where(few, 0, visible), shape.kv_heads, workers - narrow)
+            wide = np.where(few, 0, visible)
+            tiles, pieces, _ = _last_round(wide, chunks, shape.kv_heads, workers - narrow)
+            shortest = np.argsort(np.where(wide, wide, wide.max() + 1), kind="stable")
+            chunks[shortest[:tiles]] = pieces
     elif shape.splits:
         wanted = -(-_ITEMS_PER_REQUEST // (np.bincount(node)[node] * shape.kv_heads))
         chunks = np.clip(visible // CHUNK_TILES, 1, wanted)
@@ -270,14 +272,40 @@ def _items(
     }  # fmt: skip
 
 
-def _cut_last(chunks: np.ndarray, visible: np.ndarray, kv_heads: int, workers: int) -> None:
-    """Where workers have few items each, and alike, cut those of the last round, so that it ends
-    sooner. `visible`: 0 for items that others work on."""
-    own = np.flatnonzero(visible)
-    rounds, rest = divmod(len(own) * kv_heads, workers)
-    if rest and 0 < rounds < 8 and chunks.max() == 1 and visible.max() < 2 * visible[own].min():
-        pieces = min((1, 2, 3, 4), key=lambda n: -(-rest * n // workers) / n)
-        chunks[own[np.argsort(visible[own], kind="stable")][: -(-rest // kv_heads)]] = pieces
+def _narrow(
+    visible: np.ndarray, chunks: np.ndarray, few: np.ndarray, kv_heads: int, workers: int
+) -> int:
+    """How many workers begin with the items of `few` rows, so that the longer of both lists ends
+    soonest: as many as these tiles are of all, or up to three more."""
+    own, others = (float(visible[x].sum()) * kv_heads for x in (few, ~few))
+    own, count = own * _NARROW_COST, int(chunks[few].sum()) * kv_heads
+    least = float((visible[few] / chunks[few]).min()) * _NARROW_COST
+    most = min(count, -(-workers // 2))
+    share = min(max(round(workers * own / max(own + others, 1)), 1), most)
+
+    def end(n: int) -> float:
+        first = max(-(-count // n) * least, own / n)
+        rounds = _last_round(np.where(few, 0, visible), chunks, kv_heads, workers - n)[2]
+        mean = others / max(int(chunks[~few].sum()) * kv_heads, 1)
+        return max(first, rounds * mean or (others + n * first) / workers)  # they join the others
+
+    return min(range(share, min(share + 3, most) + 1), key=end)
+
+
+def _last_round(
+    visible: np.ndarray, chunks: np.ndarray, kv_heads: int, workers: int
+) -> tuple[int, int, float]:
+    """Where workers have few items each, and alike: the tiles of rows of the last round, in how
+    many pieces it ends soonest, and the rounds that all take then; 0, 1 and 0 elsewhere.
+    `visible`: 0 for items that others work on."""
+    own = visible[visible > 0]
+    rounds, rest = divmod(len(own) * kv_heads, max(workers, 1))
+    if not 0 < rounds < 8 or chunks.max() > 1 or own.max() >= 2 * own.min():
+        return 0, 1, 0.0
+    tiles = -(-rest // kv_heads)
+    ends = {n: -(-tiles * kv_heads * n // workers) / n for n in (1, 2, 3, 4)}
+    pieces = min(ends, key=ends.__getitem__)
+    return tiles, pieces, rounds + ends[pieces]
 
 
 def _rows_of_nodes(
