@@ -252,12 +252,10 @@ def _items(
         share = visible.sum() * shape.kv_heads / workers
         chunks = np.clip(visible / max(share, 1), 1, np.maximum(visible // _BATCH_CHUNK_TILES, 1))
         chunks = chunks.astype(np.int64)
-        narrow = _narrow(visible, chunks, few, shape.kv_heads, workers) if few.any() else 0
-        if 0 < narrow < workers:
-            wide = np.where(few, 0, visible)
-            tiles, pieces, _ = _last_round(wide, chunks, shape.kv_heads, workers - narrow)
-            shortest = np.argsort(np.where(wide, wide, wide.max() + 1), kind="stable")
-            chunks[shortest[:tiles]] = pieces
+        if few.any():
+            narrow, last, pieces = _narrow(visible, chunks, few, shape.kv_heads, workers)
+            shortest = np.argsort(visible + few * (visible.max() + 1), kind="stable")
+            chunks[shortest[:last]] = pieces
     elif shape.splits:
         wanted = -(-_ITEMS_PER_REQUEST // (np.bincount(node)[node] * shape.kv_heads))
         chunks = np.clip(visible // CHUNK_TILES, 1, wanted)
@@ -274,38 +272,29 @@ def _items(
 
 def _narrow(
     visible: np.ndarray, chunks: np.ndarray, few: np.ndarray, kv_heads: int, workers: int
-) -> int:
+) -> tuple[int, int, int]:
     """How many workers begin with the items of `few` rows, so that the longer of both lists ends
-    soonest: as many as these tiles are of all, or up to three more."""
-    own, others = (float(visible[x].sum()) * kv_heads for x in (few, ~few))
-    own, count = own * _NARROW_COST, int(chunks[few].sum()) * kv_heads
-    least = float((visible[few] / chunks[few]).min()) * _NARROW_COST
+    soonest: as many as these tiles are of all, or up to three more. Where the others have few items
+    each, and alike, also the tiles of rows of their last round, and its pieces of each."""
+    own, wide = visible[few] / chunks[few] * _NARROW_COST, visible[~few]
+    count, total = int(chunks[few].sum()) * kv_heads, float(wide.sum()) * kv_heads
+    sum_own = float(visible[few].sum()) * _NARROW_COST * kv_heads
     most = min(count, -(-workers // 2))
-    share = min(max(round(workers * own / max(own + others, 1)), 1), most)
+    share = min(max(round(workers * sum_own / max(sum_own + total, 1)), 1), most)
+    alike = len(wide) and chunks.max() == 1 and wide.max() < 2 * wide.min()
 
-    def end(n: int) -> float:
-        first = max(-(-count // n) * least, own / n)
-        rounds = _last_round(np.where(few, 0, visible), chunks, kv_heads, workers - n)[2]
-        mean = others / max(int(chunks[~few].sum()) * kv_heads, 1)
-        return max(first, rounds * mean or (others + n * first) / workers)  # they join the others
+    def way(narrow: int) -> tuple[float, int, int, int]:
+        first = max(-(-count // narrow) * float(own.min()), sum_own / narrow)
+        last, pieces, end = 0, 1, (total + narrow * first) / workers  # they join the others
+        rounds, rest = divmod(len(wide) * kv_heads, max(workers - narrow, 1))
+        if alike and 0 < rounds < 8:
+            last = -(-rest // kv_heads)
+            sizes = ((-(-last * kv_heads * n // (workers - narrow)) / n, n) for n in (1, 2, 3, 4))
+            part, pieces = min(sizes)
+            end = (rounds + part) * total / (len(wide) * kv_heads)
+        return max(first, end), narrow, last, pieces
 
-    return min(range(share, min(share + 3, most) + 1), key=end)
-
-
-def _last_round(
-    visible: np.ndarray, chunks: np.ndarray, kv_heads: int, workers: int
-) -> tuple[int, int, float]:
-    """Where workers have few items each, and alike: the tiles of rows of the last round, in how
-    many pieces it ends soonest, and the rounds that all take then; 0, 1 and 0 elsewhere.
-    `visible`: 0 for items that others work on."""
-    own = visible[visible > 0]
-    rounds, rest = divmod(len(own) * kv_heads, max(workers, 1))
-    if not 0 < rounds < 8 or chunks.max() > 1 or own.max() >= 2 * own.min():
-        return 0, 1, 0.0
-    tiles = -(-rest // kv_heads)
-    ends = {n: -(-tiles * kv_heads * n // workers) / n for n in (1, 2, 3, 4)}
-    pieces = min(ends, key=ends.__getitem__)
-    return tiles, pieces, rounds + ends[pieces]
+    return min(map(way, range(share, min(share + 3, most) + 1)))[1:]
 
 
 def _rows_of_nodes(
