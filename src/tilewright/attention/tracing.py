@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import ProgramError, TilewrightError
 from tilewright.ir import core as ir
 from tilewright.ir.names import size_name
@@ -47,7 +46,7 @@ class At:
 class Tensor:
     """A run-time tensor of a variant; `by`: what it may be read by, see `Value`."""
 
-    dtype: DType
+    dtype: dtypes.DType
     by: tuple[str, ...]
 
 
@@ -90,7 +89,7 @@ class Value:
     kv_head, request, q_token, key (of a request), bit (of a row of q) or dim (of a row)."""
 
     name: str
-    dtype: DType
+    dtype: dtypes.DType
     default: float | None = None
     by: str = ""
 

@@ -15,7 +15,6 @@ from tilewright.attention.families.family import Call, Family, Prepared, check_a
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import CUT, ROWS, TILE, head_block, of_front
-from tilewright.attention.spec import Spec
 from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
 from tilewright.ir.body import Body
@@ -31,7 +30,7 @@ THREADS = WARPS * 32
 ALONE, BEHIND, FRONT = range(3)  # kinds of launches where requests share keys (decode.cuh)
 
 
-def refuses(spec: Spec, rows: int, pool: Pool | None, _arch: str = "") -> str:
+def refuses(spec: specs.Spec, rows: int, pool: Pool | None, _arch: str = "") -> str:
     """Why the kernel cannot run a call, or "" where it can."""
     if reason := refusal(spec, rows, pool):
         return reason
@@ -60,7 +59,7 @@ def _columns(head_dim: int) -> int:
     return -(-head_dim // 16) * 16
 
 
-def smem_bytes(spec: Spec, blocks: int, kind: int = ALONE) -> int:
+def smem_bytes(spec: specs.Spec, blocks: int, kind: int = ALONE) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
     k, v, rows = _columns(spec.head_dim), _columns(spec.head_dim_vo), blocks * 8
     ring = WARPS * STAGES[spec.head_dim > SHORT_ROW] * KEYS * (k + v + 16) * 2
@@ -75,14 +74,14 @@ def partial_floats(head_dim: int, blocks: int, ctas: int, rows: int = 0) -> tupl
     return 2 * ctas * blocks * 8 * (columns + 2), rows * (columns + 8)
 
 
-def shared_block(spec: Spec, pool: Pool | None, arch: str) -> int:
+def shared_block(spec: specs.Spec, pool: Pool | None, arch: str) -> int:
     """Queries of an item of the launch in front that does shared keys on GPUs of `arch`: of the
     Hopper family where that can run it (`pool`: None where it is not known), else of this one."""
     can = not hopper.refuses(spec, 0, pool, arch)
     return (hopper.rows_of(spec) if can else ROWS) // spec.group
 
 
-def params_struct(spec: Spec) -> Struct:
+def params_struct(spec: specs.Spec) -> Struct:
     """The parameters of the kernel."""
     plan = ("cuts", "ptr", "const Cut*"), *specs.PARTIALS, ("front_ctas", "int32")
     return specs.params_struct(spec, plan)
@@ -96,7 +95,7 @@ ORDERS = {  # where requests share keys the launches of a step end in their orde
 
 
 @functools.lru_cache(256)
-def body(spec: Spec, together: int, blocks: int, kind: int = ALONE, block: int = 1) -> Body:
+def body(spec: specs.Spec, together: int, blocks: int, kind: int = ALONE, block: int = 1) -> Body:
     """One kernel; `together`: KV heads of one range; `blocks` of 8 packed rows; `block`: queries of
     an item of a launch in front."""
     numbers = {
