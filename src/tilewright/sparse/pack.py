@@ -336,9 +336,9 @@ def of_rows(
 ) -> Packed:  # fmt: skip
     """The CSR tensor of arrays that an operator computed. They are not checked: the columns of each
     row ascend."""
-    index = _index_type(None, max(len(indices), *shape)).numpy
-    arrays = {n: a.astype(index, copy=False) for n, a in (("indptr", indptr), ("indices", indices))}
-    nnz, numbers = len(indices), np.arange(len(indices))
+    nnz, index = len(indices), _index_type(None, max(len(indices), *shape))
+    both, numbers = {"indptr": indptr, "indices": indices}, np.arange(nnz)
+    arrays = {name: array.astype(index.numpy, copy=False) for name, array in both.items()}
     part = Part(_CSR, ({}, arrays), (shape[0], nnz), numbers, numbers)
-    structure = Structure(part.format, shape, (part,), nnz, dtypes.dtype(index.name))
+    structure = Structure(part.format, shape, (part,), nnz, index)
     return Packed(structure, (values,), dtype)

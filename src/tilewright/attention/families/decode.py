@@ -15,6 +15,7 @@ from tilewright.attention.families.family import Call, Family, Prepared, check_a
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import CUT, ROWS, TILE, head_block, of_front
+from tilewright.attention.spec import Spec
 from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
 from tilewright.ir.body import Body
@@ -30,9 +31,14 @@ THREADS = WARPS * 32
 ALONE, BEHIND, FRONT = range(3)  # kinds of launches where requests share keys (decode.cuh)
 
 
-def refuses(spec: specs.Spec, rows: int, pool: Pool | None, _arch: str = "") -> str:
+def hosted(spec: Spec) -> tuple[str, ...]:
+    """The hooks of rows that the kernels have; those in front of others have none of queries."""
+    return ("output",) if spec.table.shared else ("query", "output")
+
+
+def refuses(spec: Spec, rows: int, pool: Pool | None, _arch: str = "") -> str:
     """Why the kernel cannot run a call, or "" where it can."""
-    if reason := refusal(spec, rows, pool):
+    if reason := refusal(spec, rows, pool, "", *hosted(spec)):
         return reason
     if spec.head_dim_vo > spec.head_dim:
         return "rows of V are longer than those of K"
@@ -59,7 +65,7 @@ def _columns(head_dim: int) -> int:
     return -(-head_dim // 16) * 16
 
 
-def smem_bytes(spec: specs.Spec, blocks: int, kind: int = ALONE) -> int:
+def smem_bytes(spec: Spec, blocks: int, kind: int = ALONE) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
     k, v, rows = _columns(spec.head_dim), _columns(spec.head_dim_vo), blocks * 8
     ring = WARPS * STAGES[spec.head_dim > SHORT_ROW] * KEYS * (k + v + 16) * 2
@@ -74,14 +80,15 @@ def partial_floats(head_dim: int, blocks: int, ctas: int, rows: int = 0) -> tupl
     return 2 * ctas * blocks * 8 * (columns + 2), rows * (columns + 8)
 
 
-def shared_block(spec: specs.Spec, pool: Pool | None, arch: str) -> int:
-    """Queries of an item of the launch in front that does shared keys on GPUs of `arch`: of the
-    Hopper family where that can run it (`pool`: None where it is not known), else of this one."""
-    can = not hopper.refuses(spec, 0, pool, arch)
+def shared_block(spec: Spec, pool: Pool | None, arch: str, tokens: int) -> int:
+    """Queries of an item of the launch in front that does shared keys on GPUs of `arch`, for at
+    most `tokens` of a batch: of the Hopper family where that can run it (`pool`: None where it is
+    not known) and one item of this family does not have them all, else of this one."""
+    can = tokens * spec.group > ROWS and not hopper.refuses(spec, 0, pool, arch)
     return (hopper.rows_of(spec) if can else ROWS) // spec.group
 
 
-def params_struct(spec: specs.Spec) -> Struct:
+def params_struct(spec: Spec) -> Struct:
     """The parameters of the kernel."""
     plan = ("cuts", "ptr", "const Cut*"), *specs.PARTIALS, ("front_ctas", "int32")
     return specs.params_struct(spec, plan)
@@ -95,7 +102,7 @@ ORDERS = {  # where requests share keys the launches of a step end in their orde
 
 
 @functools.lru_cache(256)
-def body(spec: specs.Spec, together: int, blocks: int, kind: int = ALONE, block: int = 1) -> Body:
+def body(spec: Spec, together: int, blocks: int, kind: int = ALONE, block: int = 1) -> Body:
     """One kernel; `together`: KV heads of one range; `blocks` of 8 packed rows; `block`: queries of
     an item of a launch in front."""
     numbers = {
