@@ -21,7 +21,6 @@ from tilewright.attention import report as reports
 from tilewright.attention.checks import rises
 from tilewright.attention.planner import Shape
 from tilewright.attention.ranges import CUT
-from tilewright.attention.report import Batch, Report
 from tilewright.attention.table import NODE, of_requests
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
@@ -92,7 +91,7 @@ class Plan:
     group: int = 1
     block: int = 1
     narrow: int = 0
-    batch: Batch | None = field(default=None, repr=False)
+    batch: reports.Batch | None = field(default=None, repr=False)
     tensors: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
     longest: int = field(default=0, init=False, repr=False)
     planned: InitVar[bool] = False
@@ -128,7 +127,7 @@ class Plan:
         """Whether an item goes over the keys that its request shares with others too."""
         return bool(self.tree[0] and len(self.items) and (self.nodes["outer"] < 0).any())
 
-    def report(self) -> Report:
+    def report(self) -> reports.Report:
         """Balance, padding, bytes, predicted time, and why other families were refused. Raises
         ArgumentError[A103] for a plan that was loaded: it holds no lengths."""
         if self.batch is None:
@@ -204,7 +203,7 @@ class Plan:
 
 def make(
     qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int,
-    nodes: np.ndarray | None = None, batch: Batch | None = None,
+    nodes: np.ndarray | None = None, batch: reports.Batch | None = None,
 ) -> Plan:  # fmt: skip
     """Divide a batch among `workers`; `qo_indptr` (requests + 1), `kv_lengths` (nodes of the
     table), `nodes`: the tree where requests share keys; `batch`: for the plan's report.
