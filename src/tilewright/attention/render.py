@@ -146,10 +146,8 @@ def _struct(
 ) -> str:  # fmt: skip
     text = Text()
     ranges = extents.ranges(traced.mask, text)
-    members, starts = [], []
-    for v in traced.values:
-        members.append(f"  {_member(v)};")
-        starts.append(f"v_{v.name}{{{_start(v, read)}}}")
+    members = [f"  {_member(v)};" for v in traced.values]
+    starts = [f"v_{v.name}{{{_start(v, read)}}}" for v in traced.values]
     methods = methods | {"float sink(const At& at)": traced.sink}
     flags = {"SOFTMAX": traced.softmax is not False, "SINK": traced.sink != NO_SINK}
     rows = {name: getattr(traced, name) for name in ROW_HOOKS}
