@@ -20,7 +20,8 @@ from tilewright.ir.body import Body
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.kernel import Bound
-from tilewright.runtime.launch import CompileStep, CpuLauncher, CudaLauncher, ordinal_of
+from tilewright.runtime.launch import CompileStep, CpuLauncher, CudaLauncher
+from tilewright.runtime.view import ordinal_of
 
 Box = tuple[int, int]
 """The first address of a range of memory, and the one behind its last."""
@@ -170,7 +171,7 @@ def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
     """A node for each launch of a kernel that has units."""
     boxes, frame, nodes = bound.boxes(), bound.frame, []
     for body, params, units in zip(launcher.bodies, frame.blocks, frame.units, strict=True):
-        how = frame.variants, launcher.compile_step, ordinal_of(frame)
+        how = frame.variants, launcher.compile_step, ordinal_of(frame.device)
         part = Part(body, params, units, *how)
         reads, writes = (
             tuple(box for name in names for box in boxes.get(name, boxes[""]))
