@@ -139,7 +139,9 @@ class Attention:
         workers = check_count("workers", workers, plan.MAX_WORKERS)
         size = (spec.head_dim + spec.head_dim_vo) * spec.kv.itemsize
         batch = Batch(lengths, size, reasons, gpu.name if gpu else "")
-        block = decode.shared_block(spec, pool, gpu.arch) if table.form.shared and gpu else 1
+        block = 1
+        if table.form.shared and gpu:
+            block = decode.shared_block(spec, pool, gpu.arch, int(indptr[-1]))
         numbers = tuple((n, v) for n, v in values.items() if is_number(v)), block, family.few(spec)
         shape = _shape_of(self, family, family.qo_tile(spec), *numbers)
         if invariant:
