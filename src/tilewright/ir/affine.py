@@ -5,7 +5,8 @@ from math import gcd
 from typing import NamedTuple
 
 from tilewright.dtypes import DType
-from tilewright.ir.nodes import Binary, Cast, Const, Expr, For, Var, binary, cast
+from tilewright.ir.names import ADDRESS, STRIDE, is_generated
+from tilewright.ir.nodes import Binary, Buffer, Cast, Const, Expr, For, Load, Var, binary, cast
 from tilewright.ir.rewrite import add, free_vars, mul, simplify
 
 
@@ -70,12 +71,13 @@ def extreme(e: Expr, loops: Iterable[For], largest: bool) -> Expr | None:
     return value
 
 
-def is_multiple(e: Expr, n: int, known: Callable[[Var], bool] = lambda v: False) -> bool:
-    """Whether `e` is certainly a multiple of `n`. `known` tells the variables that are."""
+def is_multiple(e: Expr, n: int, known: Callable[[Var | Buffer], bool] = lambda v: False) -> bool:
+    """Whether `e` is certainly a multiple of `n`. `known` tells the variables and the
+    registers that are."""
     if n == 1:
         return True
-    if isinstance(e, Var):
-        return known(e)
+    if isinstance(e, (Var, Load)):
+        return known(e if isinstance(e, Var) else e.buffer)
     if isinstance(e, Const):
         return int(e.value) % n == 0
     if isinstance(e, Cast):
@@ -88,6 +90,19 @@ def is_multiple(e: Expr, n: int, known: Callable[[Var], bool] = lambda v: False)
         return is_multiple(e.a, n, known) or is_multiple(e.b, n, known)
     both = e.op in ("+", "-", "min", "max")
     return both and is_multiple(e.a, n, known) and is_multiple(e.b, n, known)
+
+
+def is_aligned(e: Expr, n: int) -> bool:
+    """Whether an offset is a multiple of n, strides of arrays being multiples of 16 bytes, and
+    addresses that loops carry of what they copy at once: arrays for which that does not hold run
+    the code that is compiled with TW_UNALIGNED."""
+    return is_multiple(e, n, lambda v: is_generated(v.name, STRIDE, ADDRESS))
+
+
+def parted(e: Expr, belongs: Callable[[Expr], bool]) -> tuple[Expr, Expr]:
+    """An integer expression as two sums: of the terms that belong to the first, and the others."""
+    first = [t for t in terms(e) if belongs(t)]
+    return add(0, *first), add(0, *(t for t in terms(e) if t not in first))
 
 
 def terms(e: Expr) -> list[Expr]:
