@@ -1,14 +1,19 @@
-"""`python3 dev.py bench attention`: attention on the CPU beside torch's, in milliseconds a call.
+"""`python3 dev.py bench attention`: attention beside its peers.
 
-32 query heads over 8 KV heads of dimension 128. Ours reads a paged cache (pages of 16, random
-order) as a server does; torch's `scaled_dot_product_attention` gets one dense, contiguous batch,
-with `enable_gqa` and, as a second peer, with keys and values repeated for each query head before
-the clock starts. Both sides use the same number of threads. A result is compared with float64.
+With `--target cuda`, where torch has a GPU the default: all rows of the suites `prefill` (dense,
+ragged, paged, variants, append, mixed), `decode`, `decode_variants` and `cascade`, one after the
+other, beside the peers that are named. With `--target cpp`: attention on the CPU beside torch's, in
+milliseconds a call. 32 query heads over 8 KV heads of dimension 128. Ours reads a paged cache
+(pages of 16, random order) as a server does; torch's `scaled_dot_product_attention` gets one dense,
+contiguous batch, with `enable_gqa` and, as a second peer, with keys and values repeated for each
+query head before the clock starts. Both sides use the same number of threads. A result is compared
+with float64.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +25,13 @@ from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
-from tilewright.errors import MissingExtra
+from tilewright.errors import ArgumentError, MissingExtra
 from tilewright.runtime import pool as threads
 
 QO_HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 16
 DECODE = ((1, 512), (1, 4096), (4, 2048), (16, 512), (16, 2048))  # requests, keys of each
 PREFILL = ((1, 128), (1, 512), (1, 2048), (4, 512))  # requests, queries and keys of each
+SUITES_OF_A_GPU = ("prefill", "decode", "decode_variants", "cascade")
 LIMITS = {"float32": 1e-5, "bfloat16": 8e-3}
 
 
@@ -46,15 +52,48 @@ class Case:
 
 
 def attention_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", choices=("decode", "prefill"), help="default: both")
-    parser.add_argument("--dtype", choices=tuple(LIMITS), help="default: both")
+    parser.add_argument("--target", choices=("cpp", "cuda"), help="default: cuda where it runs")
+    parser.add_argument(
+        "--peers", nargs="*", default=["all"], metavar="PEER",
+        help="of a GPU's suites (default: all that can be imported)",
+    )  # fmt: skip
+    parser.add_argument("--op", choices=("decode", "prefill"), help="on the CPU; default: both")
+    parser.add_argument("--dtype", choices=tuple(LIMITS), help="on the CPU; default: both")
 
 
 def attention(args: argparse.Namespace) -> Iterator[Row]:
-    """Rows of both sides; the ratio is torch's best time over ours."""
+    """Rows of both sides; the ratio is the best peer's time over ours."""
+    if args.target == "cuda" or (args.target is None and _has_gpu()):
+        yield from on_gpu(args.peers)
+        return
     for case in cases():
         if args.op in (None, case.op) and args.dtype in (None, case.dtype):
             yield from measured(case)
+
+
+def on_gpu(peers: list[str]) -> Iterator[Row]:
+    """The rows of all suites of a GPU; each has those of the peers that it knows. Raises
+    ArgumentError[A109] for a name that none of them knows."""
+    modules = {name: importlib.import_module(f"bench.{name}") for name in SUITES_OF_A_GPU}
+    known = {name: set(getattr(module, "PEERS", ())) for name, module in modules.items()}
+    if unknown := set(peers) - {"all"}.union(*known.values()):
+        hint = f"all, {', '.join(sorted(set().union(*known.values())))}"
+        raise ArgumentError("A109", f"no peer {unknown.pop()}", where="--peers", hint=hint)
+    for name, module in modules.items():
+        parser = argparse.ArgumentParser()
+        getattr(module, f"{name}_arguments")(parser)
+        args = parser.parse_args([])
+        if known[name]:
+            args.peers = [peer for peer in peers if peer in {"all", *known[name]}]
+        yield from getattr(module, name)(args)
+
+
+def _has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
 
 
 def cases() -> Iterator[Case]:

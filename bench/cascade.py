@@ -3,19 +3,25 @@
 bfloat16, 32/8 heads × 128, pages of 16 in random order, one query a request; graphs, cold caches
 and errors as `bench decode` has them. Beside ours over the shared keys: ours over a flat table, in
 which each request names the pages of the prefix again, and FlashAttention-3 over that, where it can
-be imported. `read_us`: the bytes of the prefix once and of the suffixes, read once.
+be imported. `read_us`: the bytes of the prefix once and of the suffixes, read once. `--random N`:
+the regret of the plan's choice over random batches, its time over the best of what it chooses from
+(shared keys read by a launch in front, or walked by their requests) and of the flat table.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from bench.decode import HEAD_DIM, PAGE, Case, error_of, graph_of, read_us, replayed
-from bench.decode_peers import Batch, flash_attention_3
+from bench.decode_peers import Batch as Peers
+from bench.decode_peers import flash_attention_3
 from bench.harness import Row, base_row, note, require_torch
+from tilewright.attention import planner, ranges
 from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
 from tilewright.attention.pool import Pool
@@ -31,17 +37,46 @@ def cascade_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, nargs=3, action="append", help="requests prefix suffix"
     )
+    parser.add_argument("--random", type=int, default=0, help="random batches: regret of choices")
 
 
 def cascade(args: argparse.Namespace) -> Iterator[Row]:
     """Rows of our kernel over shared keys, in microseconds a call."""
+    if args.random:
+        yield regret(args.random) | base_row("cascade", "attention.cascade", "cuda")
+        return
     batches = args.batch or [b for n, b in enumerate(BATCHES) if not args.rows or n in args.rows]
     for batch in batches:
         yield measured(*batch) | base_row("cascade", "attention.cascade", "cuda")
 
 
-def measured(requests: int, prefix: int, suffix: int) -> Row:
-    """The row of a batch; `wrong` returns the fault of a result."""
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Requests that share a prefix, over caches of their own for each call, so that the L2 is cold.
+
+    `tables`: with shared keys and flat; `flat`: indptr, pages, lengths of the flat table."""
+
+    case: Case
+    nbytes: int
+    caches: list[Any]
+    flat: list[Any]
+    tables: dict[str, Table]
+    q: Any
+
+    def graph(self, table: Table, kept: list[Any]) -> tuple[tuple[Any, int], Any, Any]:
+        """A graph of a call over each cache, the first one's o, and the plan's graph. What they use
+        is added to `kept`."""
+        attn = Attention(*HEADS, HEAD_DIM)
+        room = attn.reserve(len(self.case.lengths), shared=table.form.shared)
+        room.plan(table)
+        kvs = [KV(table, Pool(c)) for c in self.caches]
+        bound = [attn.bind(self.q[i], kv, plan=room) for i, kv in enumerate(kvs)]
+        kept += [room, bound]
+        graph = graph_of([lambda b=b: b() for b in bound]), len(bound)
+        return graph, bound[0].state.o, (graph_of([lambda: room.plan(table)] * 32), 32)
+
+
+def made(requests: int, prefix: int, suffix: int) -> Batch:
     torch = require_torch()
     torch.manual_seed(0)
     qo_heads, kv_heads = HEADS
@@ -73,31 +108,31 @@ def measured(requests: int, prefix: int, suffix: int) -> Row:
         "tilewright": Table.csr(*nodes, shared=[level]),
         "tilewright, flat": Table.csr(flat[2], *flat[:2]),
     }
-    attn = Attention(qo_heads, kv_heads, HEAD_DIM)
     q = torch.randn(calls, requests, qo_heads, HEAD_DIM, device="cuda").bfloat16()
+    return Batch(case, size * 2, caches, flat, tables, q)
+
+
+def measured(requests: int, prefix: int, suffix: int) -> Row:
+    """The row of a batch; `wrong` returns the fault of a result."""
+    batch = made(requests, prefix, suffix)
+    case, caches, q = batch.case, batch.caches, batch.q
     graphs, outputs, plans, kept = {}, {}, {}, []  # what graphs use stays alive
-    for impl, table in tables.items():
-        room = attn.reserve(requests, shared=table.form.shared)
-        room.plan(table)
-        bound = [attn.bind(q[i], KV(table, Pool(c)), plan=room) for i, c in enumerate(caches)]
-        graphs[impl] = graph_of([lambda b=b: b() for b in bound]), calls
-        outputs[impl] = bound[0].state.o
-        kept += [room, bound]
-        plans[impl] = graph_of([lambda r=room, t=table: r.plan(t)] * 32), 32
-    for impl, call in flash_attention_3(Batch(HEADS, PAGE, q, caches, flat)):
+    for impl, table in batch.tables.items():
+        graphs[impl], outputs[impl], plans[impl] = batch.graph(table, kept)
+    for impl, call in flash_attention_3(Peers(HEADS, PAGE, q, caches, batch.flat)):
         outputs[impl] = call(0)
         kept.append(call)
-        graphs[impl] = graph_of([lambda i=i, call=call: call(i) for i in range(calls)]), calls
+        graphs[impl] = graph_of([lambda i=i, call=call: call(i) for i in range(len(q))]), len(q)
     times, plan = replayed(graphs), replayed(plans)["tilewright"]
-    host = [t.cpu().numpy() for t in flat]
+    host = [t.cpu().numpy() for t in batch.flat]
     error = {n: error_of(case, q[0], caches[0], o, host) for n, o in outputs.items()}
     right = {n: us for n, us in times.items() if error[n] <= 8e-3 and n != "tilewright"}
     best = min(right, key=right.__getitem__) if right else ""
-    us = times["tilewright"]
+    us, name = times["tilewright"], case.name
     row: Row = {
-        "input": name, "width": qo_heads, "dtype": "bfloat16", "impl": "tilewright",
-        "heads": f"{qo_heads}/{kv_heads}", "ms": us / 1e3, "metric": "us", "value": us,
-        "ratio": right[best] / us if best else None, "bytes": size * 2,
+        "input": name, "width": HEADS[0], "dtype": "bfloat16", "impl": "tilewright",
+        "heads": "{}/{}".format(*HEADS), "ms": us / 1e3, "metric": "us", "value": us,
+        "ratio": right[best] / us if best else None, "bytes": batch.nbytes,
         "read_us": read_us(caches), "plan_us": plan, "error": error["tilewright"],
         "peer": best, "peer_us": right.get(best), "peers_us": right,
     }  # fmt: skip
@@ -107,3 +142,31 @@ def measured(requests: int, prefix: int, suffix: int) -> Row:
     )
     wrong = not error["tilewright"] <= 8e-3
     return row | ({"wrong": f"relative error {error['tilewright']:.2g}"} if wrong else {})
+
+
+def regret(count: int) -> Row:
+    """Over random batches, the chosen plan's time over the best of three: the shared keys read by a
+    launch in front, walked by their requests, or a flat table. The value is the 90th percentile."""
+    rng, over = np.random.default_rng(11), []
+    costs = {"chosen": ranges.APART_COST, "in front": -(1 << 30), "walked": 1 << 30}
+    for _ in range(count):
+        requests, prefix, suffix = (2 ** rng.uniform(*x) for x in ((1, 8), (7, 14), (4, 9)))
+        batch = made(int(requests), PAGE * int(prefix / PAGE), int(suffix))
+        graphs, kept = {}, []
+        for name, cost in costs.items():
+            ranges.APART_COST = cost
+            planner.body.cache_clear()
+            graphs[name] = batch.graph(batch.tables["tilewright"], kept)[0]
+        graphs["flat"] = batch.graph(batch.tables["tilewright, flat"], kept)[0]
+        ranges.APART_COST = costs["chosen"]
+        planner.body.cache_clear()
+        times = replayed(graphs)
+        over.append(times["chosen"] / min(times.values()) - 1)
+        beside = ", ".join(f"{n} {t:.1f}" for n, t in times.items())
+        note(f"{batch.case.name:22} {beside} us: {over[-1]:.1%}")
+    return {
+        "input": f"{count} random batches", "width": 0, "dtype": "bfloat16", "impl": "tilewright",
+        "ms": None, "metric": "p90 regret of the plan's choice", "ratio": None,
+        "value": float(np.quantile(over, 0.9)), "mean": float(np.mean(over)),
+        "worst": float(np.max(over)),
+    }  # fmt: skip

@@ -38,7 +38,7 @@ SUITES = {
     "gemm": ("gemm", "dense times dense on tensor cores, beside cuBLAS"),
     "blocks": ("blocks", "a matrix in blocks times dense, beside the dense product of cuBLAS"),
     "flash": ("flash", "lesson 9's flash attention on tensor cores, beside torch"),
-    "attention": ("attention", "attention on the CPU beside torch"),
+    "attention": ("attention", "attention beside its peers: all suites of a GPU, or on the CPU"),
     "decode": ("decode", "decode attention over a paged cache, beside the time to read it"),
     "decode_variants": ("decode_variants", "decode with other pages, heads, masks and scores"),
     "cascade": ("cascade", "decode attention of requests that share a prefix, beside a flat table"),
@@ -133,7 +133,8 @@ def bench(args: argparse.Namespace) -> int:
         else:
             head = f"{row['input']:18} {row['width']:5} {row['target']:12} {row['impl']:34}"
             ratio = f"  ratio {row['ratio']:.2f}" if row["ratio"] else ""
-            print(f"{head} {row['value']:9.4g} {row['metric']}{ratio}", flush=True)
+            roof = f"  {100 * row['roofline']:.0f} % of roofline" if row.get("roofline") else ""
+            print(f"{head} {row['value']:9.4g} {row['metric']}{ratio}{roof}", flush=True)
         if args.keep:
             keep(args.keep, row)
     if not args.json and any(r.get("ratio") for r in rows):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bench.harness import base_row, note
+from bench.serve import PEERS
 
 DIM, FFN, HEADS, KV_HEADS, HEAD = 4096, 14336, 32, 8, 128
 LAYERS, ALL_LAYERS, ANSWERS, CHUNK, PAGE = 4, 32, 64, 2048, 256
@@ -189,6 +190,7 @@ def main() -> None:
             "input": f"{ANSWERS} answers of {args.keys} keys, chunk of {CHUNK}, {LAYERS} layers",
             "width": ANSWERS, "dtype": "bfloat16", "impl": text, "ms": found[0],
             "metric": "ms of the layers", "value": found[0], "ratio": None, "both_ms": found,
+            "peers_missing": dict.fromkeys(PEERS, "ways to share one GPU are compared"),
         }  # fmt: skip
         print(json.dumps(row), flush=True)
     ways = {f"one batch, {c}": (x[0] * scale, ANSWERS, c) for (n, c), x in

@@ -6,7 +6,8 @@ requests over a long paged cache. Mixed: prompts and single tokens in one batch,
 calls and one of a peer's answers; `parts_ms` has the prompts alone and the single tokens alone.
 FLOPs are 2 · (head_dim + head_dim_vo) for each pair of query and key that the mask keeps, so half
 the pairs where causal. Each run starts with a cold L2; a row's implementations run in turns. A
-result is compared with float64 before it counts. Peers (`prefill_peers.py`), those that can be
+result is compared with float64 before it counts. `roofline`: the least time of the row by the data
+sheet of the GPU (`roofline.py`), over ours. Peers (`prefill_peers.py`), those that can be
 imported: FlashAttention-3 and -4, cuDNN and FlashAttention-2 through torch, FlexAttention,
 FlashInfer, each in every form that takes the row; the fastest right one counts.
 """
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from bench import prefill_trace
+from bench import prefill_trace, roofline
 from bench.harness import Row, base_row, note, or_inf, require_torch
 from bench.prefill_peers import PEERS
 from tilewright.attention.batch import Attention, BoundAttention
@@ -97,6 +98,12 @@ class Case:
     @property
     def flops(self) -> float:
         return 2.0 * sum(self.dims) * QO_HEADS * sum(map(self.pairs, self.queries, self.keys))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a call moves once: q, o, and the keys and values of each request."""
+        rows = QO_HEADS * sum(self.queries) + KV_HEADS * sum(self.keys)
+        return 2 * sum(self.dims) * rows
 
     def pairs(self, queries: int, keys: int) -> int:
         """Pairs that the mask keeps in a request."""
@@ -198,7 +205,8 @@ def prefill(args: argparse.Namespace) -> Iterator[Row]:
             prefill_trace.trace(Batch(case), args.trace)
             return
         wanted = [name for name in PEERS if {name, "all"} & set(args.peers)]
-        yield measured(case, flush, wanted) | base_row("prefill", "attention.prefill", "cuda")
+        row = measured(case, flush, wanted) | base_row("prefill", "attention.prefill", "cuda")
+        yield row | {"roofline": roofline.share(row["device"], case.flops, case.nbytes, row["ms"])}
 
 
 def measured(case: Case, flush: Any, peer_names: list[str]) -> Row:

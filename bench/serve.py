@@ -4,7 +4,8 @@ Requests come when the trace says, time divided by `--speed`; prompts are random
 trace's lengths, times `--lengths`, and answers have the trace's lengths too. Rows: tokens a second
 over the replay, time to the first token, and gaps between tokens. A few answers are computed again
 alone, and have to be equal. With `--peers` other engines serve the same requests
-(`serve_peers.py`), with `--shared-prefix` many answers share a prefix (`serve_shared.py`).
+(`serve_peers.py`), with `--shared-prefix` many answers share a prefix (`serve_shared.py`), with
+`--steps` single steps are taken apart (`serve_steps.py`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tilewright.serve.tune import errors, fit, measure
 from tilewright.serve.weights import open_model, packaged_model
 
 TRACE = "shared/data/traces/AzureLLMInferenceTrace_conv.csv.gz"
+PEERS = ("transformers", "generate", "loop", "llama.cpp")
 _CHECKED = 3  # answers that are computed again
 _PLAINLY = Sampling()
 
@@ -91,21 +93,28 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=180.0, help="--predict: to fit a cost")
     parser.add_argument("--cost-out", type=Path, help="--predict, --peers: writes the fitted cost")
     parser.add_argument("--predict", type=int, help="compares so many random steps with --cost")
-    peers = ("transformers", "generate", "loop", "llama.cpp", "ours")
     parser.add_argument(
-        "--peers", nargs="*", choices=peers, metavar="PEER",
-        help=f"serve the same requests (default: all): {', '.join(peers)}",
+        "--peers", nargs="*", choices=[*PEERS, "ours"], metavar="PEER",
+        help=f"serve the same requests (default: all): {', '.join(PEERS)}, ours",
     )  # fmt: skip
     parser.add_argument("--shape", help="--peers: a model of random weights instead of --model")
     parser.add_argument("--attention", default="", help="--peers: of transformers")
     parser.add_argument("--limit", type=float, default=inf, help="--peers: seconds of each")
     parser.add_argument("--shared-prefix", type=int, help="tokens that all requests begin with")
     parser.add_argument("--layers", type=int, help="--shared-prefix: of the shape, the first ones")
+    steps_help = "what the time of steps goes to: answers+tokens of a prompt, as 63+960"
+    parser.add_argument("--steps", nargs="*", metavar="STATE", help=steps_help)
     parser.add_argument("--fast", action="store_true", help="faster batches, not equal to the bit")
 
 
 def serve(args: argparse.Namespace) -> Iterator[Row]:
-    """Rows of one replay, of simulations, or of predicted steps."""
+    """Rows of one replay, of simulations, of predicted steps, or of peers. Each says which peers
+    did not run, and why: `peers_missing`."""
+    for row in _rows(args):
+        yield {"peers_missing": dict.fromkeys(PEERS, "not asked for")} | row
+
+
+def _rows(args: argparse.Namespace) -> Iterator[Row]:
     if args.simulate:
         args.cost = args.cost or args.default_cost
         yield from simulate_rows(args)
@@ -117,6 +126,11 @@ def serve(args: argparse.Namespace) -> Iterator[Row]:
         from bench.serve_peers import peer_rows
 
         yield from peer_rows(args)
+        return
+    if args.steps is not None:
+        from bench.serve_steps import step_rows
+
+        yield from step_rows(args)
         return
     if args.shared_prefix:
         from bench.serve_shared import shared_prefix_rows

@@ -73,6 +73,10 @@ class Served:
 Peer = Callable[[Setting], Iterator[Served]]
 
 
+class Absent(Exception):
+    """Why a peer does not run here."""
+
+
 # ---------------------------------------------------------------------------- our engine
 
 
@@ -169,7 +173,7 @@ def in_chunks(jobs: list[Job], step: Step, setting: Setting, pace: Pace) -> floa
 def loop(setting: Setting) -> Iterator[Served]:
     """The minimal loop of torch."""
     if setting.model.device != "cpu" and importlib.util.find_spec("flash_attn_interface") is None:
-        return note("without the minimal loop: FlashAttention-3 (flash_attn_interface) is absent")
+        raise Absent("FlashAttention-3 (flash_attn_interface) is not installed")
     from bench.serve_loop import Loop
 
     made = Loop(setting.model, setting.seats, setting.context)
@@ -183,9 +187,9 @@ def llama_cpp(setting: Setting) -> Iterator[Served]:
     """llama.cpp on the same GGUF file and as many threads, each request a sequence of its cache."""
     path = setting.model.path
     if setting.model.device != "cpu" or path is None or path.suffix != ".gguf":
-        return note("without llama.cpp: it takes a GGUF file on a CPU")
+        raise Absent("it takes a GGUF file, and is measured on CPUs alone")
     if importlib.util.find_spec("llama_cpp") is None:
-        return note("without llama.cpp: pip install llama-cpp-python")
+        raise Absent("llama-cpp-python is not installed")
     from bench.serve_llama_cpp import LlamaCpp
 
     made = LlamaCpp(path, setting.seats, setting.context, setting.chunk, pool.wanted_threads())
@@ -211,7 +215,7 @@ def generate(setting: Setting) -> Iterator[Served]:
 
 def _with_transformers(serve: Callable[[Setting], Served], setting: Setting) -> Iterator[Served]:
     if importlib.util.find_spec("transformers") is None:
-        return note("without transformers: it is not installed")
+        raise Absent("transformers is not installed")
     import torch
 
     if importlib.util.find_spec("flash_attn_interface"):
@@ -364,13 +368,15 @@ PEERS: dict[str, Peer] = {
 
 def peer_rows(args: argparse.Namespace) -> Iterator[Row]:
     """A row for each way to serve, with all its `measures`. `ratio`, of ours: its tokens a second
-    over those of the best other library."""
+    over those of the best other library; `peers_missing`: which did not run, and why."""
     setting = _setting(args)
     name = f"{setting.model.name}, {args.trace.name.split('.')[0]} x{args.speed:g}"
     everything: list[Served] = []
     rows: list[Row] = []
-    for peer in args.peers or PEERS:
-        for served in PEERS[peer](setting):
+    asked = args.peers or [*PEERS]
+    missing = {peer: "not asked for" for peer in PEERS if peer not in (*asked, "ours")}
+    for peer in asked:
+        for served in _served(peer, setting, missing):
             everything.append(served)
             found = measures(served.jobs, setting.pace, served.took_s)
             for gap in setting.itl_ms:
@@ -387,9 +393,18 @@ def peer_rows(args: argparse.Namespace) -> Iterator[Row]:
     for row in rows:
         if row["impl"].startswith("tilewright") and others:
             row["ratio"] = row["value"] / max(others)
-        yield row
+        yield row | {"peers_missing": missing}
     _say_what_agrees(everything)
     note(table(rows).replace("\n", "\n# "))
+
+
+def _served(peer: str, setting: Setting, missing: dict[str, str]) -> Iterator[Served]:
+    """What a peer did; why it did nothing goes to `missing`."""
+    try:
+        yield from PEERS[peer](setting)
+    except Absent as reason:
+        missing[peer] = str(reason)
+        note(f"without {peer}: {reason}")
 
 
 def _setting(args: argparse.Namespace) -> Setting:

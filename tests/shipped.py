@@ -23,7 +23,7 @@ from tilewright.ops.gemm import gemm_definition
 from tilewright.ops.linear import linear_definition
 from tilewright.ops.paging import by_request, positions_program
 from tilewright.ops.rope import APPEND
-from tilewright.ops.rowwise import ARGMAX, BY_ROW, WITH_SUM, rmsnorm, silu_mul
+from tilewright.ops.rowwise import ARGMAX, BY_ROW, WITH_SUM, rmsnorm_add, silu_mul
 from tilewright.ops.sddmm import sddmm_definition
 from tilewright.ops.spgemm import spgemm_count, spgemm_fill
 from tilewright.ops.spmm import by_length, powers, spmm_definition
@@ -157,7 +157,7 @@ SHIPPED: dict[str, Shipped] = {
     "linear f32 odd": _linear("f32", n=13, k=37),
     "linear q4_1 odd": _linear("q4_1", n=13, k=96),
     **{f"embedding {kind}": Shipped(EMBEDDINGS[kind].schedule(by_token)) for kind in KINDS},
-    "rmsnorm": Shipped(rmsnorm.schedule(WITH_SUM)),
+    "rmsnorm_add": Shipped(rmsnorm_add.schedule(WITH_SUM)),
     "silu_mul": Shipped(silu_mul.schedule(BY_ROW)),
     **{
         f"{name} {kind}": Shipped(

@@ -44,6 +44,7 @@ from tilewright.sparse.structured import band, bitmap, dia, n_m, paged
 from tilewright.sparse.trace import abs_ as abs
 from tilewright.sparse.trace import any_ as any
 from tilewright.sparse.trace import (
+    argmax,
     cos,
     dense,
     exp,
@@ -51,6 +52,7 @@ from tilewright.sparse.trace import (
     indices,
     log,
     maximum,
+    mean,
     minimum,
     out,
     prod,
@@ -81,7 +83,14 @@ if TYPE_CHECKING:
     from tilewright.attention.pool import Pool
     from tilewright.attention.select import select
     from tilewright.attention.table import Table
-    from tilewright.attention.tracing import bit_mask, per_head, per_key, per_request, per_token
+    from tilewright.attention.tracing import (
+        bit_mask,
+        per_channel,
+        per_head,
+        per_key,
+        per_request,
+        per_token,
+    )
     from tilewright.attention.variant import Alibi, Causal, Full, SlidingWindow, Softcap, variant
     from tilewright.attention.workspace import Workspace
     from tilewright.ops import schedules as recipes
@@ -97,7 +106,7 @@ _ON_DEMAND = {
         "attention.batch": "Attention", "attention.kv": "KV", "attention.merge": "State merge",
         "attention.plan": "Plan", "attention.pool": "Pool", "attention.select": "select",
         "attention.table": "Table",
-        "attention.tracing": "bit_mask per_head per_key per_request per_token",
+        "attention.tracing": "bit_mask per_channel per_head per_key per_request per_token",
         "attention.variant": "Alibi Causal Full SlidingWindow Softcap variant",
         "attention.workspace": "Workspace",
     }.items()
@@ -117,10 +126,10 @@ __all__ = [
     "KV", "LLM", "Alibi", "Atom", "Attention", "Bound", "Causal", "Composed", "Definition",
     "Format", "Full", "Kernel", "Packed", "Plan", "Pool", "Schedule", "SlidingWindow", "Softcap",
     "State", "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "any",
-    "band", "bit_mask", "bitmap", "bsr", "bucket", "coo", "cos", "csc", "csf", "csr", "dbsr",
-    "dcsr", "dense", "dia", "ell", "equal", "exp", "floor", "hyb", "indices", "log", "max",
-    "maximum", "merge", "min", "minimum", "n_m", "ops", "out", "paged", "per_head", "per_key",
-    "per_request", "per_token", "prod", "program", "ragged", "recipes", "rsqrt", "scalar",
-    "select", "sigmoid", "sin", "size", "sparse", "sqrt", "sr_bcrs", "stored", "sum", "tanh",
-    "target", "temp", "update", "variant", "where",
+    "argmax", "band", "bit_mask", "bitmap", "bsr", "bucket", "coo", "cos", "csc", "csf", "csr",
+    "dbsr", "dcsr", "dense", "dia", "ell", "equal", "exp", "floor", "hyb", "indices", "log", "max",
+    "maximum", "mean", "merge", "min", "minimum", "n_m", "ops", "out", "paged", "per_channel",
+    "per_head", "per_key", "per_request", "per_token", "prod", "program", "ragged", "recipes",
+    "rsqrt", "scalar", "select", "sigmoid", "sin", "size", "sparse", "sqrt", "sr_bcrs", "stored",
+    "sum", "tanh", "target", "temp", "update", "variant", "where",
 ]  # fmt: skip

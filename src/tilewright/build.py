@@ -263,12 +263,12 @@ def _key(program: Program, recipe: Any, target: Target) -> str | None:
     if knobs.get("verify") or knobs.get("debug") >= WATCHED:
         return None
     try:
-        version, isa = program_cache.version(), compilers.resolve_isa().name
+        isa = compilers.resolve_isa().name
     except TilewrightError:  # raised again by the compilation
         return None
     constants = recipe.constants() if isinstance(recipe, NamedRecipe) else ()
-    content = digest((program, recipe, constants)) if version else None
-    return content and disk_cache.key_of("kernel", version or "", str(target), isa, content)
+    content = digest((program, recipe, constants))
+    return content and disk_cache.key_of("kernel", program_cache.VERSION, str(target), isa, content)
 
 
 def _variant_source(variants: tuple[str, ...], source: str) -> str:
@@ -293,13 +293,13 @@ def _cuda_kernel(built: Built, target: Target) -> Kernel:
 
     cubin = compiled(())
     launcher = launch.CudaLauncher(
-        lambda v: compiled(v).image if v else cubin.image, built.bodies, _step_compiler(target.arch)
+        lambda v: compiled(v).image if v else cubin.image, built.bodies, step_compiler(target.arch)
     )
     return Kernel(built.manifest, launcher, built.source, cubin.resources)
 
 
 @functools.cache
-def _step_compiler(arch: str) -> launch.CompileStep:
+def step_compiler(arch: str) -> launch.CompileStep:
     """Returns a function that compiles several kernel bodies of a recorded step into one cubin."""
 
     def compile_step(bodies: tuple[Body, ...], macros: tuple[str, ...]) -> bytes:

@@ -26,7 +26,7 @@ Recipe = Callable[[Schedule], Schedule]
 
 def scheduled(program: Program, recipe: Recipe | None, target: Target) -> Schedule:
     """The schedule of a program at the coordinate level, after its recipe ran."""
-    start = Schedule(program, _Positions(), target)
+    start = Schedule(program, _positions(), target)
     result = start if recipe is None else recipe(start)
     if not isinstance(result, Schedule):
         text = f"the recipe of {program.name} returned {result!r}"
@@ -62,19 +62,17 @@ def steps_of(s: Schedule, program: Program) -> tuple[Step, ...] | None:
     return s.history if first.program is program else None
 
 
-class _Positions:
+def _positions() -> Callable[[Program], Program]:
     """Coordinates → positions. A recipe looks at the loops many times before its first verb, so
     the last result is kept."""
+    last: list[Program] = []  # a program, and what the passes made of it
 
-    __slots__ = ("program", "result")
+    def lowering(program: Program) -> Program:
+        if not last or last[0] is not program:
+            last[:] = program, run_passes(program, BEFORE_SCHEDULE)
+        return last[1]
 
-    def __init__(self) -> None:
-        self.program = self.result = None
-
-    def __call__(self, program: Program) -> Program:
-        if self.result is None or self.program is not program:
-            self.program, self.result = program, run_passes(program, BEFORE_SCHEDULE)
-        return self.result
+    return lowering
 
 
 def built(s: Schedule) -> Built:

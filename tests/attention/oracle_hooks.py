@@ -1,4 +1,4 @@
-"""Masks and logits written twice, as hooks of variants and as NumPy functions, for oracle.py."""
+"""Hooks of variants written twice, as hooks and as NumPy functions, for oracle.py."""
 
 from __future__ import annotations
 
@@ -173,6 +173,117 @@ SINKS: dict[str, tuple[Any, Callable[[Score], Any], dict[str, Any]]] = {
         {},
     ),
 }
+
+
+SIGMOID: dict[str, tuple[Any, Callable[[np.ndarray, Score], Any], dict[str, Any]]] = {
+    "sigmoid": (  # for variants without a softmax
+        lambda self, s, at: tw.sigmoid(s + self.shift),
+        lambda s, t: 1 / (1 + np.exp(-s - t.values["shift"])),
+        {"shift": tw.scalar("float32")},
+    )
+}
+
+
+def turned(self: Any, row: Any, at: Any, position: Any) -> Any:
+    """A row whose neighbouring elements are turned by an angle that float32 holds exactly."""
+    angle = (position & 63) * self.freqs[at.dim >> 1]
+    other = row[at.dim ^ 1]
+    return row[at.dim] * tw.cos(angle) + tw.where(at.dim & 1 < 1, -other, other) * tw.sin(angle)
+
+
+def turned_rows(rows: np.ndarray, position: np.ndarray, freqs: np.ndarray) -> np.ndarray:
+    """The same of rows (n, elements) at positions (n, 1), pair by pair as complex numbers."""
+    n, width = rows.shape
+    padded = np.zeros((n, width + width % 2))
+    padded[:, :width] = rows
+    angle = (position % 64) * element(freqs.astype(np.float64), np.arange((width + 1) // 2))
+    pairs = (padded[:, ::2] + 1j * padded[:, 1::2]) * np.exp(1j * angle)
+    padded[:, ::2], padded[:, 1::2] = pairs.real, pairs.imag
+    return padded[:, :width]
+
+
+def by_channel(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return element(values, np.arange(rows.shape[1])).astype(np.float64)
+
+
+# name: (hooks of rows, the same in NumPy over rows (n, elements), values by name)
+ROWS: dict[str, tuple[dict[str, Any], dict[str, Callable], dict[str, Any]]] = {
+    "": ({}, {}, {}),
+    "turned": (
+        {
+            "query": lambda self, q, at: turned(self, q, at, at.qo),
+            "key": lambda self, k, at: turned(self, k, at, at.kv),
+        },
+        {
+            "query": lambda x, t: turned_rows(x, t.qo, t.values["freqs"]),
+            "key": lambda x, t: turned_rows(x, t.kv.T, t.values["freqs"]),
+        },
+        {"freqs": tw.per_channel()},
+    ),
+    "scaled": (
+        {
+            "query": lambda self, q, at: q[at.dim] * (self.size[at.q_token] * self.weight[at.dim]),
+            "key": lambda self, k, at: k[at.dim] * self.key_size[at.key],
+        },
+        {
+            "query": lambda x, t: (
+                x * t.values["size"][t.token] * by_channel(t.values["weight"], x)
+            ),
+            "key": lambda x, t: x * element(t.values["key_size"][t.request], t.key.T),
+        },
+        {"size": tw.per_token("float32"), "weight": tw.per_channel(),
+         "key_size": tw.per_key("float32")},
+    ),
+    "mixed": (
+        {
+            "query": lambda self, q, at: q[5 - at.dim] + 0.5 * q[at.dim],
+            "key": lambda self, k, at: (
+                tw.where(at.kv % 3 < 1, k[at.dim], 0.5) * self.key_gate[at.kv_head]
+            ),
+            "output": lambda self, o, at: tw.maximum(o[at.dim], o[at.dim + 1]) * 0.5,
+        },
+        {
+            "query": lambda x, t: np.array([element(row, 5 - np.arange(len(row))) for row in x])
+            .reshape(x.shape) + 0.5 * x,
+            "key": lambda x, t: (
+                np.where(t.kv.T % 3 < 1, x, 0.5) * float(t.values["key_gate"][t.kv_head])
+            ),
+            "output": lambda x, t: np.maximum(x, np.pad(x[:, 1:], ((0, 0), (0, 1)))) * 0.5,
+        },
+        {"key_gate": tw.per_head("float32")},
+    ),
+    "gated": (
+        {
+            "output": lambda self, o, at: (
+                o[at.dim] * self.gate[at.qo_head] + self.rest[at.q_token] * o[at.dim ^ 1]
+            ),
+        },
+        {
+            "output": lambda x, t: x * float(t.values["gate"][t.head])
+            + t.values["rest"][t.token]
+            * np.array([element(row, np.arange(len(row)) ^ 1) for row in x]).reshape(x.shape),
+        },
+        {"gate": tw.per_head("float32"), "rest": tw.per_token("float32")},
+    ),
+}  # fmt: skip
+
+
+def draw_row_values(
+    rng: np.random.Generator, names: dict[str, Any], heads: tuple[int, int], sizes: tuple[int, ...]
+) -> dict:
+    """Values of SIGMOID and ROWS, as `draw_values`; vectors by channel of any length."""
+    requests, tokens, columns = sizes
+    drawn = {
+        "shift": float(rng.choice([-3.0, 0.0, 0.5])),
+        "freqs": (2.0 ** -rng.integers(0, 8, rng.integers(0, 70))).astype(np.float32),
+        "weight": rng.choice([0.5, 1.0, -2.0], rng.integers(1, 260)).astype(np.float32),
+        "size": rng.choice([0.25, 1.0, 2.0], tokens).astype(np.float32),
+        "key_size": rng.choice([0.25, 1.0, -1.0], (requests, columns)).astype(np.float32),
+        "key_gate": rng.choice([0.5, 1.0, -1.0], heads[1]).astype(np.float32),
+        "gate": rng.choice([0.5, 2.0, -1.0], heads[0]).astype(np.float32),
+        "rest": rng.choice([0.0, 0.5, -1.0], tokens).astype(np.float32),
+    }
+    return {name: drawn[name] for name in names}
 
 
 def draw_values(

@@ -14,12 +14,12 @@ from tests.attention import oracle
 
 from tilewright.attention import render
 from tilewright.attention.arguments import values_of
-from tilewright.attention.spec import param_values, template
+from tilewright.attention.spec import param_values
 from tilewright.codegen import prelude_files
 from tilewright.runtime.view import view
 from tilewright.toolchain import compilers, cxx
 
-REPLACED = {"gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh"}
+REPLACED = "gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh"
 RUN = """
 extern "C" __attribute__((visibility("default")))
 void run(const {params}* p, int threads, const int32_t* order, int ctas, uint64_t seed) {{
@@ -30,26 +30,21 @@ void run(const {params}* p, int threads, const int32_t* order, int ctas, uint64_
 
 
 def expanded(text: str) -> str:
-    """The text with the files that it includes, and without those that warps.h replaces."""
-
-    def file(found: re.Match[str]) -> str:
-        return "" if found[1] in REPLACED else expanded(template(found[1]))
-
-    text = re.sub(r'#include "([^"]+)"', file, text)
-    text = re.sub(r"extern __shared__ (?:__align__\(16\) )?(\w+) (\w+)\[\];",
+    """The text without the files and macros that warps.h replaces."""
+    text = re.sub(f'#include "({"|".join(REPLACED)})"\n|#define TW_(METHOD|SCAN) .*', "", text)
+    return re.sub(r"extern __shared__ (?:__align__\(16\) )?(\w+) (\w+)\[\];",
                   r"\1* \2 = reinterpret_cast<\1*>(simulated::smem);", text)  # fmt: skip
-    return text.replace("#pragma once", "")
 
 
 @functools.lru_cache(32)
-def kernel(text: str, entry: str = "stage0", params: str = "Params") -> Any:
+def kernel(text: str, entry: str = "stage0", params: str = "body0::Params") -> Any:
     """`run(params, threads, order, ctas, seed)` of a kernel's CUDA C++."""
     names = ["warps.h", *["warps_hopper.h"] * ('#include "hopper.cuh"' in text)]
     shim = "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in names)
     parts = (
         prelude_files.prelude("cpu.h"),
         shim,
-        expanded(text).replace("#define TW_METHOD __device__ __forceinline__", ""),
+        expanded(text),
         RUN.format(entry=entry, params=params),
     )
     library = cxx.load(cxx.compile_cpp("\n".join(parts), isa=compilers.resolve_isa().name))

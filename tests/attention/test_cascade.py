@@ -22,7 +22,14 @@ from tilewright.attention import planner, ranges
 from tilewright.attention import report as reports
 from tilewright.attention.families import cpu, decode, hopper
 from tilewright.attention.plan import ITEMS
-from tilewright.attention.spec import PARTIALS, compile_cuda, param_values, params_struct, template
+from tilewright.attention.spec import (
+    PARTIALS,
+    alone,
+    compile_cuda,
+    param_values,
+    params_struct,
+    template,
+)
 from tilewright.attention.table import NODE
 from tilewright.errors import ArgumentError
 from tilewright.runtime.view import view
@@ -273,10 +280,10 @@ def test_cubins_of_shared_keys(arch, kind):
     """The numbers that Python launches with are those of the kernel, too."""
     spec = spec_of(4, 128, "bfloat16", "bfloat16", tw.Causal(), shared=1)
     blocks = 2 if kind == decode.FRONT else 1
-    text = decode.source(spec, 8, blocks, kind, 32)
+    text = alone(decode.body(spec, 8, blocks, kind, 32))
     numbers = decode.smem_bytes(spec, blocks, kind), decode.partial_floats(128, 1, 0, 1)[1]
     for name, value in zip(("SMEM_BYTES", "STATE"), numbers, strict=True):
-        text += f'\nstatic_assert(attention::{name} == {value}, "");'
+        text += f'\nstatic_assert(body0::attention::{name} == {value}, "");'
     used = compile_cuda(text, arch).resources["stage0"]
     assert used.spill_bytes <= 64 * (arch == "sm_80") and 0 < used.registers <= 255
 
@@ -301,7 +308,7 @@ def test_which_kernel_is_in_front():
 def test_cubins_of_the_hopper_kernel_in_front(page_size, variant):
     spec = spec_of(4, 128, "bfloat16", "bfloat16", variant, shared=1)
     assert decode.shared_block(spec, None, "sm_90a") == 32
-    used = compile_cuda(hopper.source(spec, page_size, True), "sm_90a").resources["stage0"]
+    used = compile_cuda(alone(hopper.body(spec, page_size, True)), "sm_90a").resources["stage0"]
     assert used.spill_bytes == 0 and 0 < used.registers <= 168
 
 
@@ -364,10 +371,11 @@ def test_against_the_oracle(rng, monkeypatch, shape, depth, workers):
 def test_plans_of_the_device_agree_exactly(rng, monkeypatch):
     from tilewright.runtime.cuda import DeviceArray
 
-    for cost, depth in itertools.product((-(1 << 30), 1, 20), (1, 2, 3)):
+    shapes = SHAPES[0], SHAPES[3]  # causal, and a window
+    for cost, depth, shape in itertools.product((-(1 << 30), 1, 20), (1, 2, 3), shapes):
         monkeypatch.setattr(ranges, "APART_COST", cost)
-        planner.cuda_source.cache_clear()
-        case = drawn(rng, SHAPES[0], depth)
+        planner.body.cache_clear()
+        case = drawn(rng, shape, depth)
         kv, _, _ = on_gpu(case)
         attn = oracle.attention_of(case)
         requests = max(len(case.qo_indptr) - 1, -(-kv.table.nodes // (depth + 1)))
@@ -382,7 +390,7 @@ def test_plans_of_the_device_agree_exactly(rng, monkeypatch):
         read = plan.nodes["begin"] < plan.nodes["end"]
         for name in ("base", "outer", "joined", "chunks", "item", "row"):
             np.testing.assert_array_equal(nodes[name][read], plan.nodes[name][read])
-    planner.cuda_source.cache_clear()
+    planner.body.cache_clear()
 
 
 @pytest.mark.gpu

@@ -124,7 +124,7 @@ def test_misuse():
             with pytest.raises(ArgumentError) as e:
                 getattr(a, operator)(b)
             assert e.value.code == "A107"
-    with pytest.raises(ProgramError, match=r"P101.*no logits(?s:.*)a & b"):
+    with pytest.raises(ProgramError, match=r"P101.*no hooks but a mask(?s:.*)a & b"):
         _ = tw.Causal() | tw.SlidingWindow(window=4)
     with pytest.raises(ProgramError, match=r"P101.*would lose its masks"):
         _ = tw.Full() | tw.Softcap() & tw.SlidingWindow(window=4)

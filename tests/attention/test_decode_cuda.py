@@ -16,7 +16,7 @@ from tilewright.attention.batch import Attention
 from tilewright.attention.families import decode
 from tilewright.attention.merge import State
 from tilewright.attention.pool import Pool
-from tilewright.attention.spec import Spec, compile_cuda
+from tilewright.attention.spec import Spec, alone, compile_cuda
 from tilewright.runtime.view import view
 from tilewright.toolchain import nvrtc
 
@@ -56,12 +56,12 @@ def test_cubin_without_spills(arch, shape, dim_vo, blocks):
     spec = replace(spec_of(shape), head_dim_vo=dim_vo)
     wanted = {
         "SMEM_BYTES": decode.smem_bytes(spec, blocks), "THREADS": decode.THREADS,
-        "2 * attention::PARTIAL": decode.partial_floats(dim_vo, blocks, 1)[0],
+        "2 * body0::attention::PARTIAL": decode.partial_floats(dim_vo, blocks, 1)[0],
         "TILE": ranges.TILE, "KEYS": decode.KEYS, "ROWS": 8 * blocks,
     }  # fmt: skip
-    text = decode.source(spec, ranges.head_block(shape[1]), blocks)
+    text = alone(decode.body(spec, ranges.head_block(shape[1]), blocks))
     for name, value in wanted.items():
-        name = name if "attention::" in name else f"attention::{name}"
+        name = name if "attention::" in name else f"body0::attention::{name}"
         text += f'\nstatic_assert({name} == {value}, "");'
     used = compile_cuda(text, arch).resources["stage0"]
     most = 64 if arch == "sm_80" else 0  # some words around the merge of partial states

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -18,21 +18,43 @@ from tilewright import dtypes
 from tilewright.attention import plan as plans
 from tilewright.attention import planner, ranges
 from tilewright.attention.families import decode
-from tilewright.attention.spec import Spec, partial_params
+from tilewright.attention.spec import Spec, alone, partial_params
 from tilewright.attention.table import NODE, TableForm
+from tilewright.ir.body import Body
 from tilewright.toolchain import compilers
 
 pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 BLOCK = 5  # queries of an item of shared keys
+CAUSAL, WINDOW = tw.Causal(), tw.SlidingWindow(window=300)
 SHAPES = [  # group, kv_heads, head_dim, dtype, mask, logits, sink
     (4, 8, 128, ml_dtypes.bfloat16, "causal", "scores", ""),
     (7, 2, 80, np.float16, "window", "scores", "per head"),
 ]
 
 
-def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray, tw.Plan]:
-    """o and lse of the kernel, and the plan: of the family of GPUs, made on the host. Shared keys
-    are read by a launch in front, where the plan has that."""
+@dataclass(frozen=True)
+class Prepared:
+    """A call of the kernel: its plan and parameters, the body of its launch with the CTAs of that,
+    and of the launch in front, if the plan has one; o and lse, poisoned."""
+
+    plan: tw.Plan
+    block: Any
+    body: Body
+    ctas: int
+    front: tuple[Body, int] | None
+    o: np.ndarray
+    lse: np.ndarray
+    states: np.ndarray  # that the launch in front leaves, a row each
+    counters: np.ndarray
+    kept: Any
+
+    def launch(self, body: Body, ctas: int, seed: int) -> None:
+        simulated.launch(simulated.kernel(alone(body)), self.block, body.threads, ctas, seed)
+
+
+def prepared(case: Case, workers: int) -> Prepared:
+    """A plan of the family of GPUs, made on the host. Shared keys are read by a launch in front,
+    where the plan has that."""
     attn, table = oracle.attention_of(case), oracle.table_of(case)
     kv = tw.KV(table, tw.Pool(case.k, case.v))
     traced = attn.variant.traced
@@ -45,7 +67,7 @@ def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray,
                         block=BLOCK)  # fmt: skip
     lengths = kv.lengths()
     plan = plans.make(case.qo_indptr, lengths, shape, workers, table.tree(lengths))
-    o, lse, numbers, _kept = simulated.arguments(case, attn, kv, plan.tokens)
+    o, lse, numbers, arrays = simulated.arguments(case, attn, kv, plan.tokens)
     together, blocks = ranges.head_block(attn.kv_heads), decode.blocks_of(plan.longest * attn.group)
     ctas, last = (len(plan.cuts) - 1) * together, plan.nodes[-1:]
     items, rows = int(last["item"].sum()), int(last["row"].sum())
@@ -55,17 +77,24 @@ def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray,
     work: dict[str, Any] = {"qo_indptr": plan.qo_indptr.ctypes.data, "cuts": plan.cuts.ctypes.data}
     work |= partial_params(partials.ctypes.data, floats, counters.ctypes.data, ctas)
     work |= {"nodes": plan.nodes.ctypes.data} if table.form.shared else {}
-    block = decode.params_struct(spec).pack(**numbers, **work)
-    if items:
-        run = simulated.kernel(decode.source(spec, together, 2, decode.FRONT, BLOCK))
-        simulated.launch(run, block, decode.THREADS, min(items, workers), seed)
-        left = partials[floats:].reshape(-1, attn.head_dim + 8)[:, : attn.head_dim + 2]
-        assert not np.isnan(left).any()
-    kind = decode.BEHIND if items else decode.ALONE
-    run = simulated.kernel(decode.source(spec, together, blocks, kind))
-    simulated.launch(run, block, decode.THREADS, ctas, seed)
-    assert not counters.any()
-    return o, lse, plan
+    front = min(items, workers)
+    block = decode.params_struct(spec).pack(**numbers, **work, front_ctas=front)
+    in_front = (decode.body(spec, together, 2, decode.FRONT, BLOCK), front) if items else None
+    body = decode.body(spec, together, blocks, decode.BEHIND if items else decode.ALONE)
+    left = partials[floats:].reshape(-1, attn.head_dim + 8)[:, : attn.head_dim + 2]
+    kept = arrays, partials, kv, table
+    return Prepared(plan, block, body, ctas, in_front, o, lse, left, counters, kept)
+
+
+def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray, tw.Plan]:
+    """o and lse of the kernel, and the plan."""
+    call = prepared(case, workers)
+    if call.front:
+        call.launch(*call.front, seed)
+        assert not np.isnan(call.states).any()
+    call.launch(call.body, call.ctas, seed)
+    assert not call.counters.any()
+    return call.o, call.lse, call.plan
 
 
 def check(case: Case, workers: int) -> tw.Plan:
@@ -112,48 +141,87 @@ def test_many_chunks(rng, monkeypatch):
     assert plan.nodes["chunks"].max() > 8
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
-@pytest.mark.parametrize("cost", [-(1 << 30), 3])
-def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
-    """With the one of the host, exactly: cuts and nodes; of units that cost alike, too."""
+def planned(
+    form: TableForm,
+    shape: plans.Shape,
+    keys: np.ndarray,
+    rows: np.ndarray,
+    shared: Any,
+    workers: int,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Cuts, nodes and the status word of the planner of GPUs."""
+    run = simulated.kernel(alone(planner.body(form, 4, BLOCK), "plan_cuts"), "plan_cuts")
+    blocks = shape.kv_heads // ranges.head_block(shape.kv_heads)
+    limit, requests = 2 * workers * blocks // shape.kv_heads, len(rows) - 1
+    cuts, nodes = np.zeros(limit + 1, ranges.CUT.numpy), np.full(len(keys), -7, NODE.numpy)
+    copied, status = np.zeros(requests + 1, np.int32), np.zeros(1, np.int32)
+    levels = {f"shared_{n}": x.ctypes.data for n, x in enumerate(shared)} or {"shared_0": 0}
+    levels |= {f"count_{n}": len(x) - 1 for n, x in enumerate(shared)} or {"count_0": 0}
+    block = planner.params_struct(form).pack(
+        kv_len=keys.ctypes.data, table_indptr=0, qo_from=rows.ctypes.data, **levels,
+        qo_indptr=copied.ctypes.data, cuts=cuts.ctypes.data, nodes=nodes.ctypes.data,
+        status=status.ctypes.data, limit=limit, most_tiles=shape.most_tiles, requests=requests,
+        node_count=len(keys), head_blocks=blocks, max_tokens=int(rows[-1]),
+        kv_heads=shape.kv_heads, front=ranges.of_front(BLOCK, 4, workers),
+    )  # fmt: skip
+    simulated.launch(run, block, planner.THREADS, 1, 0)
+    return cuts, nodes, int(status[0])
+
+
+def shape_of_planner(variant: Any, kv_heads: int = 8) -> plans.Shape:
+    known = {n: x for n, x in variant.fixed if np.isscalar(x)}
+    mask = variant.traced.mask
+    return plans.Shape("decode", kv_heads, 4, mask, known, 4, "", 2, block=BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("depth", "variant"), [(0, CAUSAL), (1, CAUSAL), (3, CAUSAL), (1, WINDOW), (3, WINDOW)], ids=str
+)
+@pytest.mark.parametrize("cost", [-(1 << 30), 3, 1 << 30])
+def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost, variant):
+    """With the one of the host, exactly: cuts and nodes; of units that cost alike, too; where a
+    window hides most of shared keys; of more requests than threads."""
     monkeypatch.setattr(ranges, "APART_COST", cost)
-    planner.cuda_source.cache_clear()
+    planner.body.cache_clear()
     form = TableForm("int32", table_entries="", shared=depth)
-    run = simulated.kernel(planner.cuda_source(form, 4, BLOCK), "plan_cuts", "PlanParams")
-    mask = tw.Causal().traced.mask
-    for requests, most, workers in (
-        (1, 900, 20),
-        (16, 1, 132),
-        (4, 1, 132),
-        (33, 3000, 40),
-        (70, 200, 132),
-    ):
+    for requests, most, workers, kv_heads in (
+        (1, 900, 20, 8), (16, 1, 132, 8), (4, 1, 132, 12), (33, 3000, 40, 8),
+        (70, 200, 132, 12), (1500, 300, 132, 8),
+    ):  # fmt: skip
         shared = oracle.draw_levels(rng, requests, depth)
         count = requests + sum(len(x) - 1 for x in shared)
         keys = (rng.integers(0, most, count) if most > 1 else np.full(count, 1024)).astype(np.int32)
         tree = tw.Table.dense(keys, shared=shared).tree(keys.astype(np.int64))
         indptr = np.cumsum([0, *rng.integers(0, 4, requests)]).astype(np.int32)
-        shape = plans.Shape("decode", 8, 4, mask, {}, 4, "", 2, block=BLOCK)
+        shape = shape_of_planner(variant, kv_heads)
         plan = plans.make(indptr, keys.astype(np.int64), shape, workers, tree)
-        limit = 2 * workers // 8
-        cuts, nodes = np.zeros(limit + 1, ranges.CUT.numpy), np.zeros(count, NODE.numpy)
-        copied, status = np.zeros(requests + 1, np.int32), np.zeros(1, np.int32)
-        levels = {f"shared_{n}": x.ctypes.data for n, x in enumerate(shared)} or {"shared_0": 0}
-        levels |= {f"count_{n}": len(x) - 1 for n, x in enumerate(shared)} or {"count_0": 0}
-        block = planner.params_struct(form).pack(
-            kv_len=keys.ctypes.data, table_indptr=0, qo_from=indptr.ctypes.data, **levels,
-            qo_indptr=copied.ctypes.data, cuts=cuts.ctypes.data, nodes=nodes.ctypes.data,
-            status=status.ctypes.data, limit=limit, most_tiles=2**31, requests=requests,
-            node_count=count, head_blocks=1, max_tokens=int(indptr[-1]), kv_heads=8,
-            front=ranges.of_front(BLOCK, 4, workers),
-        )  # fmt: skip
-        simulated.launch(run, block, planner.THREADS, 1, 0)
-        assert not status[0]
+        cuts, nodes, status = planned(form, shape, keys, indptr, shared, workers)
+        assert not status
         np.testing.assert_array_equal(cuts[: len(plan.cuts)], plan.cuts)
         if depth:
             read = plan.nodes["begin"] < plan.nodes["end"]
             np.testing.assert_array_equal(nodes[read], plan.nodes[read])
-    planner.cuda_source.cache_clear()
+    planner.body.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        [[0, 5, 9], [0, 4, 9]], [[0, 9], [0, 9, 8]], [[0, 8], [0, 8]], [[1, 9], [0, 9]],
+        [[0, 7, 2, 9], [0, 9]], [[0, -3, 9], [0, 9]], [[0, 9], [0, 12, 9]], [[], [0, 9]],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_planner_of_gpus_plans_nothing_of_wrong_levels(levels):
+    """Levels that do not divide each other, or the requests: no unit, no item, and the status."""
+    form, shape = TableForm("int32", table_entries="", shared=2), shape_of_planner(CAUSAL)
+    shared = [np.array(x or [0], np.int32) for x in levels]
+    count = 9 + sum(len(x) - 1 for x in shared)
+    keys, rows = np.full(count, 1000, np.int32), np.arange(10, dtype=np.int32)
+    cuts, nodes, status = planned(form, shape, keys, rows, shared, 20)
+    assert status == 2
+    assert (cuts["node"] == count).all() and not cuts["tile"].any()
+    assert not nodes["item"][-9:].any() and not nodes["row"][-9:].any()
 
 
 if __name__ == "__main__":  # more of them: python -m tests.attention.test_decode_simulated

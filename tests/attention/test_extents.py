@@ -17,7 +17,7 @@ import tilewright as tw
 from tilewright import dtypes
 from tilewright.attention import extents, plan, planner, ranges, reference, render
 from tilewright.attention.families import decode, portable
-from tilewright.attention.spec import compile_cuda, template
+from tilewright.attention.spec import alone, compile_cuda, template
 from tilewright.attention.table import TableForm
 from tilewright.attention.tracing import Traced, Value
 from tilewright.attention.variant import traced_of
@@ -188,8 +188,7 @@ def test_the_planner_counts_what_is_visible():
 
 def test_the_most_that_is_visible_at_any_length():
     def most(hook, queries, **values):
-        shape = plan.Shape("decode", 2, 2, mask(hook), values, 8, "", True)
-        return planner.most_visible_tiles(shape, queries)
+        return plan.Shape("decode", 2, 2, mask(hook), values, queries, "", True).most_tiles
 
     window, chunks = MASKS["window"][0], MASKS["chunks"][0]
     assert most(window, 1, w=64) == 2 and most(window, 1, w=65) == 2 and most(window, 1, w=66) == 3
@@ -284,7 +283,7 @@ def test_cubins_without_spills(cls, arch):
     spec = spec_of(
         4, 128, "bfloat16", "bfloat16", cls, kv_base="int32", kv_stride="int32", qo_base="int32"
     )
-    for text in (decode.source(spec, 8, 1), portable.source(spec)):
+    for text in (alone(decode.body(spec, 8, 1)), alone(portable.body(spec))):
         assert compile_cuda(text, arch).resources["stage0"].spill_bytes == 0
 
 

@@ -333,6 +333,8 @@ def test_bad_arguments_of_run(rng):
     refused("A104", run, q=np.repeat(q, 2, axis=2)[..., ::2])
     refused("A107", run, q=[1, 2])
     refused("A107", run, plan=indptr)
+    refused("A107", attn.plan, indptr, kv, invariant="yes")
+    assert attn.plan(indptr, kv, invariant=False) == attn.plan(indptr, kv, invariant=True)
     refused("A107", run, kv=None)
     refused("A103", run, kv=paged(rng, [20, 4], (16, 3, 64)))
     refused("A103", run, kv=paged(rng, [20], (16, 2, 64)))

@@ -19,7 +19,8 @@ from tilewright.attention import families, reference
 from tilewright.attention.batch import Attention
 from tilewright.attention.families import portable
 from tilewright.attention.kv import KV
-from tilewright.attention.spec import compile_cuda, cuda_headers
+from tilewright.attention.spec import alone, compile_cuda
+from tilewright.codegen import prelude_files
 from tilewright.toolchain import nvrtc
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
@@ -37,7 +38,8 @@ SHAPES = [  # group, head_dim, q, kv, variant
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
 def test_cubin_without_spills(arch, shape):
     group, head_dim, q, kv, name = shape
-    cubin = compile_cuda(portable.source(spec_of(group, head_dim, q, kv, ALL_VARIANTS[name])), arch)
+    spec = spec_of(group, head_dim, q, kv, ALL_VARIANTS[name])
+    cubin = compile_cuda(alone(portable.body(spec)), arch)
     assert cubin.image[:4] == b"\x7fELF"
     assert cubin.resources["stage0"].spill_bytes == 0
     assert 0 < cubin.resources["stage0"].registers <= 255
@@ -46,11 +48,11 @@ def test_cubin_without_spills(arch, shape):
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 def test_shared_memory_is_what_the_kernel_says():
     spec = spec_of(2, 80, "float32", "float32", ALL_VARIANTS["full"])
-    check = f'static_assert(flash::SMEM_BYTES == {portable.smem_bytes(spec)}, "");'
-    check += f'static_assert(flash::THREADS == {portable.THREADS}, "");'
-    check += f'static_assert(flash::ROWS == {portable.ROWS}, "");'
-    source = portable.source(spec) + "\n" + check
-    nvrtc.compile_cuda(source, arch="sm_80", headers=cuda_headers())
+    check = f'static_assert(body0::flash::SMEM_BYTES == {portable.smem_bytes(spec)}, "");'
+    check += f'static_assert(body0::flash::THREADS == {portable.THREADS}, "");'
+    check += f'static_assert(body0::flash::ROWS == {portable.ROWS}, "");'
+    source = alone(portable.body(spec)) + "\n" + check
+    nvrtc.compile_cuda(source, arch="sm_80", headers=prelude_files.headers())
 
 
 # ---------------------------------------------------------------------------- on a GPU

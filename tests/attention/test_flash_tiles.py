@@ -13,7 +13,7 @@ from tests.attention import oracle, simulated
 from tests.attention.cases import ALL_VARIANTS, TYPES, arrays_of, csr, paged, queries, spec_of
 from tests.attention.cases import values_of as drawn_values
 from tests.attention.oracle import Case
-from tests.attention.test_cascade import cascade, close
+from tests.attention.test_cascade import cascade, close, on_gpu
 from tests.attention.test_decode_cuda import close as close_rows
 
 import tilewright as tw
@@ -22,7 +22,9 @@ from tilewright.attention import families, reference
 from tilewright.attention import plan as plans
 from tilewright.attention.families import portable
 from tilewright.attention.plan import ITEMS
-from tilewright.attention.spec import Spec, compile_cuda, params_struct
+from tilewright.attention.spec import Spec, alone, compile_cuda, params_struct
+from tilewright.errors import ArgumentError
+from tilewright.runtime import cuda
 from tilewright.toolchain import compilers, nvrtc
 
 needs_compiler = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
@@ -48,13 +50,21 @@ def spec_of_shape(shape: tuple[Any, ...], o: str = "") -> Spec:
 def test_cubin_without_spills(arch, shape):
     """The numbers that Python launches with are those of the kernel, too."""
     spec = spec_of_shape(shape)
-    text = portable.source(spec, tiles=True)
+    text = alone(portable.body(spec, tiles=True))
     wanted = {"SMEM_BYTES": portable.smem_bytes(spec, tiles=True), "THREADS": portable.THREADS}
     for name, value in (wanted | {"ROWS": portable.tiles_of(spec)[0]}).items():
-        text += f'\nstatic_assert(flash::{name} == {value}, "");'
+        text += f'\nstatic_assert(body0::flash::{name} == {value}, "");'
     used = compile_cuda(text, arch).resources["stage0"]
     assert used.spill_bytes == 0 and 0 < used.registers <= 255
     assert portable.smem_bytes(spec, tiles=True) <= 99 << 10  # of a CTA on sm_86 and sm_89
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
+@pytest.mark.parametrize("tiles", [False, True], ids=["portable", "tiles"])
+def test_cubins_of_shared_keys(tiles):
+    spec = spec_of(4, 128, "bfloat16", "bfloat16", tw.Causal(), shared=1)
+    used = compile_cuda(alone(portable.body(spec, tiles)), "sm_80").resources["stage0"]
+    assert used.spill_bytes == 0 and 0 < used.registers <= 255
 
 
 def test_reasons():
@@ -81,32 +91,127 @@ def simulated_result(case: Case) -> tuple[np.ndarray, np.ndarray]:
     lengths = kv.lengths()
     plan = plans.make(case.qo_indptr, lengths, shape, 7, table.tree(lengths))
     o, lse, numbers, _kept = simulated.arguments(case, attn, kv, plan.tokens, case.q.dtype)
+    assert plan.walks == bool(case.shared) and plans.Plan.load(plan.save()) == plan
     work = {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
+    work |= {"nodes": plan.nodes.ctypes.data} if case.shared else {}
     block = params_struct(spec, ITEMS).pack(**numbers, **work)
-    run = simulated.kernel(portable.source(spec, tiles=True))
+    run = simulated.kernel(alone(portable.body(spec, tiles=True)))
     simulated.launch(run, block, portable.THREADS, len(plan.items), 3)
     return o.astype(np.float64), lse
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("shape", "dim_vo", "counts", "lengths"),
+    ("shape", "dim_vo", "counts", "lengths", "shared"),
     [
-        ((4, 2, 128, ml_dtypes.bfloat16, "causal", "scores", ""), 128, [70, 1, 0], [170, 3, 40]),
-        ((7, 1, 80, np.float16, "window", "alibi", "per head"), 72, [5, 40, 2], [300, 40, 0]),
-        ((1, 3, 64, np.float16, "first and last", "softcap", ""), 64, [150, 3], [150, 257]),
-        ((64, 1, 16, np.float16, "causal", "scores", "per head"), 16, [2, 1], [33, 64]),
-        ((2, 1, 256, ml_dtypes.bfloat16, "causal", "scores", ""), 256, [33, 1, 2], [65, 31, 1]),
+        ((4, 2, 128, ml_dtypes.bfloat16, "causal", "scores", ""), 128, [70, 1, 0], [170, 3, 40],
+         []),
+        ((7, 1, 80, np.float16, "window", "alibi", "per head"), 72, [5, 40, 2], [300, 40, 0], []),
+        ((1, 3, 64, np.float16, "first and last", "softcap", ""), 64, [150, 3], [150, 257], []),
+        ((64, 1, 16, np.float16, "causal", "scores", "per head"), 16, [2, 1], [33, 64], []),
+        ((2, 1, 256, ml_dtypes.bfloat16, "causal", "scores", ""), 256, [33, 1, 2], [65, 31, 1], []),
+        ((4, 2, 128, ml_dtypes.bfloat16, "causal", "scores", ""), 128, [70, 1, 0], [90, 170, 3, 40],
+         [[0, 3]]),
+        ((2, 1, 64, np.float16, "window", "alibi", "per head"), 64, [40, 5, 2, 90],
+         [33, 0, 64, 1, 70, 80, 40, 0, 100], [[0, 3, 4], [0, 1, 3, 4]]),
     ],
-)
-def test_on_simulated_warps(rng, shape, dim_vo, counts, lengths):
-    case = cascade(rng, shape, counts, [], lengths, page_size=int(rng.choice([1, 7, 16])))
+)  # fmt: skip
+def test_on_simulated_warps(rng, shape, dim_vo, counts, lengths, shared):
+    case = cascade(rng, shape, counts, shared, lengths, page_size=int(rng.choice([1, 7, 16])))
     case = replace(case, v=case.v[..., :dim_vo])
     o, lse = simulated_result(case)
     close(case, o, lse)
 
 
+def test_plans_that_walk_shared_keys_are_checked(rng):
+    """Each request's own items cover its rows; links and items from outside are not trusted."""
+    case = cascade(rng, (1, 2, 16, np.float16, "causal", "scores", ""), [3, 200, 0, 9],
+                   [[0, 3, 4]], [900, 20, 5, 70, 1, 30])  # fmt: skip
+    table = oracle.table_of(case)
+    shape = plans.Shape("tiles", 2, 1, tw.Causal().traced.mask, {}, 128, "", 0, None)
+    lengths = np.asarray(case.kv_len, np.int64)
+    plan = plans.make(case.qo_indptr, lengths, shape, 7, table.tree(lengths))
+    assert plan.walks and plan.items["request"].min() == 2  # two nodes are shared
+    assert plan.nodes["outer"].tolist() == [-1, -1, 0, 0, 0, 1]
+    assert replace(plan) == plan
+    for name, at, to in (("outer", 2, 1), ("outer", 0, 0), ("chunks", 0, 1)):
+        nodes = plan.nodes.copy()
+        nodes[name][at] = to
+        with pytest.raises(ArgumentError, match="A109"):
+            replace(plan, nodes=nodes)
+    with pytest.raises(ArgumentError, match="A109"):
+        replace(plan, items=plan.items[1:])
+    kv = tw.KV(table, tw.Pool(case.k, case.v))
+    attn = oracle.attention_of(case)
+    on_cpu = attn.plan(case.qo_indptr, kv)
+    assert not on_cpu.walks
+    shape = replace(shape, family="cpu", qo_tile=on_cpu.qo_tile)
+    plan = plans.make(case.qo_indptr, lengths, shape, 7, table.tree(lengths))
+    with pytest.raises(ArgumentError, match="its work is not for cpu"):  # that divides nodes
+        attn.run(case.q, kv, plan)
+
+
 # ---------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", [portable.TILES, portable.FAMILY], ids=["tiles", "portable"])
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_long_requests_that_share_keys(monkeypatch, rng, family, depth, dim):
+    """Prompts behind shared prefixes, more rows than the decode family takes."""
+    from tilewright.runtime.cuda import DeviceArray
+
+    shape = (4, 2, dim, ml_dtypes.bfloat16, "causal", "softcap", "per head")
+    requests = 12
+    shared = [x.tolist() for x in oracle.draw_levels(rng, requests, depth)]
+    nodes = requests + sum(len(x) - 1 for x in shared)
+    lengths = [int(rng.integers(0, rng.choice([2, 70, 900]))) for _ in range(nodes)]
+    counts = [int(n) for n in rng.integers(0, 90, requests)]
+    case = cascade(rng, shape, counts, shared, lengths, page_size=int(rng.choice([1, 7, 16])))
+    kv, q, arrays = on_gpu(case)
+    attn = oracle.attention_of(case)
+    assert attn.resolve(kv, qo_len=90).chosen == "tiles"
+    monkeypatch.setattr(families, "FAMILIES", (family,))
+    out = DeviceArray.from_numpy(np.full(case.q.shape, np.nan, np.float32))
+    bound = attn.bind(q, kv, out, plan=attn.plan(case.qo_indptr, kv), **arrays)
+    lse = bound().lse.to_numpy()
+    close(case, out.to_numpy(), lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dim", "dtype", "chosen"),
+    [(128, ml_dtypes.bfloat16, "hopper"), (72, np.float16, "tiles"), (64, np.float32, "portable")],
+)
+def test_invariant_plans(rng, dim, dtype, chosen):
+    """The same bits alone, among others and for any number of workers."""
+    shape = (4, 2, dim, dtype, "causal", "scores", "")
+    counts = [1, 40, 1, 3, 300, 2, 1, 17]
+    lengths = [9000, 3000, 1, 700, 5000, 30000, 64, 17]
+    case = cascade(rng, shape, counts, [], lengths)
+    kv, q, _ = on_gpu(case)
+    attn, results = oracle.attention_of(case), []
+    for workers in (None, 3, 40):
+        plan = attn.plan(
+            case.qo_indptr, kv, workers=workers, q_dtype=case.q.dtype.name, invariant=True
+        )
+        if cuda.device(0).arch == "sm_90a":
+            assert plan.family == chosen
+        results.append(attn.run(q, kv, plan).o.to_numpy().view(np.uint8))
+        assert np.array_equal(results[0], results[-1])
+    for request, begin in enumerate(case.qo_indptr[:-1]):
+        end = case.qo_indptr[request + 1]
+        pages = case.kv_indices[case.kv_indptr[request] : case.kv_indptr[request + 1]]
+        alone = replace(
+            case, q=case.q[begin:end], qo_indptr=np.array([0, end - begin], np.int32),
+            kv_len=case.kv_len[request : request + 1], kv_indices=pages,
+            kv_indptr=np.array([0, len(pages)], np.int32),
+        )  # fmt: skip
+        kv, q, _ = on_gpu(alone)
+        plan = attn.plan(alone.qo_indptr, kv, q_dtype=case.q.dtype.name, invariant=True)
+        found = attn.run(q, kv, plan).o.to_numpy().view(np.uint8)
+        assert np.array_equal(found, results[0][begin:end]), request
 
 
 @pytest.mark.gpu

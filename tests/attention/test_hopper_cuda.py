@@ -33,8 +33,9 @@ from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
 from tilewright.attention.plan import ITEM
 from tilewright.attention.pool import Pool
-from tilewright.attention.spec import Spec, cuda_headers
+from tilewright.attention.spec import Spec, alone
 from tilewright.attention.table import Table
+from tilewright.codegen import prelude_files
 from tilewright.toolchain import nvrtc
 
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
@@ -56,6 +57,7 @@ FEW = [  # of kernels that have narrow items too
     (4, (128, 128), "bfloat16", "causal", 16, True, "bfloat16", False),
     (8, (128, 128), "float16", "softcap_alibi", 128, False, "float32", True),
     (1, (96, 96), "bfloat16", "window", 8, True, "bfloat16", True),
+    (4, (128, 128), "bfloat16", "causal", 1, True, "bfloat16", True),
 ]
 IDS = ["-".join(map(str, k)) for k in KERNELS + FEW]
 
@@ -71,14 +73,14 @@ def compiled(case, narrow: bool) -> tuple[str, bytes]:
     """The log of NVRTC and ptxas, and the cubin; past the cache, which keeps no log. The numbers
     that Python launches with are checked too."""
     spec, box, chunked = kernel_of(case)
-    text = hopper.source(spec, box, chunked, narrow)
+    text = alone(hopper.body(spec, box, chunked, narrow))
     wanted = {"SMEM_BYTES": hopper.smem_bytes(spec, narrow), "THREADS": hopper.threads(spec, box)}
     wanted |= {"BM": hopper.rows_of(spec)}
     for name, value in wanted.items():
-        text += f'\nstatic_assert(attention::{name} == {value}, "");'
-    text += '\nstatic_assert(sizeof(Aligned) == sizeof(Params), "");'
+        text += f'\nstatic_assert(body0::attention::{name} == {value}, "");'
+    text += '\nstatic_assert(alignof(body0::Params) == 64, "");'
     options = (f"--gpu-architecture={hopper.ARCH}", *nvrtc.FLAGS, "--no-cache")
-    status, log, image = nvrtc._compile(text, cuda_headers(), options)
+    status, log, image = nvrtc._compile(text, prelude_files.headers(), options)
     assert status == 0, log
     return log, image
 
@@ -133,9 +135,9 @@ def test_the_page_tells_the_shared_memory_of_each_kernel():
 def test_a_traced_kernel_does_the_same():
     """Clocks neither make ptxas spill nor serialise."""
     spec, box, chunked = kernel_of(KERNELS[0])
-    text = "#define TW_TRACE 64\n#define TW_TRACE_AT 0\n" + hopper.source(spec, box, chunked)
+    text = "#define TW_TRACE 64\n#define TW_TRACE_AT 0\n" + alone(hopper.body(spec, box, chunked))
     options = (f"--gpu-architecture={hopper.ARCH}", *nvrtc.FLAGS)
-    status, log, image = nvrtc._compile(text, cuda_headers(), options)
+    status, log, image = nvrtc._compile(text, prelude_files.headers(), options)
     assert status == 0, log
     assert image and "C75" not in log
     assert nvrtc.parse_resources(log)["stage0"].spill_bytes == 0
@@ -200,7 +202,7 @@ def test_the_order_holds_every_item_once(rng, group):
     for n, name in enumerate(("request", "kv_head", "qo_begin", "qo_end")):
         items[name] = [row[n] for row in rows]
     items = items[rng.permutation(len(items))]
-    by = hopper.order(items, indptr, 1)
+    by = hopper.order(items, indptr, 1, 8 // group)
     assert sorted(by) == list(range(len(items)))
     assert len(items) > 30
     first = items[by][: len(items) - 8]  # in front of the tail: units together
@@ -209,7 +211,25 @@ def test_the_order_holds_every_item_once(rng, group):
     assert len(changes) == len(set(changes))
     sizes = [int(lengths[r]) for r, _ in changes]
     assert sizes == sorted(sizes, reverse=True)
-    assert len(hopper.order(items[:0], np.zeros(4, np.int32), 5)) == 0
+    assert len(hopper.order(items[:0], np.zeros(4, np.int32), 5, 2)) == 0
+
+
+@pytest.mark.parametrize("few", [0, 2, 8])
+def test_the_last_items_are_those_of_all_lists_but_the_narrow_one(few):
+    """The sort by keys takes four items of each CTA, counting those of short requests that are not
+    narrow: enough of these, and the items of a long request and head follow each other."""
+    lengths, heads, workers = [640, 640, *[few + 1] * 100, *[few] * 100], 2, 10
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    rows = [
+        (r, h, at, min(at + 32, indptr[r + 1]), 0, 1, 0, 0)
+        for r in range(len(lengths))
+        for at in range(indptr[r], indptr[r + 1], 32)
+        for h in range(heads)
+    ]
+    items = np.array(rows, np.int32).view(ITEM.numpy).reshape(-1)
+    ordered = items[hopper.order(items, indptr, workers, few)]
+    unit = ordered["request"] * heads + ordered["kv_head"]
+    assert np.count_nonzero(np.diff(unit[: 2 * 2 * 640 // 32])) == 3
 
 
 @pytest.mark.parametrize(("new", "requests"), [(64, 16), (128, 16), (256, 16), (512, 5)])
@@ -224,7 +244,7 @@ def test_short_requests_read_a_long_cache_once(new, requests):
         for h in range(kv_heads)
     ]
     items = np.array([(*row, 0, 1, 0, 0) for row in rows], np.int32).view(ITEM.numpy).reshape(-1)
-    ordered = items[hopper.order(items, indptr, workers)]
+    ordered = items[hopper.order(items, indptr, workers, 2)]
     unit = ordered["request"] * kv_heads + ordered["kv_head"]
     first, last = (np.unique(u, return_index=True)[1] for u in (unit, unit[::-1]))
     assert ((len(unit) - 1 - last) - first == new // tokens - 1).all()

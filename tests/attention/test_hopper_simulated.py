@@ -17,7 +17,7 @@ import tilewright as tw
 from tilewright import dtypes
 from tilewright.attention import plan as plans
 from tilewright.attention.families import hopper
-from tilewright.attention.spec import Spec
+from tilewright.attention.spec import Spec, alone
 from tilewright.toolchain import compilers
 
 pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
@@ -28,6 +28,8 @@ CASES = [  # shape (as for `cascade`), queries and keys of each request, page si
     ((3, 2, 96, BFLOAT16, "full", "alibi", ""), [2, 1, 1, 2], [129, 127, 128, 2], 64, 3),
     ((1, 1, 128, BFLOAT16, "causal", "scores", ""), [8, 5, 1], [2100, 3, 260], 32, 40),
     ((2, 1, 128, np.float16, "causal", "scores", ""), [1, 3], [5003, 4200], 128, 1),  # segments
+    ((4, 2, 128, BFLOAT16, "window", "scores", ""), [1, 2, 0, 1], [130, 7, 40, 600], 1, 6),
+    ((2, 1, 96, np.float16, "causal", "alibi", ""), [1, 3, 4], [2100, 33, 260], 4, 40),
 ]
 
 
@@ -51,7 +53,7 @@ def result(case: Case, page_size: int, workers: int, seed: int) -> tuple[Any, An
                         few=hopper.FAMILY.few(spec))  # fmt: skip
     plan = plans.make(case.qo_indptr, kv.lengths(), shape, workers)
     box = hopper.box_keys(spec, page_size)
-    wide, narrow = hopper._lists(spec, plan, box)
+    wide, narrow = hopper._lists(spec, plan)
     assert wide == 0 and narrow == plan.narrow > 0
     o, lse, numbers, _kept = simulated.arguments(case, attn, kv, plan.tokens)
     partials = np.full(max(plan.slots, 1) * 128 * (case.dims[1] + 8), np.nan, np.float32)
@@ -63,12 +65,12 @@ def result(case: Case, page_size: int, workers: int, seed: int) -> tuple[Any, An
         qo_indptr=plan.qo_indptr.ctypes.data, items=plan.items.ctypes.data, item_count=wide,
         counter=counters.ctypes.data, counters=counters.ctypes.data + 8, narrow_ctas=narrow,
         narrow_count=len(plan.items), partials=partials.ctypes.data,
-        page_shift=page_size.bit_length() - 1,
+        page_shift=page_size.bit_length() - 1, ctas=narrow,
     )  # fmt: skip
     room = np.zeros(len(bytes(block)) + 64, np.uint8)  # the parameters are aligned to 64 bytes
     at = -room.ctypes.data % 64
     room[at : at + len(bytes(block))] = np.frombuffer(bytes(block), np.uint8)
-    run = simulated.kernel(hopper.source(spec, box, plan.slots > 0, True), params="Aligned")
+    run = simulated.kernel(alone(hopper.body(spec, box, plan.slots > 0, True)))
     order = np.random.default_rng(seed).permutation(narrow).astype(np.int32)
     threads = hopper.threads(spec, box)
     run(room.ctypes.data + at, threads, order.ctypes.data, narrow, seed)
@@ -82,7 +84,7 @@ def test_narrow_items(rng, monkeypatch, case):
     monkeypatch.setattr(hopper, "tensor_map", tensor_map)
     tiles = dataclasses.replace(hopper.TILES[128, 128], segment=32)  # of 40 and 33 tiles
     if case[-1] == 1:
-        hopper.source.cache_clear()
+        hopper.body.cache_clear()
         monkeypatch.setitem(hopper.TILES, (128, 128), tiles)
     shape, counts, lengths, page_size, workers = case
     drawn = cascade(rng, shape, counts, [], lengths, page_size)
@@ -91,4 +93,4 @@ def test_narrow_items(rng, monkeypatch, case):
     assert (plan.slots > 0) == (workers > 6 and shape[4] != "window")
     again = result(drawn, page_size, workers, 1)[0]
     assert np.array_equal(first.view(np.uint32), again.view(np.uint32))
-    hopper.source.cache_clear()
+    hopper.body.cache_clear()

@@ -15,7 +15,7 @@ from tilewright.attention import merge, reference
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
 from tilewright.attention.pool import Pool
-from tilewright.attention.spec import compile_cuda
+from tilewright.attention.spec import alone, compile_cuda
 from tilewright.attention.table import Table
 from tilewright.attention.variant import Full
 from tilewright.errors import ArgumentError, TilewrightError
@@ -172,7 +172,8 @@ def test_16_bits_are_summed_in_float32(rng, name):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize("name", TYPES)
 def test_cubin_without_spills(arch, name):
-    used = compile_cuda(merge.cuda_source(dtypes.ALL[name], 80), arch).resources["merge_states"]
+    text = alone(merge.body(dtypes.ALL[name], 80), "merge_states")
+    used = compile_cuda(text, arch).resources["merge_states"]
     assert used.spill_bytes == 0 and used.registers <= 128
 
 

@@ -28,7 +28,8 @@ def test_the_cases_cover_what_they_should():
     cases = [oracle.draw(1, n) for n in range(120)]
     assert {c.mask for c in cases} >= set(oracle.MASKS) - {"nothing"}
     assert {c.sink for c in cases} == set(oracle.SINKS)
-    assert {c.logits for c in cases} == set(oracle.LOGITS)
+    assert {c.logits for c in cases} == {*oracle.LOGITS, *oracle.SIGMOID}
+    assert {c.softmax for c in cases} == {True, False}
     assert {c.k.dtype.name for c in cases} == {"float32", "float16", "bfloat16"}
     assert len({c.k.shape[3] for c in cases}) > 3 and {c.k.shape[1] for c in cases} > {
         1,

@@ -10,7 +10,7 @@ from tilewright.attention import planner, ranges
 from tilewright.attention.merge import State, merge
 from tilewright.attention.ranges import TILE
 from tilewright.attention.table import MAX_KEYS, Table
-from tilewright.attention.variant import Full
+from tilewright.attention.variant import Full, SlidingWindow
 from tilewright.toolchain import compilers
 
 LENGTHS = [
@@ -72,9 +72,12 @@ def test_every_tile_is_in_one_range(lengths, kv_heads, ctas):
 @pytest.mark.parametrize("kv_heads", HEADS)
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_the_planner_in_cpp_agrees_exactly(rng, monkeypatch, kv_heads, depth):
-    """With NumPy: the cuts, and the balance; of requests that share keys, too."""
-    mask, native = Full().traced.mask, planner.native()
-    shape = planner.Shape("decode", kv_heads, 3, mask, {}, 5, "", 1)
+    """With NumPy: the cuts, and the balance; of requests that share keys, too, and see few of
+    them."""
+    variant, native = SlidingWindow(window=900) if depth == 3 else Full(), planner.native()
+    values = {n: x for n, x in variant.fixed if np.isscalar(x)}
+    shape = planner.Shape("decode", kv_heads, 3, variant.traced.mask, values, 5, "", 1)
+    assert shape.most_tiles == (16 if depth == 3 else -(-MAX_KEYS // TILE))
     for requests in (0, 1, 9, 40, 700):
         for most in (1, 3, 900, 1 << 20, MAX_KEYS // 4):
             shared = draw_levels(rng, requests, depth)

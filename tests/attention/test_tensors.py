@@ -14,7 +14,7 @@ import tilewright as tw
 from tilewright import dtypes
 from tilewright.attention import reference
 from tilewright.attention.families import decode, portable
-from tilewright.attention.spec import Spec, compile_cuda
+from tilewright.attention.spec import Spec, alone, compile_cuda
 from tilewright.attention.table import TableForm
 from tilewright.attention.variant import traced_of
 from tilewright.errors import ArgumentError, ProgramError
@@ -155,7 +155,7 @@ def test_on_a_gpu(rng, name, kind):
 def test_cubins_without_spills(name):
     kinds = dtypes.bfloat16, dtypes.bfloat16, dtypes.bfloat16
     spec = Spec(4, 128, 128, *kinds, traced_of(VARIANTS[name]), TableForm())
-    kernels = (decode.source(spec, 8, 1), "sm_90a"), (portable.source(spec), "sm_80")
+    kernels = (alone(decode.body(spec, 8, 1)), "sm_90a"), (alone(portable.body(spec)), "sm_80")
     for text, arch in kernels:
         assert compile_cuda(text, arch).resources["stage0"].spill_bytes == 0
 

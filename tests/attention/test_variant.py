@@ -280,6 +280,29 @@ def test_what_python_cannot_do_with_symbols_has_a_code():
     assert isinstance(e.value.__cause__, IndexError)
 
 
+def test_scalars_by_position():
+    """In the order of definition, those of base classes first."""
+
+    @variant
+    class Both(SlidingWindow):
+        slope = scalar("float32", 0.5)
+
+        def logits(self, s, at):
+            return s + self.slope * (at.kv - at.qo)
+
+    assert SlidingWindow(1024) == SlidingWindow(window=1024)
+    assert Both(7, 0.25).fixed == Both(slope=0.25, window=7).fixed == Both(7, slope=0.25).fixed
+    assert str(Causal() & SlidingWindow(1024) | Softcap(30)) == (
+        "Causal() & SlidingWindow(window=1024) | Softcap(soft_cap=30)"
+    )
+    for make in (lambda: Both(7, 0.25, 1), lambda: Both(7, window=7), lambda: Causal(1)):
+        with pytest.raises(ArgumentError, match="scalars, and got one too many") as e:
+            make()
+        assert e.value.code == "A101"
+    with pytest.raises(ArgumentError, match="A102"):
+        SlidingWindow("wide")
+
+
 def test_bad_values():
     for code, make in {
         "A101": lambda: Softcap(cap=3.0),

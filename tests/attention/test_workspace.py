@@ -13,7 +13,7 @@ from tests.attention.test_flash_cuda import _bits, on_device
 from tilewright.attention import planner, ranges, reference
 from tilewright.attention.batch import Attention
 from tilewright.attention.ranges import CUT
-from tilewright.attention.spec import compile_cuda
+from tilewright.attention.spec import alone, compile_cuda
 from tilewright.attention.table import Table, TableForm
 from tilewright.attention.variant import SlidingWindow
 from tilewright.errors import ArgumentError
@@ -26,7 +26,7 @@ FORMS = [TableForm(), TableForm("int64"), TableForm("", "int32"), TableForm("", 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_cubin_without_spills(arch, form):
-    text = planner.cuda_source(form.for_planner(), 4)
+    text = alone(planner.body(form.for_planner(), 4), "plan_cuts")
     used = compile_cuda(text, arch).resources["plan_cuts"]
     assert used.spill_bytes == 0 and 0 < used.registers <= 64
 

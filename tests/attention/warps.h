@@ -34,7 +34,7 @@ alignas(128) char smem[MOST_SMEM];
 alignas(64) char stacks[MOST_THREADS][STACK];
 Fiber fibers[MOST_THREADS];
 Warp warps[MOST_THREADS / 32];
-int current, threads, cta, grid, cta_arrived[16], cta_generation[16], cta_or[2];
+int current, threads, cta, grid, cta_arrived[16], cta_generation[16], cta_or;
 void* scheduler;
 uint64_t state = 1;
 void (*kernel)(const void*);
@@ -168,21 +168,14 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float __int_as_float(int x) { return tw::bits_to_float(static_cast<uint32_t>(x)); }
 inline float __uint_as_float(uint32_t x) { return tw::bits_to_float(x); }
 inline int __float_as_int(float x) { return static_cast<int>(tw::float_to_bits(x)); }
+inline uint32_t __float_as_uint(float x) { return tw::float_to_bits(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 template <class T> inline T __ldcg(const T* p) { return *p; }
 template <class T> inline T __ldg(const T* p) { return *p; }
 inline int atomicAdd(int* p, int x) { const int before = *p; *p += x; return before; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __syncwarp() { int all[32]; simulated::collective(0, all); }
 inline void __syncthreads() { simulated::barrier(0, simulated::threads); }
-inline int __syncthreads_or(int x) {
-  int& any = simulated::cta_or[0];
-  __syncthreads();
-  any = 0;
-  __syncthreads();
-  any |= x != 0;
-  __syncthreads();
-  return any;
-}
 template <class T>
 inline T __shfl_sync(uint32_t, T x, int from) { T all[32]; simulated::collective(x, all); return all[from & 31]; }
 template <class T>
@@ -230,6 +223,13 @@ template <> struct bits_of<bfloat16_bits> {
   static uint16_t from(float x) { return to_bfloat16(x); }
 };
 
+template <class T> struct op_max { static T of(T a, T b) { return b > a ? b : a; } };
+template <class T> struct op_sum { static T of(T a, T b) { return a + b; } };
+template <class Op, int Extent, class T>
+inline T across_lanes(T x) {
+  for (int by = Extent / 2; by > 0; by /= 2) x = Op::of(x, __shfl_xor_sync(0xffffffffu, x, by));
+  return x;
+}
 inline float lowest() { return -__builtin_inff(); }
 template <class T> inline T load_const(const T* p) { return *p; }
 inline void prefetch(const void*) {}
@@ -252,6 +252,15 @@ inline void copy_async_wait() {
 inline void wait_for_previous_launch() {}
 inline void start_next_launch() {}
 inline void bar_sync(int id, int count) { simulated::barrier(id, count); }
+inline bool bar_or(int id, int count, bool x) {
+  int& any = simulated::cta_or;
+  bar_sync(id, count);
+  any = 0;
+  bar_sync(id, count);
+  any |= x;
+  bar_sync(id, count);
+  return any;
+}
 inline int arrive(int* counter, int count = 1) { const int before = *counter; *counter += count; return before; }
 
 // -- products ---------------------------------------------------------------------------------------

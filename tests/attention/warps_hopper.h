@@ -1,5 +1,5 @@
-// Stands for hopper.cuh behind warps.h: mbarriers and TMA on fibers. Addresses of shared memory are offsets in it. A box
-// arrives when it is issued or later, while some thread waits. wgmma does nothing: for kernels' parts without it.
+// Stands for hopper.cuh behind warps.h: mbarriers and TMA on fibers. Addresses of shared memory are offsets in it. A box,
+// and a thread's copies that tell a barrier of their end, arrive when they are issued or later, while some thread waits. wgmma does nothing: for kernels' parts without it.
 #include <algorithm>
 
 using std::max;
@@ -53,12 +53,27 @@ inline void perform(const Box& b) {
   full.bytes = full.bytes - static_cast<int>(128 * m.box[1] * m.box[2] * m.box[3]);
   settle(full);
 }
+struct Rows { Fiber* fiber; int end; uint32_t barrier; };  // of a thread, its copies in front of `end`
+Rows rows[4096];  // under way
+int rows_count;
+inline void perform(const Rows& r) {
+  Fiber& f = *r.fiber;
+  for (; f.copy_begin < r.end; ++f.copy_begin) perform(f.copies[f.copy_begin % 4096]);
+  --mbarrier(r.barrier).pending;
+  settle(mbarrier(r.barrier));
+}
+template <class T>
+inline void arrive_one(T (&all)[4096], int& count) {
+  if (!count) return;
+  T& drawn = all[random32() % static_cast<unsigned>(count)];
+  const T one = drawn;
+  drawn = all[--count];
+  perform(one);
+}
 inline void arrive_some() {
-  if (!box_count || random32() % 4) return;
-  Box& drawn = boxes[random32() % static_cast<unsigned>(box_count)];
-  const Box box = drawn;
-  drawn = boxes[--box_count];
-  perform(box);
+  if (random32() % 4) return;
+  arrive_one(boxes, box_count);
+  for (int i = 0; i < 8; ++i) arrive_one(rows, rows_count);
 }
 
 }  // namespace simulated
@@ -106,8 +121,14 @@ inline void copy_box(uint32_t to, const void* map, uint32_t barrier, int c0, int
 inline void store_box(const void*, uint32_t, int, int, int) {}
 inline void stores_read() {}
 inline void fence_async() {}
-inline void copy_row_async(uint32_t, const void*, int) { abort(); }  // pages of fewer than 8 rows: none here
-inline void copy_async_arrive(uint32_t) { abort(); }
+inline void copy_row_async(uint32_t to, const void* from, int bytes) { copy_async_16(simulated::smem + to, from, bytes); }
+inline void copy_async_arrive(uint32_t barrier) {
+  simulated::Fiber& f = simulated::fibers[simulated::current];
+  copy_async_commit();
+  if (simulated::rows_count == 4096) abort();
+  simulated::rows[simulated::rows_count++] = {&f, static_cast<int>(f.copy_end), barrier};
+  simulated::arrive_some();
+}
 template <int> inline void more_registers() {}
 template <int> inline void fewer_registers() {}
 inline void wgmma_fence() {}

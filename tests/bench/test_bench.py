@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -15,7 +17,19 @@ import pytest
 from bench.harness import Contender
 
 import tilewright as tw
-from bench import blocks, gemm, graphs, harness, host, host_attention, model, peers, plot, sparse
+from bench import (
+    attention,
+    blocks,
+    gemm,
+    graphs,
+    harness,
+    host,
+    host_attention,
+    model,
+    peers,
+    plot,
+    sparse,
+)
 from tilewright import ops
 from tilewright.errors import ArgumentError
 from tilewright.toolchain import compilers
@@ -386,3 +400,28 @@ def test_the_oracle_of_flash_attention():
     assert "wrong" in wrong(right.roll(1, 0))
     right[3, 2, 1] = torch.nan
     assert wrong(right).startswith("1 of")
+
+
+def test_attention_on_a_gpu_is_all_of_its_suites(monkeypatch):
+    """Each suite gets the peers that it knows, and its own defaults."""
+    seen: dict[str, Any] = {}
+
+    def rows_of(name: str) -> Any:
+        def rows(args: Any) -> Any:
+            seen[name] = args
+            yield {"suite": name}
+
+        return rows
+
+    for name in attention.SUITES_OF_A_GPU:
+        monkeypatch.setattr(importlib.import_module(f"bench.{name}"), name, rows_of(name))
+    args = argparse.Namespace(target="cuda", peers=["fa3", "xqa"])
+    assert [row["suite"] for row in attention.attention(args)] == list(attention.SUITES_OF_A_GPU)
+    assert seen["prefill"].peers == ["fa3"] and seen["decode"].peers == ["fa3", "xqa"]
+    assert seen["decode"].gib == 24.0 and not hasattr(seen["cascade"], "peers")
+    args.peers = ["all"]
+    list(attention.attention(args))
+    assert seen["prefill"].peers == seen["decode"].peers == ["all"]
+    args.peers = ["fa5"]
+    with pytest.raises(ArgumentError, match=r"A109.*no peer fa5"):
+        list(attention.attention(args))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from bench.prefill import Batch, Case
 
-from bench import prefill, prefill_trace
+from bench import prefill, prefill_trace, roofline
 from tilewright.attention.variant import SlidingWindow
 from tilewright.toolchain import compilers
 
@@ -105,3 +108,33 @@ def test_a_trace_is_written_read_and_drawn(tmp_path):
 def test_each_state_is_drawn_in_a_colour_or_is_a_wait():
     for name in prefill_trace.states():
         assert name in prefill_trace.COLOURS or name.startswith("WAIT") or name == "END"
+
+
+def test_the_roofline_of_a_row():
+    """By hand: 8 requests of 2048 tokens, causal, are products; 16 tokens on 32768 keys are bytes;
+    a device that nobody knows has none."""
+    products = next(c for c in prefill.cases() if c.name == "causal 2048" and c.head_dim == 128)
+    flops = 8 * 4 * 128 * 4 * (2048 * 2049 // 2)  # 4 query heads here
+    assert products.flops == flops
+    assert roofline.least_ms("NVIDIA H200", flops, products.nbytes) == pytest.approx(
+        flops / 989.4e9
+    )
+    few = next(c for c in prefill.cases() if c.name == "append 16 on 32768")
+    nbytes = 2 * 2 * 128 * (4 * 16 * 16 + 2 * 16 * 32768)  # q and o; K and V of 2 KV heads
+    assert few.nbytes == nbytes
+    assert roofline.share("NVIDIA H200", few.flops, nbytes, 1.0) == pytest.approx(nbytes / 4.8e9)
+    assert roofline.share("a CPU", few.flops, nbytes, 1.0) is None
+
+
+def test_kept_rows_have_their_roofline(monkeypatch):
+    """Those of an H200: 32 query heads, 8 KV heads."""
+    monkeypatch.undo()
+    by_name = {(c.name, c.head_dim): c for c in prefill.cases()}
+    path = Path(__file__).parents[2] / "bench/results/h200/prefill.jsonl"
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    kept = [row for row in rows if "roofline" in row]
+    assert kept
+    for row in kept:
+        case = by_name[row["input"], row["width"]]
+        wanted = roofline.share(row["device"], case.flops, case.nbytes, row["ms"])
+        assert row["roofline"] == pytest.approx(wanted) and 0 < row["roofline"] < 1

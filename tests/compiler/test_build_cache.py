@@ -440,16 +440,11 @@ def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyP
     multiply(spmm.build("interp"), tw.csr(), 0)
 
 
-def test_edited_sources_have_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    program_cache.version.cache_clear()
-    first = program_cache.version()
-    program_cache.version.cache_clear()
-    assert first == program_cache.version()
-    program_cache.version.cache_clear()
-    monkeypatch.setitem(program_cache._AT_START, "/knobs.py", "0 0")
-    assert program_cache.version() is None
-    assert key(spmm) is None
-    program_cache.version.cache_clear()
+def test_nothing_is_stored_once_sources_are_edited(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert program_cache.stamp() == program_cache.VERSION
+    monkeypatch.setattr(program_cache, "VERSION", disk_cache.key_of("of other sources"))
+    spmm.build("interp")
+    assert kept() == 0
 
 
 def test_keys_are_those_of_another_process() -> None:

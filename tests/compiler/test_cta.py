@@ -193,7 +193,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "spmm by_length f16 128": ROWS_0 | ROWS_1,
     "spmm by_length f32 512 far": ROWS_0 | ROWS_1,
     "spmm by_length f32 1": ROWS_0 | ROWS_1,
-    "rmsnorm": ROWS_0,
+    "rmsnorm_add": ROWS_0,
     "gemm bf16 512x256": {"barrier Commit 2": NO_WAIT},
     "example 10 sddmm bsr": {"guard 0: (thread_y * 32 + thread_x) % 64 < 32": AGAIN},
     "example 10 spmm sr_bcrs": {"guard 1: (thread_y * 32 + thread_x) % 64 < 32": SHORT},

@@ -211,8 +211,8 @@ VERBS = [
     lambda s: s.fuse("i", "k", into="j_p"),
     lambda s: s.reorder("i", "i", "k"),
     lambda s: s.reorder("j", "j_p"),
-    lambda s: s.mark("i", "bogus"),
-    lambda s: s.mark("i", "threads"),
+    lambda s: s.bind("i", "bogus"),
+    lambda s: s.bind("i", "threads"),
     lambda s: s.split("k", 3).vectorize("k_i"),
     lambda s: s.specialize("d", 12).specialize("d", 10),
     lambda s: s.specialize("d", "12"),
@@ -229,7 +229,7 @@ def test_verbs_refuse_what_would_change_the_meaning(verb):
     assert caught.value.code == "S102" and caught.value.hint
 
 
-VERB_NAMES = """split fuse reorder mark bind unroll rfactor atomic mma prefetch cache privatize
+VERB_NAMES = """split fuse reorder bind unroll rfactor atomic mma prefetch cache privatize
 order_axes fuse_axes merge_sums specialize"""
 
 

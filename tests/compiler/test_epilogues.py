@@ -164,7 +164,7 @@ def test_random_schedules_mean_the_same(name):
         sizes["k"] *= seed % 6 != 5  # an empty sum
         args = arguments(case.program, rng, **sizes)
         s = drawn(case.program.scheduled("cpp"), rng, sizes)
-        verbs += [step.args[1] if step.verb == "mark" else step.verb for step in s.history]
+        verbs += [step.args[1] if step.verb == "bind" else step.verb for step in s.history]
         assert all(c.reductions and not c.op for c in leaves(s.lowered.program))
         last = run_passes(s.lowered.program, AFTER_SCHEDULE, "cpp")
         for program in (s.lowered.program, last):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,12 @@ from tilewright.ir.nodes import (
 from tilewright.ir.verify import verify
 
 I, V = np.array, np.array([1.0, 2.0, 3.0], np.float32)
+
+THREE: Any = 3  # no index: wrong for the checker of types too
+
+
+def pair_of(*indices: Any) -> Any:
+    return indices
 
 
 def refusal(kind, code, name, act, *, hint=True) -> TilewrightError:
@@ -169,6 +176,22 @@ PROGRAMS = [
     ("P104", "j", over(lambda i, j, a: tw.out[i](a[i, j]), a=D)),
     ("P104", "j", over(lambda i, j, a: tw.out[i](tw.sum(a[i, i * 0], over=j)), a=D)),
     ("P104", "over 3", over(lambda i, j, a: tw.out[i](tw.sum(a[i, j], over=3)), a=D)),
+    (
+        "P104",
+        "over (i, j)",
+        over(lambda i, j, a: tw.out[i](tw.argmax(a[i, j], over=pair_of(i, j))), a=D),
+    ),
+    ("P104", "over 3", over(lambda i, j, a: tw.out[i](tw.mean(a[i, j], over=THREE)), a=D)),
+    (
+        "P107",
+        "A[i, j] and B[i, j]",
+        over(lambda i, j, A, B: tw.out[i](tw.mean(A[i, j] + B[i, j], over=j)), A=A, B=A),
+    ),
+    (
+        "P107",
+        "argmax",
+        over(lambda i, j, A, B: tw.out[i](tw.argmax(A[i, j] + B[i, j], over=j)), A=A, B=A),
+    ),
     ("P106", "integers", over(lambda i, j, a: tw.out[i, j](a[i, j] & 1), a=D)),
     (
         "P106",

@@ -17,7 +17,7 @@ from tests.shipped import ATTENTION, SHIPPED
 
 from tilewright import compiler
 from tilewright.attention.families import cpu, decode, portable
-from tilewright.attention.spec import template
+from tilewright.attention.spec import expanded, template
 from tilewright.codegen import prelude_files, shell
 from tilewright.target import target
 from tilewright.toolchain import compilers
@@ -69,10 +69,19 @@ def attention_text(name: str) -> str:
     cpp = without_constants(cpu.source(spec, VECTOR_BITS))
     for file in ("bounds.h", "table.h", "variant.h", "vectors_cpu.h", "flash_cpu.h"):
         cpp = cpp.replace(template(file), f'#include "{file}"\n')
-    cuda = without_constants(portable.source(spec))
-    text = f"==== cpp\n{cpp.rstrip()}\n==== cuda\n{cuda.rstrip()}\n"
+    bodies = {"cuda": portable.body(spec)}
     if spec.q == spec.kv and spec.kv.bits == 16 and spec.head_dim <= 128:
-        text += f"==== cuda, decode\n{without_constants(decode.source(spec, 8, 1)).rstrip()}\n"
+        bodies["cuda, decode"] = decode.body(spec, 8, 1)
+    text = f"==== cpp\n{cpp.rstrip()}\n"
+    for kind, body in bodies.items():
+        cuda = body.text
+        for file in ("bounds.h", "table.h", "variant.h", "flash_portable.cuh", "decode.cuh"):
+            cuda = cuda.replace(expanded(file), f'#include "{file}"')
+        numbers = (
+            f"{body.threads} threads, {body.resident} of an SM, {body.smem_bytes} bytes shared"
+        )
+        text += f"==== {kind}: {numbers}, {' '.join((*body.headers, *body.order))}\n"
+        text += f"{without_constants(cuda).rstrip()}\n"
     return text
 
 

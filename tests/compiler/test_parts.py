@@ -217,14 +217,13 @@ def test_a_softmax_over_rows_in_pieces(fmt, rng):
 @tw.program
 def argmax(A=tw.sparse("m n")):
     i, j = tw.indices("m n")
-    is_top = tw.equal(A[i, j], tw.max(A[i, j], over=j))
-    return tw.out[i](tw.min(j, over=j, where=tw.stored(A[i, j]) & is_top))
+    return tw.out[i](tw.argmax(A[i, j], over=j))
 
 
 @tw.program
 def mean(A=tw.sparse("m n")):
     i, j = tw.indices("m n")
-    return tw.out[i](tw.sum(A[i, j], over=j) / tw.sum(1.0, over=j, where=tw.stored(A[i, j])))
+    return tw.out[i](tw.mean(A[i, j], over=j))
 
 
 @tw.program
@@ -236,22 +235,24 @@ def above_mean(A=tw.sparse("m n")):
 
 @pytest.mark.parametrize("fmt", [tw.csr(), tw.coo(), tw.csc(), tw.hyb(buckets=(1, 2)),
                                  tw.hyb(2, (1, 2), long_rows="split")], ids=str)  # fmt: skip
-def test_reductions_that_read_reductions(fmt, rng):
+@pytest.mark.parametrize("target", ["interp", "cpp"])
+def test_reductions_that_read_reductions(fmt, target, rng):
     """Argmax, mean, and a dense output that takes entries and the rest of a row differently."""
     dense = matrix("random", 13, 9, rng)
     dense[3] = 0
     rows, total, entries = dense != 0, dense.sum(1), fmt.pack(dense)
     number = rows.sum(1)
-    got = argmax.decompose(A=fmt).build("interp")(entries)
+    got = argmax.decompose(A=fmt).build(target)(entries)
     assert got[3] == np.iinfo(np.int32).max
     wanted = np.where(rows, dense, -np.inf).argmax(1)
     np.testing.assert_array_equal(got[number > 0], wanted[number > 0])
-    got = mean.decompose(A=fmt).build("interp")(entries)
+    got = mean.decompose(A=fmt).build(target)(entries)
+    assert np.isnan(got[number == 0]).all()
     # A sum of values of both signs is exact up to its magnitudes, not up to itself.
     wanted = dense.sum(1, dtype=np.float64) / np.maximum(number, 1)
     rounding = 1e-6 * np.abs(dense).sum(1) / np.maximum(number, 1)
     assert (np.abs(got - wanted) <= rounding)[number > 0].all()
-    got = above_mean.decompose(A=fmt).build("interp")(entries)
+    got = above_mean.decompose(A=fmt).build(target)(entries)
     wanted = np.where(rows, dense - total[:, None] / 9, total[:, None])
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 

@@ -271,8 +271,8 @@ def test_a_schedule_prints_and_goes_back():
     start = spmm.scheduled()
     made = start.split("k", 4).vectorize("k_i").split("i", 8).parallel("i_o")
     assert [str(h) for h in made.history] == [
-        ".split('k', 4, tail='guard')", ".mark('k_i', 'vector')",
-        ".split('i', 8, tail='guard')", ".mark('i_o', 'parallel')",
+        ".split('k', 4, tail='guard')", ".bind('k_i', 'vector')",
+        ".split('i', 8, tail='guard')", ".bind('i_o', 'parallel')",
     ]  # fmt: skip
     assert "# vector" in str(made) and "i_o" in made.loops
     assert str(made.undo().program) == str(

@@ -447,3 +447,98 @@ def test_the_verifier_sees_an_element_that_is_not_stored(fmt, monkeypatch):
     monkeypatch.setattr(nests, "visits_all", lambda tables, spec: True)
     with pytest.raises(InternalError, match="some elements of out are not stored"):
         program.lower()
+
+
+# ---------------------------------------------------------------------------- mean and argmax
+
+
+@tw.program
+def dense_means(X=tw.dense("m n 3"), N=tw.dense("m n", "int32"), D=tw.dense("m n", "float64")):
+    """Of all coordinates of two indices; of integers; of float64; where a condition holds."""
+    i, j, k = tw.indices("m n 3")
+    return (
+        tw.out.named("all")[i](tw.mean(X[i, j, k], over=(j, k))),
+        tw.out.named("of_integers")[i](tw.mean(N[i, j], over=j)),
+        tw.out.named("wide")[i](tw.mean(D[i, j], over=j)),
+        tw.out.named("some")[i](tw.mean(D[i, j], over=j, where=N[i, j] > 0)),
+        tw.out.named("largest")[i](tw.argmax(D[i, j], over=j)),
+        tw.out.named("largest_of_some")[i](tw.argmax(D[i, j], over=j, where=N[i, j] > 0)),
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_means_and_argmax_of_dense_operands(target, rng):
+    X, N = rng.standard_normal((7, 9, 3)).astype(np.float32), rng.integers(-3, 4, (7, 9), np.int32)
+    D = rng.integers(0, 5, (7, 9)).astype(np.float64) / 3  # many equal values
+    N[4], N[2, :3] = -1, 1
+    kept = N > 0
+    mean, integers, wide, some_mean, largest, of_some = dense_means.build(target)(X, N, D)
+    assert (integers.dtype, wide.dtype, largest.dtype) == (np.float32, np.float64, np.int32)
+    close(mean, X.mean((1, 2), dtype=np.float64))
+    close(integers, N.mean(1))
+    np.testing.assert_allclose(wide, D.mean(1), rtol=1e-14)
+    np.testing.assert_allclose(
+        some_mean,
+        [x[k].mean() if k.any() else np.nan for x, k in zip(D, kept, strict=True)],
+        rtol=1e-14,
+    )
+    np.testing.assert_array_equal(largest, D.argmax(1))
+    wanted = np.where(kept, D, -1).argmax(1)
+    np.testing.assert_array_equal(of_some, np.where(kept.any(1), wanted, np.iinfo(np.int32).max))
+    D[2, 5] = np.nan  # some coordinate, of those that are asked for
+    *_, largest, of_some = dense_means.build(target)(X, N, D)
+    assert 0 <= largest[2] < 9 and kept[2, of_some[2]]
+
+
+@tw.program
+def mean_of_neighbours(A=tw.sparse("m n"), B=tw.sparse("m n"), X=tw.dense("n d")):
+    """Rows of X by stored coordinates, whatever their values are; by those of either of two."""
+    i, j, k = tw.indices("m n d")
+    either = tw.stored(A[i, j]) | tw.stored(B[i, j])
+    of_one = tw.out.named("one")[i, k](tw.mean(X[j, k], over=j, where=tw.stored(A[i, j])))
+    return of_one, tw.out.named("either")[i, k](tw.mean(X[j, k], over=j, where=either))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_mean_over_stored_coordinates(target, rng):
+    A, B = some(rng, (8, 6), 0.3), some(rng, (8, 6), 0.3)
+    A[2], B[2] = 0, 0
+    X, pack = rng.standard_normal((6, 4)).astype(np.float32), tw.csr().pack
+    one, either = mean_of_neighbours.build(target)(pack(A), pack(B), X)
+    for got, mask in ((one, A != 0), (either, (A != 0) | (B != 0))):
+        assert np.isnan(got[2]).all()
+        number = mask.sum(1, keepdims=True)
+        close(
+            got[number[:, 0] > 0],
+            (mask.astype(np.float64) @ X / np.maximum(number, 1))[number[:, 0] > 0],
+        )
+
+
+@tw.program
+def means_beside_sums(A=tw.sparse("m n"), X=tw.dense("d m"), Q=tw.dense("n h")):
+    """A mean over rows, weighed by sums of stored entries; one over stored entries, by head."""
+    i, j, c, h = tw.indices("m n d h")
+    score = tw.temp.like(A).named("score")[i, j, h](A[i, j] * Q[j, h])
+    rows = tw.out.named("rows")[c](tw.mean(X[c, i] * tw.sum(A[i, j], over=j), over=i))
+    number = tw.sum(1, over=j, where=tw.stored(score[i, j, h]))
+    return (
+        rows,
+        tw.out.named("heads")[i, h](tw.mean(score[i, j, h], over=j)),
+        tw.out.named("number").typed("int32")[i, h](number),
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_inner_sums_and_heads_range_over(target, rng):
+    """Sparse operands of an inner sum drive that sum alone; dense dimensions behind a structure are
+    no coordinates of it."""
+    A, X, Q = (
+        some(rng, (7, 5), 0.7),
+        *(rng.standard_normal(s).astype(np.float32) for s in ((2, 7), (5, 3))),
+    )
+    A[:, 0] = 1
+    rows, heads, number = means_beside_sums.build(target)(tw.csr().pack(A), X, Q)
+    close(rows, (X * A.sum(1, dtype=np.float64)).mean(1))
+    stored = (A != 0).sum(1, keepdims=True)
+    close(heads, A.astype(np.float64) @ Q / stored)
+    np.testing.assert_array_equal(number, np.broadcast_to(stored, (7, 3)))

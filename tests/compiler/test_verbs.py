@@ -15,7 +15,7 @@ CALLS = [
     ("order_axes", "out", "k", "i"), ("fuse_axes", "A"), ("merge_sums", "out"),
     ("specialize", "d", 8),
     ("split", "k", 4, "guard", ("k_a", "k_b")), ("fuse", "i", "k", "ik"), ("reorder", "k", "i"),
-    ("mark", "i", "parallel"), ("bind", "i", "cta.x"), ("parallel", "i"), ("vectorize", "k"),
+    ("bind", "i", "cta.x"), ("parallel", "i"), ("vectorize", "k"),
     ("unroll", "k", 4), ("rfactor", "j"), ("atomic", "out"), ("mma", "i", "k", "j"),
     ("prefetch", "X", "j", 4), ("cache", "X", "j", "register"), ("pipeline", "j", 3),
     ("privatize", "out", "j", 4), ("on", 0), ("undo", 1), ("has", "k", 0), ("format_of", 0),
@@ -91,7 +91,7 @@ def test_numbers_of_nests_are_checked(number):
 
 def reversed_order(s):
     s.split("k", 4)
-    return s.mark("i", "parallel")
+    return s.bind("i", "parallel")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def reversed_order(s):
         (lambda s: (s.split("k", 4), s.split("k", 4))[1], "s.split('k', 4, tail='guard')"),
         (reversed_order, "s.split('k', 4, tail='guard')"),
         (lambda s: (s.parallel("i").undo(), s.unroll("k", 4), s)[2], "s.unroll('k', 4)"),
-        (lambda s: (s.parallel("i"), spmm.scheduled())[1], "s.mark('i', 'parallel')"),
+        (lambda s: (s.parallel("i"), spmm.scheduled())[1], "s.bind('i', 'parallel')"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_drops_the_result_of_a_verb_is_refused(recipe, verb) -> None:
@@ -121,7 +121,7 @@ def tries(s):
     try:
         s.split("no_loop", 8)
     except ScheduleError:
-        return s.everywhere().mark("k_i", "unroll")
+        return s.everywhere().bind("k_i", "unroll")
     raise AssertionError
 
 

@@ -18,6 +18,8 @@ LINES = {
     "04_band_attention.py": 20,
     "09_flash_attention.py": 60,
     "10_blocks.py": 80,
+    "11_linear.py": 50,
+    "12_unions.py": 30,
 }
 
 
@@ -42,6 +44,14 @@ def test_an_operator_takes_few_lines(name):
     text = text.split("@tw.program", 1)[1]
     code = [x for x in text.splitlines() if x.strip() and not x.strip().startswith(("#", '"""'))]
     assert len(code) + 1 <= LINES[name] - 3  # building, packing and calling take three more
+
+
+def test_a_fused_linear_layer_takes_15_lines():
+    """A norm, two products and a gate, with the schedule for a CPU and a GPU."""
+    text = (FOLDER / "11_linear.py").read_text(encoding="utf-8").split("@tw.program")[1]
+    text = text.split("# A statement on tiles")[0]
+    code = [x for x in text.splitlines() if x.strip() and not x.strip().startswith('"""')]
+    assert "few_rows" in text and len(code) + 1 <= 15 - 3
 
 
 def test_the_first_lesson_can_be_shown():

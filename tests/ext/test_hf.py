@@ -71,6 +71,34 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_continuous_batching(model, monkeypatch):
+    """Tokens of requests that come and go in one packed batch, by transformers' own attention and
+    by ours in its place."""
+    from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig
+
+    sizes = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+    how = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=60, pad_token_id=0)
+    prompts, calls = [[3, 4, 5, 6, 7, 8, 9], list(range(2, 42)), [11]], []
+    eager = AttentionInterface._global_mapping["paged|eager"]
+
+    def tokens() -> list[list[int]]:
+        model.set_attn_implementation("paged|eager")
+        with torch.no_grad():
+            found = model.generate_batch(
+                prompts, how, continuous_batching_config=sizes, progress_bar=False
+            )
+        return sorted(out.generated_tokens for out in found.values())
+
+    wanted = tokens()
+    packed = hf._attend_packed
+    monkeypatch.setattr(hf, "_attend_packed", lambda *a: calls.append(a) or packed(*a))
+    try:
+        hf.register("paged|eager")
+        assert tokens() == wanted and calls
+    finally:
+        AttentionInterface.register("paged|eager", eager)
+
+
 def test_prompts_and_steps_with_a_cache(model, device="cpu"):
     ids = torch.randint(2, 60, (2, 11), device=device)
     eager, ours = by_both(model, input_ids=ids, use_cache=True)

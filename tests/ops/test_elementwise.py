@@ -7,25 +7,30 @@ import pytest
 from tests.ops.cases import TOKENS, close, normal, poisoned
 
 from tilewright.errors import ArgumentError
-from tilewright.ops.rowwise import gated_kernel, rmsnorm_add_kernel, rmsnorm_kernel, scaled_kernel
+from tilewright.ops.rowwise import (
+    gated_kernel,
+    heads_norm_kernel,
+    rmsnorm_add_kernel,
+    scaled_kernel,
+)
 
 WIDTHS = (1, 7, 16, 33, 100)
 
 
-@pytest.mark.parametrize("k", WIDTHS)
-def test_rmsnorm(rng, k):
+@pytest.mark.parametrize("k", [4, 16, 36, 128])
+def test_heads_norm(rng, k):
     for t in TOKENS:
-        x, w, y = normal(rng, t, k), normal(rng, k), poisoned(t, k)
-        rmsnorm_kernel()(x, w, 1e-5, out=y)
+        x, w, y = normal(rng, t, 3, k), normal(rng, k), poisoned(t, 3, k)
+        heads_norm_kernel(k, "float32", "float32", "cpp")(x, w, 1e-5, out=y)
         wide = x.astype(np.float64)
-        wanted = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * w
+        wanted = wide / np.sqrt((wide**2).mean(2, keepdims=True) + 1e-5) * w
         close(y, wanted, np.abs(wanted))
 
 
 def test_rmsnorm_of_zeros_and_of_large_numbers():
     x, w = np.zeros((2, 20), np.float32), np.ones(20, np.float32)
     x[1] = 1e18
-    y = rmsnorm_kernel()(x, w, 1e-5)
+    y = rmsnorm_add_kernel()(x, w, 1e-5, np.zeros_like(x))
     assert (y[0] == 0).all()
     np.testing.assert_allclose(y[1], 1, rtol=1e-6)
 
@@ -74,9 +79,9 @@ def test_wrong_arguments(rng):
         ("A103", lambda: gated_kernel()(a, a[:, :7])),
         ("A103", lambda: gated_kernel()(a, a[:2])),
         ("A108", lambda: gated_kernel()(a, a.copy(), out=a)),
-        ("A103", lambda: rmsnorm_kernel()(a, a[0, :7], 1e-5)),
-        ("A107", lambda: rmsnorm_kernel()(a, a[0], "small")),
-        ("A102", lambda: rmsnorm_kernel()(a, a[0].astype(np.float16), 1e-5)),
+        ("A103", lambda: rmsnorm_add_kernel()(a, a[0, :7], 1e-5, a)),
+        ("A107", lambda: rmsnorm_add_kernel()(a, a[0], "small", a)),
+        ("A102", lambda: rmsnorm_add_kernel()(a, a[0].astype(np.float16), 1e-5, a)),
         ("A103", lambda: gated_kernel()(a, a, out=poisoned(3, 9))),
     ):
         with pytest.raises(ArgumentError) as caught:

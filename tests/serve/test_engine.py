@@ -114,6 +114,15 @@ def test_a_conversation_is_not_read_twice(llm: LLM, fresh: LLM):
     assert fresh.latest.cached == 0
 
 
+def test_a_chat_goes_on_with_its_answer(llm: LLM):
+    first = talk(HELLO)
+    said = llm.chat(first, max_tokens=10)
+    assert said[:-1] == first == talk(HELLO)
+    assert said[-1] == {"role": "assistant", "content": llm.generate(first, max_tokens=10)}
+    again = llm.chat([*said, *talk(OTHER)], max_tokens=10)
+    assert again[:2] == said and again[-1]["content"] == llm.generate(again[:-1], max_tokens=10)
+
+
 def test_the_same_prompt_again(fresh: LLM):
     first = fresh.generate(HELLO, max_tokens=5)
     assert fresh.generate(HELLO, max_tokens=5) == first

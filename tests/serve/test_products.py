@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.serve import exact
 from tests.serve.test_ahead import SAMPLED, sampling_in_the_step
-from tests.serve.test_decode_step import BFLOAT16, CONFIG, Answer, Spelled, advance, model_file
+from tests.serve.test_decode_step import CONFIG, Answer, Spelled, advance, model_file
 
 from tilewright.serve import engine, runner
 from tilewright.serve.memory import Memory
 from tilewright.serve.models import llama
-from tilewright.serve.products import Products
+from tilewright.serve.products import OWN_ROWS, Products
 from tilewright.serve.request import Request, Sampling
 from tilewright.serve.scheduler import Limits
 from tilewright.serve.weights import ModelFile, Weight, dequantize
@@ -102,7 +103,6 @@ def test_bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str, invari
     of as many steps as prompts, and twelve, within what that rounding leaves."""
     file, rng = rounded(file_of(name)), np.random.default_rng(5)
     prompts = [rng.integers(0, CONFIG.vocab, n).tolist() for n in (40, 1, 17, *[9] * 15)]
-    wanted = logits_of(runner_of(file), prompts, 12)
 
     def empty(self: Memory, *shape: int, dtype: str = "float32") -> Any:
         is_wide = dtype == "bfloat16"
@@ -117,22 +117,42 @@ def test_bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str, invari
     monkeypatch.setattr(
         llama.Llama, "kv_dtype", property(lambda self: "bfloat16", lambda *_: None), raising=False
     )
-    check_greedy(wanted, logits_of(runner_of(file, invariant), prompts, 12))
+    found = logits_of(runner_of(file, invariant), prompts, 12)
+    check_rounding(file, prompts, found, invariant)
 
 
-def check_greedy(wanted: list[Answer], found: list[Answer]) -> None:
-    """Logits near those wanted as long as the tokens are the same; the first one that is another is
-    as likely, up to rounding to bfloat16."""
-    compared = 0
-    for one, other in zip(wanted, found, strict=True):
-        tokens = one.request.answer, other.request.answer
-        for a, b, token, same in zip(one.logits, other.logits, *tokens, strict=True):
-            compared += 1
-            assert np.abs(b - a).max() <= BFLOAT16
-            assert a[token] - a[same] <= 2 * BFLOAT16
-            if token != same:
-                break
-    assert compared > 150
+def check_rounding(
+    file: ModelFile, prompts: list[list[int]], found: list[Answer], invariant: bool
+) -> None:
+    """Logits are those of float64 up to what rounding to bfloat16 leaves. How much that is follows
+    from the model itself: draws of random rounding of all that is rounded (`exact.Rounding`). The
+    root of the mean square of 50 000 errors is the same in each draw up to 4 %, so a fault of few
+    rows, or a value rounded once too often, shows in it. The largest error differs from draw
+    to draw by a factor of two (0.05 to 0.11 for logits of about 3), so it bounds less. Greedy
+    tokens are the likeliest up to twice the largest error."""
+    errors, draws, behind = list[Any](), [list[Any]() for _ in range(5)], list[float]()
+    for j, (answer, prompt) in enumerate(zip(found, prompts, strict=True)):
+        tokens, first = answer.request.tokens[:-1], len(prompt) - 1
+        wanted = exact.logits_of(file, tokens)[first:]
+        errors.append(np.array(answer.logits) - wanted)
+        behind += [max(row) - row[t] for row, t in zip(wanted, answer.request.answer, strict=True)]
+        # Answer j is read with min(j + its tokens, 18) others: by our own layers up to 16 of them.
+        answers = np.minimum(j + np.arange(len(tokens)) - first, len(prompts))
+        wide = (np.arange(len(tokens)) <= first) | (answers > OWN_ROWS) | (not invariant)
+        for seed, draw in enumerate(draws):
+            rounding = exact.Rounding(100 * seed + j, wide)
+            draw.append(exact.logits_of(file, tokens, rounding)[first:] - wanted)
+    (found_rms, found_most), *drawn = map(_rms_and_most, [errors, *draws])
+    rms, most = np.max(drawn, axis=0)
+    print(f"rms {found_rms:.5f}, drawn {rms:.5f}; largest {found_most:.4f}, drawn {most:.4f}")
+    assert found_rms <= 1.1 * rms
+    assert found_most <= 1.5 * most
+    assert max(behind) <= 3 * most
+
+
+def _rms_and_most(errors: list[Any]) -> tuple[float, float]:
+    every = np.concatenate(errors)
+    return float(np.sqrt((every**2).mean())), float(np.abs(every).max())
 
 
 @pytest.mark.parametrize("invariant", [True, False])
@@ -178,16 +198,15 @@ def test_answers_beside_prompts_are_sampled_there(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("kind", ["stored", "bf16"])
 @pytest.mark.parametrize("invariant", [True, False])
 def test_on_a_gpu(name: str, kind: str, invariant: bool):
-    """Prompts alone and beside answers, up to 18 answers, by cuBLAS in recorded steps: logits near
-    those of a CPU, as long as the tokens are the same."""
+    """Prompts alone and beside answers, up to 18 answers, by cuBLAS in recorded steps: logits of
+    float64, up to what rounding to bfloat16 leaves."""
     file, rng = file_of(name), np.random.default_rng(5)
     file = rounded(file) if kind == "bf16" else file
     prompts = [rng.integers(0, CONFIG.vocab, n).tolist() for n in (40, 1, 17, *[9] * 15)]
-    wanted = logits_of(runner_of(file), prompts, 12)
     limits = Limits(76 * 20, 20, 160, False, invariant)
     of = runner.Runner(llama.Llama(file, "cuda", 1201), limits, 1200)
     assert of.model.products_by.startswith("torch")
     found = logits_of(of, prompts, 12)
     assert set(of._parts) == {(0, 64)} | (set() if invariant else {(64, 128)})
     assert max(of._steps) == 24
-    check_greedy(wanted, found)
+    check_rounding(file, prompts, found, invariant)

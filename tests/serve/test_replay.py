@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="the peers compute with PyTorch")
 pytest.importorskip("transformers", reason="a peer")
 from tests.serve.test_families import SIZES  # noqa: E402
 
-from bench import peer_models, serve_loop, serve_peers  # noqa: E402
+from bench import peer_models, serve_loop, serve_peers, serve_steps  # noqa: E402
 from bench import serve as bench_serve  # noqa: E402
 from tilewright.errors import ArgumentError  # noqa: E402
 
@@ -37,19 +37,41 @@ def test_measures():
     assert found["ms gap p50"] == pytest.approx(150) and found["ms gap max"] == pytest.approx(200)
 
 
-def test_a_replay(runnable_path: Path, tmp_path: Path):
-    trace = tmp_path / "trace.csv.gz"
+def rows_of(folder: Path, *options: str) -> list[bench_serve.Row]:
+    """The rows of three requests of half the lengths."""
+    trace, parser = folder / "trace.csv.gz", argparse.ArgumentParser()
     trace.write_bytes(gzip.compress(TRACE.encode()))
-    parser = argparse.ArgumentParser()
     bench_serve.serve_arguments(parser)
-    options = ["--model", str(runnable_path), "--trace", str(trace), "--requests", "3",
-               "--lengths", "0.5", "--step-tokens", "20"]  # fmt: skip
-    rows = list(bench_serve.serve(parser.parse_args(options)))
+    sizes = "--trace", str(trace), "--requests", "3", "--lengths", "0.5", "--step-tokens", "20"
+    return list(bench_serve.serve(parser.parse_args([*sizes, *options])))
+
+
+def test_a_replay(runnable_path: Path, tmp_path: Path):
+    rows = rows_of(tmp_path, "--model", str(runnable_path))
     assert {row["op"] for row in rows} == {"serve.replay"} and rows[0]["width"] == 3
+    assert all(list(row["peers_missing"]) == [*bench_serve.PEERS] for row in rows)
     values = {row["metric"]: row["value"] for row in rows}
     written, read = 2 + 3 + 2, 20 + 50 + 126
     assert values["answer tokens/s"] / values["prompt tokens/s"] == pytest.approx(written / read)
     assert values["ms gap max"] >= values["ms gap p99"] >= values["ms gap p50"] > 0
+
+
+def test_the_parts_of_a_step_worked_by_hand():
+    """A layer and the head, twice: q, k, v · rotation · attention in two launches · o · a sum in
+    two parts · gate and up · SiLU · down · head · the largest."""
+    names = ["step", "nvjet", "step", "decode", "Memset", "prefill", "nvjet_splitK", "splitKreduce",
+             "step", "gemm", "step", "nvjet", "step", "nvjet", "step"]  # fmt: skip
+    took = [5, 100, 7, 30, 1, 40, 20, 3, 9, 200, 11, 90, 9, 50, 4]
+    launches, at = list[serve_steps.Launch](), 0.0
+    for _ in range(2):
+        at += 1000.0  # between two runs
+        for name, us in zip(names, took, strict=True):
+            launches.append((at, at + us, name))
+            at += us + (2.0 if name == "gemm" else 0.0)
+    found = serve_steps.parts(launches, 2, 1, 1)
+    assert found == pytest.approx(
+        {"products_ms": 0.463, "attention_ms": 0.070, "between_ms": 0.046, "idle_ms": 0.002}
+    )
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", TRACE.replace(",40,", ",x,")], ids=len)
@@ -128,6 +150,11 @@ def test_peers_give_equal_tokens():
         assert serve_peers.goodput(one, given, 1e6)["goodput 1e+06 ms"] > 0
 
 
-def test_peers_that_are_absent(capsys: pytest.CaptureFixture[str]):
-    assert list(serve_peers.PEERS["llama.cpp"](setting([]))) == []
-    assert "without llama.cpp" in capsys.readouterr().err
+def test_peers_that_are_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Each row says which did not run, and why."""
+    rows = rows_of(tmp_path, "--shape", "tiny", "--speed", "1e6", "--peers", "loop", "llama.cpp")
+    assert [row["impl"] for row in rows] == ["loop over torch"]
+    missing = rows[0]["peers_missing"]
+    assert missing.pop("llama.cpp").startswith("it takes a GGUF file")
+    assert missing == dict.fromkeys(("transformers", "generate"), "not asked for")
+    assert "without llama.cpp: it takes" in capsys.readouterr().err

@@ -40,10 +40,11 @@ def check_q(q: Any, kv: KV, shape: tuple[int, int, int]) -> View:
     return seen
 
 
-def outputs(q: Any, queries: View, kv: KV, out: Any) -> tuple[Any, Any]:
-    """o (tokens, qo_heads, head_dim_vo), of q's dtype or the caller's, and lse, float32."""
+def outputs(q: Any, queries: View, kv: KV, out: Any, softmax: bool) -> tuple[Any, Any]:
+    """o (tokens, qo_heads, head_dim_vo), of q's dtype or the caller's, and lse, float32, None
+    without a softmax."""
     shape = (*queries.shape[:2], kv.head_dim_vo)
-    lse = allocate(q, shape[:2], dtypes.float32)
+    lse = allocate(q, shape[:2], dtypes.float32) if softmax else None
     if out is None:
         return allocate(q, shape, queries.dtype), lse
     seen = named_view("out", out)
@@ -120,8 +121,8 @@ def _value(v: Value, argument: Any, sizes: dict[str, int], device: str) -> tuple
 def _check_shape(v: Value, seen: View, sizes: dict[str, int]) -> None:
     """A value has one row for each of what it is read by. Raises ArgumentError[A103]."""
     rows_are = {"key": "request", "bit": "q_token"}.get(v.by, v.by)
-    rows = sizes[rows_are] if rows_are else 1
     shape = seen.shape or (1,)
+    rows = shape[0] if v.by == "dim" else sizes[rows_are] if rows_are else 1
     if len(shape) != 1 + (v.by in ("key", "bit")) or shape[0] != rows:
         columns = {"key": " keys", "bit": " words"}.get(v.by, "")
         count = f"one for each {rows_are}" if rows_are else "one number"

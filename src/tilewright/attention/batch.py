@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention import families, plan, planner, reference, render
+from tilewright.attention import families, plan, reference, render
 from tilewright.attention.arguments import check_kv, check_names, check_q, outputs, values_of
 from tilewright.attention.checks import (
     FLOATS,
@@ -37,11 +37,15 @@ from tilewright.attention.spec import Spec, param_values
 from tilewright.attention.table import Table, TableForm
 from tilewright.attention.variant import Causal, traced_of
 from tilewright.attention.workspace import Workspace
+from tilewright.build import step_compiler
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
+from tilewright.runtime.step import Part
 from tilewright.runtime.view import byte_span, view
+from tilewright.target import Target
+from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers
 
 MAX_HEAD_DIM = 256
@@ -97,37 +101,41 @@ class Attention:
 
     def plan(
         self, qo_indptr: Any, kv: KV | Table, *, q_dtype: Any = None, workers: int | None = None,
-        **values: Any,
+        invariant: bool | None = None, **values: Any,
     ) -> Plan:  # fmt: skip
         """Divide a batch into balanced parts, for the family of kernels that will run it.
 
         `qo_indptr` (requests + 1): the rows of q of each request, whose last query has the position
         of its last key where the table says nothing else. `kv`: a KV, or its table where the pool
         is bfloat16 or float16 with aligned rows; a plan serves every layer. `q_dtype`: of q and o
-        (None: that of the pool). `workers`: threads of the pool, or SMs of a GPU. `values`: scalars
-        of the variant, which only sharpen the balance.
+        (None: that of the pool). `workers`: threads of the pool, or SMs of a GPU. `invariant`: the
+        bits of a request's results depend on the request alone, not on `workers`, on threads or on
+        the other requests. So they always do on a CPU; on a GPU (None: not there) it leaves out the
+        family of few rows, and a long request is not divided to fill the GPU. `values`: scalars of
+        the variant, which only sharpen the balance.
         Where qo_len > kv_len the first queries of a request have positions below 0: under a causal
-        mask they see nothing (o = 0, lse = −inf). On a CPU the bits of a request's results depend
-        on the request alone, not on `workers`, on threads or on the other requests. Raises
-        ArgumentError (A101, A102, A103, A107, A109).
+        mask they see nothing (o = 0, lse = −inf). Raises ArgumentError (A101, A102, A103, A107,
+        A109).
         """
         if not isinstance(kv, Table):
             check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         over = (kv, None) if isinstance(kv, Table) else (kv.table, kv.pool)
         check_names(self.variant, values)
         indptr = host_indptr("qo_indptr", qo_indptr, kv.requests)
-        return self._plan(indptr, kv.lengths(), over, q_dtype, workers, values)
+        if invariant not in (None, False, True):
+            raise ArgumentError("A107", f"invariant={invariant!r} is no bool", where="invariant")
+        return self._plan(indptr, kv.lengths(), over, q_dtype, workers, values, bool(invariant))
 
     def _plan(
         self, indptr: np.ndarray, lengths: np.ndarray, over: tuple[Table, Pool | None],
-        q_dtype: Any, workers: int | None, values: dict[str, Any],
+        q_dtype: Any, workers: int | None, values: dict[str, Any], invariant: bool = False,
     ) -> Plan:  # fmt: skip
         table, pool = over
         kind = dtypes.bfloat16 if pool is None else pool.dtype
         q = _query_dtype(q_dtype, kind)
         spec = _spec_of(self, (q, kind, q), table.form)
         rows = int((indptr[1:] - indptr[:-1]).max(initial=0)) * self.group
-        family, reasons = families.choose(spec, rows, table.device, pool)
+        family, reasons = families.choose(spec, rows, table.device, pool, invariant)
         gpu = None if family.device == "cpu" else cuda.device(ordinal_of(table.device))
         if workers is None:
             workers = gpu.sms if gpu else pools.wanted_threads()
@@ -137,6 +145,8 @@ class Attention:
         block = decode.shared_block(spec, pool, gpu.arch) if table.form.shared and gpu else 1
         numbers = tuple((n, v) for n, v in values.items() if is_number(v)), block, family.few(spec)
         shape = _shape_of(self, family, family.qo_tile(spec), *numbers)
+        if invariant:
+            shape = replace(shape, splits="request" if shape.splits else "", few=0)
         result = plan.make(indptr, lengths, shape, workers, table.tree(lengths), batch)
         if gpu is not None:
             result.on_device(ordinal_of(table.device))
@@ -157,26 +167,35 @@ class Attention:
         """
         if kv is not None:
             check_kv(kv, self.kv_heads, self.head_dim, self._vo)
+        if extras := traced_of(self.variant).extras:
+            text = f"the decode kernels of a workspace do not take a variant with {extras}"
+            hint = "plan each batch with attn.plan"
+            raise ArgumentError("A103", text, where="variant", hint=hint)
         heads = (self.kv_heads, self.group, self.head_dim)
         form, pool = (kv.table.form, kv.pool) if kv else (TableForm(shared=shared), None)
         spec = _spec_of(self, (kv.dtype if kv else dtypes.bfloat16,) * 3, form)
         block_of = functools.partial(decode.shared_block, spec, pool)
         room = Workspace(heads, max_requests, max_tokens, device, workers, shared, block_of)
         shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())
-        room.most_tiles = planner.most_visible_tiles(shape, room.longest)
+        room.most_tiles = shape.most_tiles
         if kv is not None:
             room.load(spec, kv.pool.page_size)
         return room
 
-    def resolve(self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None) -> Resolution:
-        """Lists the kernel families of `kv`'s device, each with what keeps it from running calls of
-        at most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). Touches no array.
-        Raises ArgumentError[A102, A103, A107]."""
+    def resolve(
+        self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None, target: Target | str | None = None
+    ) -> Resolution:
+        """Lists the kernel families of a machine, each with what keeps it from running calls of at
+        most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). `target`: the machine,
+        "cuda:sm_90a" also where there is no GPU (None: the one that has kv). Touches no array.
+        Raises ArgumentError[A102, A103, A107], BuildError[B103]."""
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         qo_len = check_count("qo_len", qo_len, least=0)
         q = _query_dtype(q_dtype, kv.dtype)
         spec = _spec_of(self, (q, kv.dtype, q), kv.table.form)
-        return Resolution(families.reasons(spec, qo_len * self.group, kv.device, kv.pool))
+        machine = parse_target(kv.device.partition(":")[0] if target is None else target)
+        device, rows = "cuda" if machine.is_cuda else "cpu", qo_len * self.group
+        return Resolution(families.reasons(spec, rows, device, kv.pool, machine.arch))
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -222,8 +241,9 @@ class Attention:
             plan = self._plan(indptr, lengths, (kv.table, kv.pool), kind, None, values)
         _check_is_plan(plan)
         queries = check_q(q, kv, (plan.tokens, self.qo_heads, self.head_dim))
-        o, lse = outputs(q, queries, kv, out)
-        written = named_view("out", o), named_view("lse", lse)
+        o, lse = outputs(q, queries, kv, out, traced_of(self.variant).softmax is not False)
+        results = ("out", o), ("lse", lse)
+        written = tuple(named_view(n, x) for n, x in results if x is not None)
         spec = _spec_of(self, (queries.dtype, kv.dtype, written[0].dtype), kv.table.form)
         family = self._family(plan, kv, spec)
         _check_not_capturing(plan, kv.device)
@@ -238,11 +258,10 @@ class Attention:
             return self._interpreted(q, kv, plan, State(o, lse), arrays)
         reads = (queries, kv.pool.k, kv.pool.v, *kv.table.views.values())
         prepared = family.prepare(call)
-        shared = [view(array).pointer for array in call.scratch.arrays]
+        writes = [byte_span(x) for x in (*written, *map(view, call.scratch.arrays))]
         if isinstance(plan, Workspace):
-            shared = plan.params().values()
-        writes = *map(byte_span, written), *((a, a + 1) for a in shared if a)
-        boxes = (*map(byte_span, (*reads, *(seen for _, seen in arrays.values()))),), writes
+            writes += [(a, a + 1) for a in plan.params().values() if a]
+        boxes = (*map(byte_span, (*reads, *(x for _, x in arrays.values()))),), tuple(writes)
         return BoundAttention(State(o, lse), prepared, (*keep, family, call), boxes)
 
     def _family(self, plan: Plan | Workspace, kv: KV, spec: Spec) -> Family:
@@ -256,9 +275,11 @@ class Attention:
             words = "requests, kv_heads, queries of an item, device, shared levels, nodes and group"
             text = f"the plan is for {wanted}, not {actual} ({words})"
             raise ArgumentError("A103", text, where="plan")
-        if isinstance(plan, Plan) and bool(len(plan.cuts)) != bool(family.ctas_per_sm):
-            text = f"the plan is damaged: its work is not for {family.name}"
-            raise ArgumentError("A109", text, where="plan")
+        if isinstance(plan, Plan):
+            walks = bool(plan.tree[0] and len(plan.items)) and not family.splits
+            if (bool(len(plan.cuts)), plan.walks) != (bool(family.ctas_per_sm), walks):
+                text = f"the plan is damaged: its work is not for {family.name}"
+                raise ArgumentError("A109", text, where="plan")
         reason = family.reason(spec, plan.longest * self.group, kv.pool)
         if reason:
             text = f"the plan is for the {family.name} kernels, which cannot run this: {reason}"
@@ -279,6 +300,8 @@ class Attention:
             )
             torch = sys.modules.get("torch")
             for array, values in ((state.o, result.o), (state.lse, result.lse)):
+                if array is None:
+                    continue
                 if torch is not None and isinstance(array, torch.Tensor):  # bfloat16 among them
                     array.copy_(torch.from_numpy(values))
                 else:
@@ -292,8 +315,8 @@ class BoundAttention:
 
     `launch` is the launch for a recorded step: on the CPU a `runtime.pool.Launch`, on a GPU a
     `runtime.cuda.Launch`, None where attention is evaluated with NumPy (no C++ compiler). `boxes`:
-    the ranges of addresses that it reads, and those that it writes. Keep this object as long as the
-    step.
+    the ranges of addresses that it reads, and those that it writes. `part`: on a GPU, what a step
+    may put beside others. Keep this object as long as the step.
     """
 
     __slots__ = ("_keep", "_prepared", "boxes", "launch", "source", "state")
@@ -307,6 +330,15 @@ class BoundAttention:
     def __call__(self) -> State:
         self._prepared.run()
         return self.state
+
+    @property
+    def part(self) -> Part | None:
+        body, launch = self._prepared.body, self.launch
+        if body is None:
+            return None
+        compile_step = step_compiler(launch.function.module.device.arch)
+        macros = self._prepared.macros
+        return Part(body, launch.params, launch.grid[0], macros, compile_step, launch)
 
     def run_over(self, kv: KV) -> None:
         """Runs it over the pages of another layer, which are laid out alike: without the checks of

@@ -125,6 +125,11 @@ class Plan:
         levels = int(self.nodes["level"].max(initial=-1)) + 1  # with that of the requests, if any
         return levels - bool(self.requests), len(self.nodes), self.group
 
+    @property
+    def walks(self) -> bool:
+        """Whether an item goes over the keys that its request shares with others too."""
+        return bool(self.tree[0] and len(self.items) and (self.nodes["outer"] < 0).any())
+
     def report(self) -> Report:
         """Balance, padding, bytes, predicted time, and why other families were refused. Raises
         ArgumentError[A103] for a plan that was loaded: it holds no lengths."""
@@ -218,7 +223,9 @@ def make(
         nodes = _frozen(nodes)
         work = {"cuts": _frozen(cuts), "imbalance": balance, "slots": 0, "counters": 0}
     else:
-        work = _items(*args)
+        if len(nodes) >= len(indptr) and not shape.splits:
+            nodes = _frozen(ranges.linked(nodes, np.zeros(len(nodes), bool))[0])
+        work = _items(indptr, nodes, *args[2:])
     return Plan(
         **work, qo_indptr=indptr, nodes=nodes, kv_heads=shape.kv_heads, qo_tile=shape.qo_tile,
         workers=workers, family=shape.family, group=shape.group, block=shape.block,
@@ -230,9 +237,11 @@ def _items(
     indptr: np.ndarray, nodes: np.ndarray, keys: np.ndarray, shape: Shape, workers: int
 ) -> dict[str, Any]:
     """The fields of a plan of items, longest first."""
-    first_row, last_row = _rows_of_nodes(indptr, nodes)
+    walks = not shape.splits
+    first_row, last_row = _rows_of_nodes(indptr, nodes, walks)
+    keys = keys + nodes["base"] * walks
     parts = node, begin, end = _row_tiles(first_row, last_row, shape.qo_tile)
-    if len(keys) >= len(indptr):  # what masks hide of shared keys is not counted
+    if len(keys) >= len(indptr) and not walks:  # what masks hide of shared keys is not counted
         visible = -(-keys[node] // ranges.TILE)
     else:
         first = keys[node] - (last_row[node] - begin)
@@ -256,7 +265,7 @@ def _items(
     work = np.repeat(cost / chunks, chunks * shape.kv_heads)
     order = np.argsort(-work, kind="stable")
     if shape.order is not None:
-        order = shape.order(items, indptr, workers)
+        order = shape.order(items, indptr, workers, shape.few // shape.group)
     return {
         "items": _frozen(items[order]), "slots": slots, "counters": counters, "narrow": narrow,
         "imbalance": _imbalance(work[order], workers),
@@ -273,10 +282,15 @@ def _cut_last(chunks: np.ndarray, visible: np.ndarray, kv_heads: int, workers: i
         chunks[own[np.argsort(visible[own], kind="stable")][: -(-rest // kv_heads)]] = pieces
 
 
-def _rows_of_nodes(indptr: np.ndarray, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first row of q of each node and the one behind its last, int64."""
+def _rows_of_nodes(
+    indptr: np.ndarray, nodes: np.ndarray, walks: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first row of q of each node and the one behind its last, int64. `walks`: items of a
+    request go over the keys that it shares too, so that shared nodes have no rows of their own."""
     rows = indptr.astype(np.int64)
-    return rows[nodes["begin"]], rows[nodes["end"]]
+    first, last, shared = rows[nodes["begin"]], rows[nodes["end"]], len(nodes) - len(indptr) + 1
+    last[: shared * walks] = first[: shared * walks]
+    return first, last
 
 
 def _counted(counts: np.ndarray) -> np.ndarray:
@@ -351,9 +365,9 @@ def check(plan: Plan) -> None:
     limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group, plan.block, plan.narrow + 1)
     _require(min(limits) >= 1 and max(limits) < 2**31, "its numbers are out of range")
     _require(_is_tree(plan.nodes, plan.requests), "its nodes are no tree of the requests")
-    first, last = _rows_of_nodes(indptr, plan.nodes)
+    first, last = _rows_of_nodes(indptr, plan.nodes, plan.walks)
     units = np.full(len(first), plan.kv_heads // ranges.head_block(plan.kv_heads))
-    if plan.tree[0] and len(plan.cuts):
+    if plan.tree[0] and (len(plan.cuts) or plan.walks):
         own, chunks = np.arange(len(first)) >= len(first) - plan.requests, plan.nodes["chunks"]
         wanted = ranges.linked(plan.nodes, chunks > 0)[0]
         numbers = ranges.numbers(plan.nodes, last - first, plan.kv_heads, plan.block)

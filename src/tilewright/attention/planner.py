@@ -14,9 +14,10 @@ import numpy as np
 
 from tilewright.attention import extents, ranges
 from tilewright.attention.ranges import CUT
-from tilewright.attention.spec import constants, namespace, template
+from tilewright.attention.spec import body_text, constants, expanded, namespace, template
 from tilewright.attention.table import MAX_KEYS, TableForm
 from tilewright.codegen import prelude_files
+from tilewright.ir.body import Body
 from tilewright.ir.nodes import Expr
 from tilewright.runtime.layout import Struct
 from tilewright.toolchain import compilers, cxx
@@ -32,7 +33,7 @@ def _constants(**more: int) -> str:
 # ---------------------------------------------------------------------------- host
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shape:
     """What a planner must know of the attention and of the family that runs it: the heads, the mask
     with its known values, the most queries of an item, what decides how items are cut along the
@@ -47,7 +48,7 @@ class Shape:
     qo_tile: int
     splits: str
     ctas_per_worker: int
-    order: Callable[[np.ndarray, np.ndarray, int], np.ndarray] | None = None
+    order: Callable[[np.ndarray, np.ndarray, int, int], np.ndarray] | None = None
     block: int = 1
     few: int = 0
     packed: np.ndarray = field(init=False, compare=False, repr=False)
@@ -59,6 +60,15 @@ class Shape:
         heads = (self.kv_heads, self.group, self.kv_heads // ranges.head_block(self.kv_heads))
         packed = np.array([len(steps) // 2, len(cases), *heads, *steps], np.int64)
         object.__setattr__(self, "packed", packed)
+
+    @functools.cached_property
+    def most_tiles(self) -> int:
+        """An estimate of the tiles that the last queries of an item see at any length: exact for
+        windows, the maximum over a sample of lengths for other masks; at least 1."""
+        spread = np.geomspace(1, MAX_KEYS, 4096).astype(np.int64)
+        lengths = np.concatenate([spread, MAX_KEYS - np.arange(ranges.TILE)])
+        first = lengths - self.qo_tile
+        return max(1, int(visible_tiles(first, lengths - 1, lengths, self).max()))
 
 
 def cpp_source() -> str:
@@ -100,19 +110,13 @@ def visible_tiles(
     return tiles
 
 
-def most_visible_tiles(shape: Shape, queries: int) -> int:
-    """An estimate of the number of tiles that the last `queries` of a request see at any length:
-    exact for windows, the maximum over a sample of lengths for other masks; at least 1."""
-    spread = np.geomspace(1, MAX_KEYS, 4096).astype(np.int64)
-    lengths = np.concatenate([spread, MAX_KEYS - np.arange(ranges.TILE)])
-    return max(1, int(visible_tiles(lengths - queries, lengths - 1, lengths, shape).max()))
-
-
 def cut(
     indptr: np.ndarray, nodes: np.ndarray, keys: np.ndarray, shape: Shape, workers: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """The cuts of a batch, its nodes with the choice of `ranges.chosen`, the most work of a range
-    over the mean. `indptr`: rows of q, int32. Without a C++ compiler as if no key were hidden."""
+    over the mean. `indptr`: rows of q, int32. Requests that share keys count as what a mask lets
+    them see at most (`Shape.most_tiles`), as on a GPU. Without a C++ compiler as if no key were
+    hidden."""
     count, library, kv_heads = len(keys), native(), shape.kv_heads
     ctas, shared, exist = shape.ctas_per_worker * workers, count - len(indptr) + 1, np.True_
     limit = max(ctas // ranges.head_block(kv_heads), 1)
@@ -121,7 +125,8 @@ def cut(
         front = ranges.of_front(shape.block, shape.group, workers)
         chosen = nodes, keys, queries, kv_heads, limit, shape.block, front
         nodes, tiles, limit = ranges.chosen(*chosen)
-        keys, exist = tiles * ranges.TILE, (queries > 0) & (np.arange(count) >= shared)
+        keys = np.minimum(tiles, shape.most_tiles) * ranges.TILE
+        exist = (queries > 0) & (np.arange(count) >= shared)
     if library is None or not count:
         cuts = ranges.cut(keys, kv_heads, limit * ranges.head_block(kv_heads), exist)
         work = ranges.work(cuts, keys, kv_heads, exist)
@@ -144,7 +149,7 @@ def params_struct(form: TableForm) -> Struct:
     """The parameters of the planner kernel for tables of a form."""
     levels = range(max(form.shared, 1))
     return Struct(
-        "PlanParams",
+        "Params",
         [
             ("kv_len", "ptr", f"const {form.kv_len or 'int32'}_t*"),
             ("table_indptr", "ptr", f"const {form.table_indptr or 'int32'}_t*"),
@@ -160,16 +165,16 @@ def params_struct(form: TableForm) -> Struct:
 
 
 @functools.lru_cache(64)
-def cuda_source(form: TableForm, group: int, block: int = 1) -> str:
-    """The CUDA C++ of the planner for tables of a form; `block`: that of its plans."""
+def body(form: TableForm, group: int, block: int = 1) -> Body:
+    """The planner for tables of a form, of one unit, whose shared memory is `smem_bytes` in all;
+    `block`: that of its plans."""
     most = ranges.ROWS // group
     numbers = _constants(THREADS=THREADS, MAX_KEYS=MAX_KEYS, BLOCK=block, MOST_QUERIES=most)
-    return "\n".join((
-        "// generated by Tilewright", '#include "gpu.cuh"', '#include "async.cuh"',
-        "#define TW_METHOD __device__ __forceinline__", form.c_text(), '#include "table.h"',
-        CUT.c_decl, numbers, params_struct(form).c_decl,
-        '#include "cuts.h"', '#include "plan_gpu.cuh"',
-    ))  # fmt: skip
+    table, params = (form.c_text(), expanded("table.h")), params_struct(form)
+    parts = (*table, CUT.c_decl, numbers, params.c_decl, expanded("cuts.h"))
+    text, files = body_text("plan_gpu.cuh", *parts), ("gpu.cuh", "async.cuh")
+    order = ("start", "wait", "run")
+    return Body(text, "cuts::run", THREADS, 1024, 0, files, *params.buffers, order=order)
 
 
 def smem_bytes(nodes: int, limit: int) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
+from tilewright.attention.tracing import NO_SINK, ROW, SAME_ROW
 from tilewright.attention.variant import traced_of
 from tilewright.ir.nodes import Const, Expr, Load, Var
 from tilewright.ir.stmt import children
@@ -26,7 +27,10 @@ def evaluate(e: Expr, positions: dict[str, Any], values: dict[str, Any]) -> Any:
         return np.asarray(positions[e.name], computed(e.dtype, exact=True))
     if isinstance(e, Load):
         kept = np.asarray(values[e.buffer.name]).astype(computed(e.dtype, exact=True))
-        return _element(kept, [evaluate(i, positions, values) for i in e.index])
+        index = [evaluate(i, positions, values) for i in e.index]
+        if e.buffer == ROW:  # of many rows, of each the elements
+            index = [np.arange(len(kept))[:, None], *index]
+        return _element(kept[None] if kept.ndim < len(index) else kept, index)
     operands = (evaluate(x, positions, values) for x in children(e))
     return operation(e, exact=True)(*operands)
 
@@ -47,12 +51,14 @@ def _element(kept: np.ndarray, index: list[Any]) -> Any:
 def attention(
     q: Any, kv: KV, qo_indptr: Any, variant: Any, *, sm_scale: float | None = None, **values: Any
 ) -> State:
-    """softmax(logits(q·k·sm_scale) where mask)·v for each query, in float64, on the host.
+    """output(softmax(logits(query(q)·key(k)·sm_scale) where mask)·v) for each query, in float64, on
+    the host.
 
     `q` is (tokens, qo_heads, head_dim); request i has rows qo_indptr[i]:qo_indptr[i + 1], and its
     last query has position kv_len − 1, unless the table of `kv` has `qo_base`. `values` are those
-    of `variant`. A query that sees no key has o = 0, and lse = −inf or its sink. NaN and Inf in
-    keys and values reach only queries that see them. Slow: it computes the full score matrix.
+    of `variant`. A query that sees no key has o = output(0), and lse = −inf or its sink. NaN and
+    Inf in keys and values reach only queries that see them. Without a softmax lse is None. Slow: it
+    computes the full score matrix.
     """
     traced = traced_of(variant)
     values = dict(variant.fixed) | {n: to_host(v) for n, v in values.items()}
@@ -72,9 +78,8 @@ def attention(
             int(base_of[n][request]) if n in base_of else default
             for n, default in (("qo_base", kv_len - qo_len), ("kv_base", 0), ("kv_stride", 1))
         )
-        for head in range(qo_heads if qo_len and (kv_len or traced.sink is not None) else 0):
+        for head in range(qo_heads if qo_len else 0):
             positions = {
-                "s": queries[rows, head] @ keys[:, head // group].T * scale,
                 "at.qo": first + np.arange(qo_len)[:, None],
                 "at.kv": base + stride * np.arange(kv_len)[None, :],
                 "at.qo_head": head,
@@ -85,20 +90,37 @@ def attention(
                 "at.qo_len": qo_len,
                 "at.kv_len": kv_len,
             }
+            by_key = positions | {n: positions[n].T for n in ("at.kv", "at.key")}
+            left = _changed(traced.query, queries[rows, head], positions, values)
+            right = _changed(traced.key, keys[:, head // group], by_key, values)
+            positions["s"] = left @ right.T * scale
             seen = np.broadcast_to(evaluate(traced.mask, positions, values), positions["s"].shape)
             scores = np.where(seen, evaluate(traced.logits, positions, values), -np.inf)
             top, sink = scores.max(1, keepdims=True, initial=-np.inf), -np.inf
-            if traced.sink is not None:
+            if traced.sink != NO_SINK:
                 sink = np.broadcast_to(evaluate(traced.sink, positions, values), top.shape)
                 top = np.maximum(top, sink)
             shift = np.where(top == -np.inf, 0.0, top)
             weights = np.exp(scores - shift)
             total = weights.sum(1) + np.exp(sink - shift)[:, 0]
             some = total > 0
+            if traced.softmax is False:
+                weights, total = np.where(seen, scores, 0.0), np.ones(qo_len)
             sums = _weighted(weights, vals[:, head // group], seen)
-            o[rows, head] = sums / np.where(some, total, 1)[:, None]
+            means = sums / np.where(some, total, 1)[:, None]
+            o[rows, head] = _changed(traced.output, means, positions, values)
             lse[rows, head] = np.where(some, top[:, 0] + np.log(np.where(some, total, 1)), -np.inf)
-    return State(o, lse)
+    return State(o, None if traced.softmax is False else lse)
+
+
+def _changed(
+    hook: Expr, rows: np.ndarray, positions: dict[str, Any], values: dict[str, Any]
+) -> np.ndarray:
+    """Rows (n, elements) as a hook of rows changes them; `positions` of rows are (n, 1)."""
+    if hook == SAME_ROW:
+        return rows
+    positions = positions | {"at.dim": np.arange(rows.shape[1])[None]}
+    return np.broadcast_to(evaluate(hook, positions, values | {ROW.name: rows}), rows.shape)
 
 
 def _weighted(weights: np.ndarray, vals: np.ndarray, seen: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A traced variant as C text: a struct `Variant` with `logits`, `mask` and `bound`.
+"""A traced variant as C text: a struct `Variant` with its hooks, and the bounds of its mask.
 
 On the CPU a vector of scores along the keys is one value; on a GPU each thread has one score.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 from tilewright.attention import extents
 from tilewright.attention.bounds import Text, bound
-from tilewright.attention.tracing import NO_SINK, Traced, Value
+from tilewright.attention.tracing import NO_SINK, ROW, ROW_HOOKS, SAME_ROW, Traced, Value
 from tilewright.codegen.cpp import CppRenderer
 from tilewright.codegen.cuda import CudaRenderer
 from tilewright.codegen.params import C_TYPES, Params
@@ -37,7 +37,8 @@ def param_values(traced: Traced, views: dict[str, View]) -> dict[str, int]:
     """The values of `param_fields`."""
     numbers = {f"v_{name}": seen.pointer for name, seen in views.items()}
     for v in filter(is_array, traced.values):
-        rows, columns = (*views[v.name].shape, 1)[:2]
+        shape = views[v.name].shape
+        rows, columns = (1, *shape) if v.by == "dim" else (*shape, 1)[:2]
         numbers |= {f"v_{v.name}_rows": rows, f"v_{v.name}_columns": columns}
     return numbers
 
@@ -67,7 +68,7 @@ class _OnVectors(CppRenderer):
     """Adds what programs lack: conditions as vectors and a fast tanh of vectors."""
 
     def var(self, e: Var) -> str:
-        return {"at.kv": "kv", "at.key": "key"}.get(e.name, e.name)
+        return {"at.kv": "kv", "at.key": "key", "at.dim": "dim"}.get(e.name, e.name)
 
     def stored(self, e: Expr) -> str:
         """Conditions stay masks of 32 bits: every operand has lanes of that width."""
@@ -94,14 +95,17 @@ class _OnVectors(CppRenderer):
 
 class _OnThreads(CudaRenderer):
     def var(self, e: Var) -> str:
-        return e.name
+        return "dim" if e.name == "at.dim" else e.name
 
     def load(self, e: Load) -> str:
-        return _load(self, e, lambda at: f"tw::load_const({at})")
+        return _load(self, e, lambda at: f"*({at})")
 
 
 def _load(renderer: CppRenderer | CudaRenderer, e: Load, read: Callable[[str], str]) -> str:
-    """Code that reads a scalar or element of a variant; `read` turns an address into a load."""
+    """Code that reads a scalar or element of a variant, or of the row that a hook changes; `read`
+    turns an address into a load."""
+    if e.buffer == ROW:
+        return f"row[{renderer.expr(e.index[0])}]"
     name = f"v_{e.buffer.name}"
     if not e.index:
         return name
@@ -133,7 +137,7 @@ def cuda_variant(traced: Traced, more: dict[str, Expr]) -> str:
         "float logits(float s, const At& at)": traced.logits,
         "bool mask(const At& at)": traced.mask,
     }
-    return _struct(traced, renderer, methods, lambda v: f"tw::load_const(p.v_{v.name})")
+    return _struct(traced, renderer, methods, lambda v: f"*p.v_{v.name}")
 
 
 def _struct(
@@ -146,21 +150,28 @@ def _struct(
     for v in traced.values:
         members.append(f"  {_member(v)};")
         starts.append(f"v_{v.name}{{{_start(v, read)}}}")
-    methods = methods | {
-        "float sink(const At& at)": NO_SINK if traced.sink is None else traced.sink
-    }
+    methods = methods | {"float sink(const At& at)": traced.sink}
+    flags = {"SOFTMAX": traced.softmax is not False, "SINK": traced.sink != NO_SINK}
+    rows = {name: getattr(traced, name) for name in ROW_HOOKS}
+    flags |= {name.upper(): e != SAME_ROW for name, e in rows.items()}
     return "\n".join(
         (
             f"// {traced.name}",
             "struct Variant {",
             *members,
-            f"  static constexpr bool SINK = {str(traced.sink is not None).lower()};",
+            *(f"  static constexpr bool {n} = {str(x).lower()};" for n, x in flags.items()),
             f"  static constexpr int RANGES = {len(ranges)};",
             f"  TW_METHOD explicit Variant(const Params& p){' : ' if starts else ''}"
             f"{', '.join(starts)} {{ (void)p; }}",
             *(
                 f"  TW_METHOD {signature} const {{ return {renderer.expr(e)}; }}"
                 for signature, e in methods.items()
+            ),
+            *(  # element `dim` of a row; a GPU's `at` has what `kv` and `key` say
+                f"  template <class Row> TW_METHOD float {name}(const Row& row, const At& at, "
+                "int32_t dim, int32_t kv = 0, int32_t key = 0) const "
+                f"{{ (void)at, (void)kv, (void)key; return {renderer.expr(e)}; }}"
+                for name, e in rows.items()
             ),
             *(
                 f"  TW_METHOD int {name[5:].split('(')[0]}_class(const tw::Tile& tile) const "

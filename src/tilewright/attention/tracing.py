@@ -13,19 +13,18 @@ from tilewright.dtypes import DType
 from tilewright.errors import ProgramError, TilewrightError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import size_name
-from tilewright.ir.rewrite import walk
+from tilewright.ir.rewrite import substitute, transform, walk
 from tilewright.sparse.trace import Declared
 
 POSITIONS = (
-    "qo", "kv", "qo_head", "kv_head", "request", "q_token", "key", "qo_len", "kv_len",
+    "qo", "kv", "qo_head", "kv_head", "request", "q_token", "key", "qo_len", "kv_len", "dim",
 )  # fmt: skip
 SCORE = ir.Var("s", dtypes.float32)
+NO_SINK = ir.Const(float("-inf"), dtypes.float32)
+ROW = ir.Buffer("row", dtypes.float32, (ir.Var(size_name("row_0")),))
+"""What a hook of rows changes: of q, of k or of o; 0 outside."""
+SAME_ROW = ir.Load(ROW, (ir.Var("at.dim", dtypes.int32),), dtypes.float32)
 VALUE_TYPES = (dtypes.float32, dtypes.int32)
-RESERVED = frozenset(
-    {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "q_dtype", "variant", "sm_scale"}
-    | {"scratch", "fixed", "traced", "logits", "mask", "sink"}
-)
-"""Names that no value of a variant may have: other arguments of its users, its own attributes."""
 
 
 class At:
@@ -33,7 +32,7 @@ class At:
 
     `qo_head`, `kv_head`, `request`: numbers; `q_token`: the row of q; `key`: the number of the key
     in its request (its position unless the table says otherwise); `qo_len`, `kv_len`: queries and
-    keys of the request.
+    keys of the request; `dim`, in hooks of rows: the number of an element.
     """
 
     __slots__ = ()
@@ -74,6 +73,12 @@ def per_key(dtype: Any = "int32") -> Any:
     return Tensor(dtypes.dtype(dtype), ("key",))
 
 
+def per_channel(dtype: Any = "float32") -> Any:
+    """A run-time vector of any length for hooks of rows: `weight[at.dim]`, or any other int32
+    index. Beyond its length it is 0."""
+    return Tensor(dtypes.dtype(dtype), ("dim",))
+
+
 def bit_mask() -> Any:
     """A run-time matrix (rows of q, words) of uint32 or int32 words, bit n % 32 of word n // 32:
     `tree[n]` is bit n of the query's row as a condition. Beyond the words it is false."""
@@ -83,7 +88,7 @@ def bit_mask() -> Any:
 @dataclass(frozen=True, slots=True)
 class Value:
     """A run-time value of a variant. `by`: "" for a scalar, else what it is read by: qo_head or
-    kv_head, request, q_token, key (of a request) or bit (of a row of q)."""
+    kv_head, request, q_token, key (of a request), bit (of a row of q) or dim (of a row)."""
 
     name: str
     dtype: DType
@@ -94,17 +99,31 @@ class Value:
 @dataclass(frozen=True, slots=True)
 class Traced:
     """A variant after tracing: `logits` float32, `mask` bool, over `s`, `at.…` and the values;
-    `sink` float32 over what no key decides, None where there is none."""
+    `sink` float32 over what no key decides. `query`, `key` and `output`: element `at.dim` of a new
+    row, float32, over elements of `ROW`. `softmax`: None where the class does not say, which means
+    that there is one."""
 
     name: str
     logits: ir.Expr
     mask: ir.Expr
     values: tuple[Value, ...]
-    sink: ir.Expr | None = None
+    sink: ir.Expr = NO_SINK
+    query: ir.Expr = SAME_ROW
+    key: ir.Expr = SAME_ROW
+    output: ir.Expr = SAME_ROW
+    softmax: bool | None = None
+
+    @property
+    def extras(self) -> str:
+        """The hooks that only some families of kernels host, "" where there are none."""
+        names = [f"a hook of {n} rows" for n in ROW_HOOKS if getattr(self, n) != SAME_ROW]
+        return " and ".join([*names, *["no softmax"] * (self.softmax is False)])
 
     def __str__(self) -> str:
-        sink = "" if self.sink is None else f"\n  sink = {self.sink}"
-        return f"variant {self.name}\n  logits = {self.logits}\n  mask = {self.mask}{sink}"
+        hooks = {name: getattr(self, name) for name in HOOKS} | {"softmax": self.softmax}
+        absent = (NO_SINK, SAME_ROW, None)
+        lines = (f"\n  {name} = {e}" for name, e in hooks.items() if e not in absent)
+        return f"variant {self.name}{''.join(lines)}"
 
 
 # ---------------------------------------------------------------------------- tracing
@@ -119,6 +138,9 @@ class _Reads:
     def __getitem__(self, index: Any) -> ir.Expr:
         if self.declared.by == ("key",):
             return self._load("request", _require_index(self.name, index))
+        if self.declared.by == ("dim",):
+            zero = ir.Const(0, dtypes.int32)
+            return self._load(zero, _require_index(self.name, index))
         if self.declared.by == ("bit",):
             n = _require_index(self.name, index)
             return ir.equal(self._load("q_token", n >> 5) >> (n & 31) & 1, 1)
@@ -132,10 +154,18 @@ class _Reads:
             raise ProgramError("P102", text, hint="declare two values")
         return self._load(by)
 
-    def _load(self, by: str, *column: ir.Expr) -> ir.Expr:
+    def _load(self, by: str | ir.Expr, *column: ir.Expr) -> ir.Expr:
         shape = tuple(ir.Var(size_name(f"{self.name}_{n}")) for n in range(1 + len(column)))
         buffer = ir.Buffer(self.name, self.declared.dtype, shape)
-        return ir.Load(buffer, (ir.Var(f"at.{by}", dtypes.int32), *column), self.declared.dtype)
+        row = ir.Var(f"at.{by}", dtypes.int32) if isinstance(by, str) else by
+        return ir.Load(buffer, (row, *column), self.declared.dtype)
+
+
+class _Row:
+    """The row that a hook of rows changes: `q[d]` is its element d, float32."""
+
+    def __getitem__(self, index: Any) -> ir.Expr:
+        return ir.Load(ROW, (_require_index(ROW.name, index),), dtypes.float32)
 
 
 def _require_index(name: str, index: Any) -> ir.Expr:
@@ -161,13 +191,29 @@ class _Defaults:
     def sink(self, at: At) -> Any:
         return NO_SINK
 
+    def query(self, row: _Row, at: At) -> ir.Expr:
+        return row[at.dim]
 
-NO_SINK = ir.Const(float("-inf"), dtypes.float32)
+    key = output = query
+
+
+ROW_HOOKS = {"query": "q, ", "key": "k, ", "output": "o, "}
 HOOKS = {
-    "logits": "def logits(self, s, at)",
-    "mask": "def mask(self, at)",
-    "sink": "def sink(self, at)",
+    name: f"def {name}(self, {first}at)"
+    for name, first in ({"logits": "s, ", "mask": "", "sink": ""} | ROW_HOOKS).items()
 }
+RESERVED = frozenset(
+    {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "q_dtype", "variant", "sm_scale"}
+    | {"scratch", "invariant", "fixed", "traced", "softmax", ROW.name, *HOOKS}
+)
+"""Names that no value of a variant may have: other arguments of its users, its own attributes."""
+_SCORES = {*POSITIONS} - {"dim"}
+_QUERIES = {*POSITIONS} - {"kv", "key"}
+_READS = {  # what a hook may read of `at`, and the score
+    "logits": {*_SCORES, "s"}, "mask": _SCORES, "sink": _QUERIES - {"dim"},
+    "query": _QUERIES, "key": {"kv", "key", "kv_head", "request", "kv_len", "dim"},
+    "output": _QUERIES,
+}  # fmt: skip
 
 
 def trace(cls: type) -> Traced:
@@ -190,30 +236,37 @@ def trace(cls: type) -> Traced:
     _check_functions(cls)
     # An instance of a subclass, so that super() and properties work in a hook as anywhere.
     me = object.__new__(type(cls.__name__, (cls, _Defaults), symbols))
-    logits = _call(cls, me, "logits", (SCORE, At()))
-    mask = _call(cls, me, "mask", (At(),))
-    sink = _call(cls, me, "sink", (At(),))
-    if mask.dtype != dtypes.bool_:
-        text = f"mask of {cls.__name__} is {mask.dtype}, not bool"
-        hint = "return a comparison, as at.kv <= at.qo"
-        raise ProgramError("P106", text, where=str(mask), hint=hint)
-    for name, hook in (("logits", logits), ("sink", sink)):
-        if hook.dtype == dtypes.bool_:
-            raise ProgramError("P106", f"{name} of {cls.__name__} is a condition", where=str(hook))
-    for hook in (logits, mask, sink):
-        _check(cls, hook)
-    if {"s", "at.kv", "at.key"} & {x.name for x in walk(sink) if isinstance(x, ir.Var)}:
-        text = f"sink of {cls.__name__} reads a score or a key"
-        hint = "it is one logit a row: a function of at.qo_head, at.qo …"
-        raise ProgramError("P104", text, where=str(sink), hint=hint)
+    hooks = {name: _call(cls, me, name) for name in HOOKS}
+    for name, hook in hooks.items():
+        _check(cls, name, hook)
+    softmax = inspect.getattr_static(cls, "softmax", None)
+    if softmax is not None and not isinstance(softmax, bool):
+        text = f"softmax of variant {cls.__name__} is {softmax!r}, neither True nor False"
+        raise ProgramError("P106", text, hint="softmax = False: logits are the weights themselves")
+    if softmax is False and hooks["sink"] != NO_SINK:
+        text = f"variant {cls.__name__} has a sink and no softmax"
+        raise ProgramError("P101", text, hint="a sink joins the denominator of a softmax")
     values = tuple(
         Value(n, d.dtype, by=used.get(n, d.by[0]))
         if isinstance(d, Tensor)
         else Value(n, d.dtype, d.default)
         for n, d in declared.items()
     )
-    end = None if sink == NO_SINK else ir.cast(sink, dtypes.float32)
-    return Traced(cls.__name__, ir.cast(logits, dtypes.float32), mask, values, end)
+    floats = {n: ir.cast(hook, dtypes.float32) for n, hook in hooks.items() if n != "mask"}
+    return Traced(cls.__name__, mask=hooks["mask"], values=values, softmax=softmax, **floats)
+
+
+def chained(first: Traced, then: Traced) -> dict[str, ir.Expr]:
+    """The hooks of rows of a variant, and over the rows that they change those of another."""
+
+    def over(old: ir.Expr, new: ir.Expr) -> ir.Expr:
+        def visit(x: Any) -> Any:
+            own = isinstance(x, ir.Load) and x.buffer == ROW
+            return substitute(old, {"at.dim": x.index[0]}) if own else x
+
+        return transform(new, visit)
+
+    return {name: over(getattr(first, name), getattr(then, name)) for name in ROW_HOOKS}
 
 
 def _declared(cls: type) -> dict[str, Any]:
@@ -225,7 +278,7 @@ def _declared(cls: type) -> dict[str, Any]:
                 declared[name] = value
             elif isinstance(value, Declared):
                 text = f"{name} of variant {cls.__name__} is a tensor"
-                hint = "values: scalar, per_head, per_request, per_token, per_key, bit_mask"
+                hint = "scalar, per_head, per_request, per_token, per_key, per_channel, bit_mask"
                 raise ProgramError("P101", text, hint=hint)
             else:
                 declared.pop(name, None)  # a subclass made it a constant
@@ -265,8 +318,10 @@ def _names_read(code: CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> ir.Expr:
+def _call(cls: type, me: Any, name: str) -> ir.Expr:
     """The expression that a hook returns."""
+    first = {"logits": [SCORE], "mask": [], "sink": []}.get(name, [_Row()])
+    arguments = (*first, At())
     try:
         result = getattr(me, name)(*arguments)
     except TilewrightError:
@@ -274,7 +329,7 @@ def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> ir.Expr:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         text = f"{name} of variant {cls.__name__} cannot be traced: {reason}"
-        hint = "s, at.qo, at.kv … are symbols: compute with operators, tw.where, tw.tanh …; "
+        hint = "s, q[d], at.qo, at.kv … are symbols: compute with operators, tw.where, tw.tanh …; "
         hint += "arrays come in as tw.per_head, tw.per_token … values"
         raise ProgramError("P101", text, hint=hint) from error
     if result is None:
@@ -286,16 +341,25 @@ def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> ir.Expr:
     return ir.as_expr(result, None if name == "mask" else dtypes.float32)
 
 
-def _check(cls: type, hook: ir.Expr) -> None:
-    """Only scalars of 32 bits, by operations that each target has on vectors too."""
+def _check(cls: type, name: str, hook: ir.Expr) -> None:
+    """Only scalars of 32 bits, by operations that each target has on vectors too, of what the hook
+    may read; a mask is a condition, others are numbers."""
+    if (name == "mask") != (hook.dtype == dtypes.bool_):
+        text = f"{name} of {cls.__name__} is {hook.dtype}"
+        hint = "return a comparison, as at.kv <= at.qo" if name == "mask" else "return a number"
+        raise ProgramError("P106", text, where=str(hook), hint=hint)
     for x in walk(hook):
         if not isinstance(x, (ir.Const, ir.Var, ir.Load, ir.Binary, ir.Unary, ir.Select, ir.Cast)):
             text = f"{type(x).__name__} cannot stand in variant {cls.__name__}"
             hint = "a variant computes with s, at and its own values"
             raise ProgramError("P101", text, where=str(hook), hint=hint)
-        if isinstance(x, ir.Var) and x.name != "s" and not x.name.startswith("at."):
-            text = f"{x.name} means nothing in variant {cls.__name__}"
-            raise ProgramError("P104", text, where=str(hook))
+        read = x.name.removeprefix("at.") if isinstance(x, ir.Var) else ""
+        if isinstance(x, ir.Load) and (x.buffer == ROW or isinstance((*x.index, 0)[0], ir.Const)):
+            read = "dim"  # elements of rows, and what is by channel
+        if read and read not in _READS[name]:
+            own = sorted(f"at.{n}" for n in _READS[name] - {"s"})
+            text, hint = f"{name} of {cls.__name__} reads {x}", f"it may read {', '.join(own)}"
+            raise ProgramError("P104", text, where=str(hook), hint=hint)
         if x.dtype not in (*VALUE_TYPES, dtypes.bool_):
             text = f"{x} of variant {cls.__name__} is {x.dtype}"
             hint = "variants compute in float32, int32 and bool"
@@ -308,5 +372,3 @@ def _check(cls: type, hook: ir.Expr) -> None:
             if x.op not in allowed:
                 text = f"{x.op} of two conditions"
                 raise ProgramError("P106", text, where=str(x), hint="use & | or where()")
-    if hook.dtype == dtypes.bool_ and any(x.name == "s" for x in walk(hook, ir.Var)):
-        raise ProgramError("P104", f"mask of {cls.__name__} reads the score", where=str(hook))

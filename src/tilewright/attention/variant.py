@@ -8,15 +8,22 @@
 
 A class is traced when it is defined. Its instances are frozen values, may fix scalars, and compose:
 
-    Causal() & SlidingWindow(window=1024) | Softcap(soft_cap=50.0)
+    Causal() & SlidingWindow(1024) | Softcap(soft_cap=50.0)
 
 The hook `sink(self, at)` returns a logit that is added to the denominator of a row's softmax as if
 it belonged to a key whose value is 0 (GPT-OSS): `return self.sinks[at.qo_head]`. The row's lse
 includes it, as in FlashInfer, so if states are merged only one of them may have a sink. A row that
 sees no key has o = 0, and its lse is the sink.
 
-`a & b` sees the keys that both see; scores pass through the hooks of a, then those of b. `a | b`
-sees what a sees: of b it takes every hook but the mask. `&` binds tighter than `|`, so
+The hooks `query(self, q, at)`, `key(self, k, at)` and `output(self, o, at)` change rows: `q[d]` is
+element d of the row in float32, for any int32 d (0 outside the row), and they return element
+`at.dim` of the new row. `query` comes before `sm_scale`; `output` gets the row that the softmax has
+divided, of all keys together, zeros where no key is seen. With the class attribute
+`softmax = False` a key's logit is its weight, that of a key not seen is 0, o is the sum of weight ·
+value, and there is no lse.
+
+`a & b` sees the keys that both see; scores and rows pass through the hooks of a, then those of b.
+`a | b` sees what a sees: of b it takes every hook but the mask. `&` binds tighter than `|`, so
 `a & b | c` is `(a & b) | c`; `a | (b & c)` is refused, because the masks of b and c would be lost.
 """
 
@@ -28,7 +35,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.attention.tracing import NO_SINK, SCORE, Traced, Value, per_head, trace
+from tilewright.attention.tracing import NO_SINK, SCORE, Traced, Value, chained, per_head, trace
 from tilewright.errors import ArgumentError, ProgramError
 from tilewright.ir.nodes import Binary, Const, Expr, Load, binary
 from tilewright.ir.rewrite import substitute, walk
@@ -38,21 +45,28 @@ _MAX_FLOAT32 = 2**128 - 2**104
 
 
 def variant(cls: type) -> Any:
-    """Class decorator: traces `logits(self, s, at)`, `mask(self, at)` and `sink(self, at)`, each of
-    which may be absent.
+    """Class decorator: traces `logits(self, s, at)`, `mask(self, at)`, `sink(self, at)`,
+    `query(self, q, at)`, `key(self, k, at)` and `output(self, o, at)`, each of which may be absent.
 
     Class attributes `scalar(dtype, default)`, `per_head(dtype)`, `per_request`, `per_token`,
-    `per_key` and `bit_mask()` are read from memory at run time (float32 or int32). Instances are
-    frozen values that may fix scalars: `SlidingWindow(window=512)`. Raises ProgramError (P codes).
+    `per_key`, `per_channel` and `bit_mask()` are read from memory at run time (float32 or int32).
+    `softmax = False` is none. Instances are frozen values that may fix scalars, by name or in the
+    order of definition: `SlidingWindow(window=512)`, `SlidingWindow(512)`. Raises ProgramError (P
+    codes).
     """
     traced = trace(cls)
     scalars = {v.name: v for v in traced.values if not v.by}
 
-    def __init__(self: Any, **values: float) -> None:
+    def __init__(self: Any, *positional: float, **values: float) -> None:
+        first = dict(zip(scalars, positional, strict=False))  # in the order of definition
+        hint = f"scalars: {', '.join(scalars) or 'none'}, each once; tensors go to run()"
+        if len(first) < len(positional) or first.keys() & values.keys():
+            text = f"{cls.__name__} has {len(scalars)} scalars, and got one too many"
+            raise ArgumentError("A101", text, where=cls.__name__, hint=hint)
+        values |= first
         for name, value in values.items():
             if name not in scalars:
                 text = f"{cls.__name__} has no scalar {name!r}"
-                hint = f"scalars: {', '.join(scalars) or 'none'}; tensors go to run()"
                 raise ArgumentError("A101", text, where=name, hint=hint)
             check_number(scalars[name], value)
         fixed = {n: v.default for n, v in scalars.items() if v.default is not None} | values
@@ -130,15 +144,18 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
     elif getattr(b, "by", "") == "&":
         text = f"{b} on the right of | would lose its masks"
         raise ProgramError("P101", text, hint="(a | b) & c: masks by &")
-    elif right.logits == SCORE and right.sink is None:
+    elif right.logits == SCORE and right.sink == NO_SINK and not right.extras:
         hint = "a | b adds b's hooks; a & b counts scores that both masks count"
-        raise ProgramError("P101", f"{b} has no logits and no sink to add to {a}", hint=hint)
-    if left.sink is not None and right.sink is not None:
+        raise ProgramError("P101", f"{b} has no hooks but a mask to add to {a}", hint=hint)
+    if NO_SINK not in (left.sink, right.sink):
         raise ProgramError("P101", f"{a} and {b} both have a sink")
-    sink = right.sink if left.sink is None else left.sink
-    logits = substitute(right.logits, {"s": left.logits})
-    hooks = (logits, mask, NO_SINK if sink is None else sink)
-    read = {x.buffer.name for hook in hooks for x in walk(hook) if isinstance(x, Load)}
+    hooks = {"logits": substitute(right.logits, {"s": left.logits}), "mask": mask}
+    hooks |= {"sink": right.sink if left.sink == NO_SINK else left.sink} | chained(left, right)
+    softmax = left.softmax if right.softmax is None else right.softmax
+    if left.softmax not in (None, softmax) or (softmax is False and hooks["sink"] != NO_SINK):
+        text = f"of {a} and {b} one has no softmax, and the other needs it"
+        raise ProgramError("P101", text, hint="softmax = False in both, and no sink")
+    read = {x.buffer.name for hook in hooks.values() for x in walk(hook, Load)}
     values = {v.name: v for v in left.values}
     fixed = dict(a.fixed)
     for v in right.values:
@@ -158,7 +175,7 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
         )
         for parts in ((left.name, right.name), (str(a), str(b)))
     )
-    traced = Traced(name, logits, mask, tuple(values.values()), sink)
+    traced = Traced(name, values=tuple(values.values()), softmax=softmax, **hooks)
     return Combined(traced, tuple(sorted(fixed.items())), by, text)
 
 

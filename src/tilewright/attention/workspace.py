@@ -19,8 +19,8 @@ from tilewright.attention.checks import check_count, integer_view
 from tilewright.attention.families import decode, hopper
 from tilewright.attention.plan import MAX_WORKERS
 from tilewright.attention.ranges import CUT
-from tilewright.attention.spec import Spec, loaded, partial_params
-from tilewright.attention.table import MAX_KEYS, NODE, Table
+from tilewright.attention.spec import Spec, alone, loaded, partial_params
+from tilewright.attention.table import MAX_KEYS, NODE, Table, TableForm
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.runtime.view import View, view
@@ -98,15 +98,20 @@ class Workspace:
 
     def load(self, spec: Spec, page_size: int) -> None:
         """Load the kernels of a spec, so that no capture has to. Raises BuildError."""
-        text = planner.cuda_source(spec.table.for_planner(), self.group, self.block)
-        loaded(text, self.ordinal, "plan_cuts", "planner")
-        text = functools.partial(decode.source, spec, self._block, block=self.block)
+        self._planner(spec.table)
+        body = functools.partial(decode.body, spec, self._block, block=self.block)
         kind = decode.BEHIND if self.shared else decode.ALONE
-        loaded(text(decode.blocks_of(self.longest * self.group), kind), self.ordinal)
+        bodies = [body(decode.blocks_of(self.longest * self.group), kind)]
         if self.block * self.group > decode.ROWS:
-            loaded(hopper.source(spec, hopper.box_keys(spec, page_size), True), self.ordinal)
+            bodies.append(hopper.body(spec, hopper.box_keys(spec, page_size), True))
         if self.shared:  # also what is in front where the Hopper kernel refuses a call
-            loaded(text(decode.blocks_of(decode.ROWS), decode.FRONT), self.ordinal)
+            bodies.append(body(decode.blocks_of(decode.ROWS), decode.FRONT))
+        for one in bodies:
+            loaded(alone(one), self.ordinal)
+
+    def _planner(self, form: TableForm) -> cuda.Function:
+        text = alone(planner.body(form.for_planner(), self.group, self.block), "plan_cuts")
+        return loaded(text, self.ordinal, "plan_cuts", "planner")
 
     def check(self) -> None:
         """Refuse what a plan on the GPU has found wrong since the last look, also one that a graph
@@ -153,12 +158,10 @@ class Workspace:
             node_count=table.nodes, head_blocks=self.kv_heads // self._block, max_tokens=rows,
             kv_heads=self.kv_heads, front=self.front,
         )  # fmt: skip
-        text = planner.cuda_source(form.for_planner(), self.group, self.block)
-        function = loaded(text, self.ordinal, "plan_cuts", "planner")
         smem = planner.smem_bytes(table.nodes, self.limit)
         block = (planner.THREADS, 1, 1)
         self.requests, self.tokens, self.nodes = table.requests, rows, table.nodes
-        return function.prepare((1, 1, 1), block, smem, params, overlaps=True)
+        return self._planner(form).prepare((1, 1, 1), block, smem, params, overlaps=True)
 
     def _check(self, table: Table, qo_indptr: Any) -> View | None:
         if not isinstance(table, Table):

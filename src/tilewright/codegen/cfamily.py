@@ -42,7 +42,6 @@ class Renderer:
         self.row_fields = {f[0] for f in self.params.row}
         self.param_fields = {f[0] for f in self.params.params}
         self.inline_scalars = {f[0] for f in self.params.params if f[1] != "ptr"}
-        self.arrays: dict[str, ir.Buffer] = {}
 
     # -- types -----------------------------------------------------------------------------------
 

@@ -24,8 +24,8 @@ extern false float for friend goto if inline int long mutable namespace new noex
 nullptr operator or or_eq private protected public register reinterpret_cast requires return short
 signed sizeof static static_assert static_cast struct switch template this thread_local throw true
 try typedef typeid typename typeof union unsigned using virtual void volatile wchar_t while xor
-xor_eq p r unit raw begin end at first units body row_count tw tx ty thread smem Params Params0 Row
-int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t"""
+xor_eq NULL p r unit raw begin end at first units body rows row_count tw tx ty thread smem Params
+Params0 Row int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t"""
 _RESERVED = frozenset(_WORDS.split())  # keywords of C++ and names that generated code defines
 
 

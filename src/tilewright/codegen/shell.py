@@ -10,6 +10,7 @@ from tilewright.ir.body import Body
 
 BARRIER = 1  # barrier 0 is that of __syncthreads
 OVERLAPS = "TW_OVERLAPS"  # under this macro inputs are not read through the read-only path
+LAUNCHES = {"wait": "  tw::wait_for_previous_launch();", "start": "  tw::start_next_launch();"}
 
 
 def alone(bodies: Sequence[Body], entries: Sequence[str]) -> str:
@@ -17,8 +18,8 @@ def alone(bodies: Sequence[Body], entries: Sequence[str]) -> str:
     text, names = _sources(bodies)
     for b, entry in zip(bodies, entries, strict=True):
         name = names[b.text]
-        call = f"  {name}::{b.entry}(p, blockIdx.x, threadIdx.x, smem);"
-        text += [_head(entry, f"{name}::Params", (b,)), call, "}"]
+        calls = {**LAUNCHES, "run": f"  {name}::{b.entry}(p, blockIdx.x, threadIdx.x, smem);"}
+        text += [_head(entry, f"{name}::Params", (b,)), *(calls[verb] for verb in b.order), "}"]
     return "\n".join(text)
 
 
@@ -33,7 +34,7 @@ def beside(bodies: Sequence[Body]) -> str:
     text += ["  const int thread = threadIdx.x;", "  const int64_t cta = blockIdx.x;"]
     # The next launch starts when the one in front of this one has ended: were it started before the
     # wait, CTAs of many launches would wait on an SM together.
-    text += ["  tw::wait_for_previous_launch();", "  tw::start_next_launch();"]
+    text += [LAUNCHES["wait"], LAUNCHES["start"]]
     for i, b in enumerate(bodies):
         tests = [f"cta >= p.first[{i}]"] * (i > 0)
         tests += [f"cta < p.first[{i + 1}]"] * (i + 1 < len(bodies))

@@ -1,7 +1,8 @@
 """Attention of Hugging Face transformers: `hf.register()`, then attn_implementation="tilewright".
 
 For inference. Masks are those of transformers' SDPA: none for what is plainly causal, else read as
-bits. Continuous batching of transformers 5 admits no implementations but its own.
+bits. Continuous batching of transformers 5 (`generate_batch`) admits no names of others:
+`hf.register("paged|eager")` puts this attention in the place of its eager one.
 """
 
 from typing import Any
@@ -15,13 +16,15 @@ _REFUSED = ("position_bias", "output_attentions", "cache", "block_table")
 
 
 def register(name: str = "tilewright") -> None:
-    """Make `name` an attn_implementation of transformers. Raises MissingExtra[E101]."""
+    """Make `name` an attn_implementation of transformers; "paged|eager" is that of continuous
+    batching. Raises MissingExtra[E101]."""
     with needed_for("attention of transformers", "hf"):
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    if name != "paged|eager":  # which has masks of its own
+        AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def attend(
@@ -30,13 +33,17 @@ def attend(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """o (batch, q, heads, head_dim) of `query` (batch, heads, q, head_dim), `key` and `value`
     (batch, kv_heads, kv, …), which are read where they are. `options`: scaling, softcap, s_aux
-    (sinks), is_causal. Raises ArgumentError: A101 for training and for what is not supported."""
+    (sinks), is_causal; of continuous batching cu_seq_lens_q, cu_seq_lens_k, sliding_window, where a
+    batch of 1 has the rows and the keys of all requests, one behind the other. Raises
+    ArgumentError: A101 for training and for what is not supported."""
     if options.get("dropout") or (torch.is_grad_enabled() and query.requires_grad):
         hint = "with torch.no_grad(): …; train with another attn_implementation"
         raise ArgumentError("A101", "attention of tilewright has no derivatives", hint=hint)
     for name in _REFUSED:
         if options.get(name) is not None and options[name] is not False:
             raise ArgumentError("A101", f"{name} is not supported", where=name, hint="eager")
+    if options.get("cu_seq_lens_q") is not None:
+        return _attend_packed(query, key, value, options)
     batch, heads, rows, dim = query.shape
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
@@ -54,6 +61,26 @@ def attend(
     pages = key.transpose(1, 2), value.transpose(1, 2)  # a page for each sequence
     o, _ = operator(attn)(q, *pages, (lengths,), indptr, **tensors)
     return o.reshape(batch, rows, heads, value.shape[3]), None
+
+
+def _attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, None]:
+    """`attend` for continuous batching. Each request is causal, and its last query has the position
+    of its last key; rows behind the last request fill a batch up and are 0."""
+    _, heads, rows, dim = query.shape
+    indptr, starts = (options[f"cu_seq_lens_{n}"].int() for n in "qk")
+    used = int(indptr[-1])
+    tensors = {} if options.get("s_aux") is None else {"sinks": options["s_aux"].detach().float()}
+    window = (options.get("sliding_window") or 0) - 1
+    variant = composed(True, window, options.get("softcap") or 0.0, frozenset(tensors))
+    attn = Attention(heads, key.shape[1], dim, variant, options.get("scaling"), value.shape[3])
+    pages = key[0].transpose(0, 1)[:, None], value[0].transpose(0, 1)[:, None]  # one key each
+    table = starts.diff(), starts, torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
+    q = query[0].transpose(0, 1)[:used].contiguous()
+    o = q.new_zeros(1, rows, heads, value.shape[3])
+    o[0, :used] = operator(attn)(q, *pages, table, indptr.cpu(), **tensors)[0]
+    return o, None
 
 
 def _bits(mask: Tensor, kv: int) -> Tensor:

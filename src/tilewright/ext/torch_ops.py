@@ -72,6 +72,9 @@ def operator(attn: Attention, room: Workspace | None = None) -> Operator:
     one each call plans on the host."""
     if not isinstance(attn, Attention):
         raise ArgumentError("A107", f"attn is a {type(attn).__name__}", where="attn")
+    if attn.variant.traced.softmax is False:
+        text = f"{attn.variant} has no softmax: there is no lse to return"
+        raise ArgumentError("A107", text, where="attn", hint="attn.run(…).o")
     fixed = dict(attn.variant.fixed)
     names = tuple(v.name for v in attn.variant.traced.values if v.name not in fixed)
     key = f"attention_{len(_OPERATORS)}"

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 class Body:
     """What one launch runs, to be put alone or beside others into one kernel.
 
-    `text` goes into a namespace that the kernel names; it reads the barrier id `BARRIER` from
-    there, has a struct `Params` and `void {entry}(const Params&, int64_t unit, int thread, char*
-    smem)` for the first `threads` threads of a CTA. Launches of several stages share one text.
+    `text` goes into a namespace that the kernel names; it has a struct `Params` and `void
+    {entry}(const Params&, int64_t unit, int thread, char* smem)` for the first `threads` threads of
+    a CTA. Of the barriers of a CTA it uses `barriers`, by their ids from `BARRIER` on, which is in
+    that namespace. Launches of several stages share one text.
     `resident`: threads of an SM that share its registers; `smem_bytes`: of dynamic shared memory;
-    `headers`: of the prelude; `reads`, `writes`: the names of its buffers.
+    `headers`: of the prelude; `reads`, `writes`: the names of its buffers, whose addresses a bound
+    call knows. `order`: what a launch of its own does: "run" it, "wait" for the launch in front,
+    "start" the next one, which waits in turn. `ctas`: those of an SM that its work is divided for:
+    a launch that it shares with others holds as many. `alone`: it shares none.
     """
 
     text: str
@@ -22,3 +26,7 @@ class Body:
     headers: tuple[str, ...] = ("gpu.cuh",)
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    barriers: int = 1
+    order: tuple[str, ...] = ("run",)
+    ctas: int = 0
+    alone: bool = False

@@ -63,6 +63,19 @@ def walk(n: Any, *kinds: type) -> Iterator[Any]:
                 stack.append(getattr(top, name))
 
 
+def driving(body: Any, axes: frozenset[str]) -> dict[tuple[str, tuple[str, ...]], ir.Access]:
+    """The sparse operands of a reduction over `axes`, those of inner reductions left out, which are
+    read at distinct plain indices of which one is reduced: by structure and names of indices."""
+    if isinstance(body, ir.Reduce):
+        return {}
+    found = {key: x for child in ir.children(body) for key, x in driving(child, axes).items()}
+    if isinstance(body, ir.Access) and body.tensor.is_sparse:
+        names = tuple(c.name for c in body.stored_coords if isinstance(c, ir.Index))
+        if len(set(names)) == len(body.stored_coords) and axes & set(names):
+            found[body.tensor.structure, names] = body
+    return found
+
+
 def contains(n: Any, *kinds: type) -> bool:
     """Whether a node below `n`, or `n` itself, is of one of these kinds."""
     return next(walk(n, *kinds), None) is not None

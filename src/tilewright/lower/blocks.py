@@ -6,18 +6,16 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
-import numpy as np
-
 from tilewright import dtypes
 from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import core as ir
 from tilewright.ir.affine import extreme, slack_of
 from tilewright.ir.atoms import QUAD
-from tilewright.lower.reductions import framed, reduced_names
+from tilewright.lower.reductions import finite, framed, least, reduced_names
 from tilewright.lower.tiles import MEMORY, Product, slot_of, slots_of
 
 LOG2E = ir.Const(math.log2(math.e), dtypes.float32)
-LEAST = ir.Const(float(-np.finfo(np.float32).max), dtypes.float32)
+LEAST = least(dtypes.float32)
 
 
 def materialize_blocks(program: ir.Program) -> ir.Program:
@@ -198,7 +196,7 @@ class _Block:
         weight, factor = (b.name for b in c.online)
         term = self.define(f"{c.out.buffer.name}.term", term)
         self.mask(term, [g for g in self.guards if ir.free_vars(g) & self.reduced])
-        top, by = ir.binary("max", x * LOG2E, LEAST), self.state(factor, LEAST)
+        top, by = finite(x * LOG2E), self.state(factor, LEAST)
         rows = ir.seq(_set(x, _over_quad("max", x)), _set(by, ir.unary("exp2", by - top)))
         self.steps += [
             self.each(_set(by, top), self.block_rows, self.rows),

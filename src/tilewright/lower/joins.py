@@ -38,29 +38,24 @@ class Join:
 
 def join_of(value: ir.Expr) -> Join | None:
     """The join that a reduction ranges over, or None."""
-    inner = value.a if isinstance(value, ir.Cast) else value
-    if not isinstance(inner, ir.Reduce) or not isinstance(inner.body, ir.Select):
-        return None
-    cond, mask = inner.body.cond, None  # any(stored(A[i, k]) & stored(B[k, j]) over k)
-    if isinstance(cond, ir.Binary) and cond.op == "&":  # … & stored(M[i, j])
-        cond, stored = (cond.b, cond.a) if isinstance(cond.a, ir.Stored) else (cond.a, cond.b)
-        if not isinstance(stored, ir.Stored):
+    match value.a if isinstance(value, ir.Cast) else value:
+        case ir.Reduce(_, (ir.Index() as axis,), ir.Select(cond)):
+            mask = None
+        case _:
             return None
-        mask = Driver.of(stored.access)
-    exists = cond.a if isinstance(cond, ir.Binary) and cond.op == "!=" else None
-    if not isinstance(exists, ir.Reduce) or exists.op != "max" or len(inner.axes) != 1:
-        return None
-    both = exists.body.a if isinstance(exists.body, ir.Cast) else None
-    (axis,), over = inner.axes, exists.axes
-    if len(over) != 1 or not isinstance(both, ir.Binary) or both.op != "&":
-        return None
-    if not isinstance(both.a, ir.Stored) or not isinstance(both.b, ir.Stored):
-        return None
-    drivers = (Driver.of(x.access) for x in (both.a, both.b))
-    first, second = sorted(drivers, key=lambda d: axis.name in d.indices)
-    if axis.name in first.indices or not {axis.name, over[0].name} <= set(second.indices):
-        return None
-    return Join(axis, over[0], first, second, mask)  # type: ignore[arg-type]
+    match cond:
+        case ir.Binary("&", ir.Stored(m), rest) | ir.Binary("&", rest, ir.Stored(m)):
+            cond, mask = rest, Driver.of(m)
+    match cond:  # any(stored(A[i, k]) & stored(B[k, j]) over k)
+        case ir.Binary("!=", ir.Reduce("max", (ir.Index() as over,), ir.Cast(both))):
+            match both:
+                case ir.Binary("&", ir.Stored(a), ir.Stored(b)):
+                    drivers = map(Driver.of, (a, b))
+                    first, second = sorted(drivers, key=lambda d: axis.name in d.indices)
+                    has_both = {axis.name, over.name} <= set(second.indices)
+                    if has_both and axis.name not in first.indices:
+                        return Join(axis, over, first, second, mask)
+    return None
 
 
 class JoinBuilder:

@@ -252,7 +252,7 @@ class NestBuilder:
                 raise refuse(row.tensor.name, "the lengths of its rows differ", 'scope="global"')
             row.levels.append((s.depth, begin, end))
         suffix = ("_i" if level.inner else "_o") if level.block else ""
-        suffix += "" if type(level).coord is Level.coord else "_p"
+        suffix += "_p" if level.keys or type(level).coord is not Level.coord else ""
         var = self.tables.variable(s.axis.name + suffix)
         variable: ir.Expr = parent if level.single else var
         scope.walks[s.structure].variables[s.depth] = variable
@@ -301,11 +301,7 @@ class NestBuilder:
         lower, storage = scope.storage(s.structure, 1)
         assert isinstance(lower, Compressed), "checked by the verb"
         row, col = s.axis.name, column.name
-        var, i, j = (
-            self.tables.variable(f"{row}{col}"),
-            self.tables.variable(row),
-            self.tables.variable(col),
-        )
+        var, i, j = map(self.tables.variable, (f"{row}{col}", row, col))
         rows = upper_storage.size if upper.is_dense else upper_storage.count
         zero = ir.Const(0, self.tables.index)
         parent = self.tables.variable(f"{row}_q")

@@ -67,8 +67,6 @@ class _Chain:
         return tuple((f.var.name, f.extent) for f in (*self.lanes, *self.threads))
 
 
-LEAST = {"float32": float(-np.finfo(np.float32).max), "float64": float(-np.finfo(np.float64).max)}
-
 # By the loops inside: an accumulator for each reduction of a statement.
 _Accumulators = dict[Any, tuple[tuple[ir.Buffer, ...], _Chain]]
 
@@ -163,13 +161,7 @@ class _Materializer:
     def _accumulator(self, chain: _Chain, dtype: DType) -> ir.Buffer:
         out = chain.compute.out.buffer
         self.count += 1
-        for loop in chain.cells:
-            if loop.extent is None or not ir.is_const(loop.begin, 0):
-                rule = f"loop {loop.name} inside the reduction of {out.name} has a run-time extent"
-                hint = (
-                    "an accumulator has a constant size: split the loop, keep its inner part inside"
-                )
-                raise illegal(rule, hint)
+        check_extents(chain.cells, out.name, "an accumulator has a constant size")
         shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in chain.cells)
         name = GeneratedName(out.name, ACCUMULATOR, self.count).name
         return ir.Buffer(name, dtype, shape, "register")
@@ -211,7 +203,7 @@ class _Materializer:
             rule = f"{chain.compute.out.buffer.name} and {name} are split in different loops"
             raise illegal(rule, "split the loop around both by threads")
         total = ir.Load(ir.Buffer(name, own.dtype, (), "register"), (), own.dtype)
-        by = ir.unary("exp", _finite(ir.Load(own, (), own.dtype)) - _finite(total))
+        by = ir.unary("exp", finite(ir.Load(own, (), own.dtype)) - finite(total))
         return ir.binary("*", value, ir.cast(by, value.dtype))
 
 
@@ -267,7 +259,7 @@ def _online_term(c: ir.Compute, maximum: ir.Load) -> ir.Stmt:
     distance = ir.unary("-", ir.unary("abs", x - old))
     return ir.seq(
         ir.Let(x, ir.cast(c.value, x.dtype)),
-        ir.Let(old, _finite(maximum)),
+        ir.Let(old, finite(maximum)),
         ir.Alloc(weight.buffer),
         ir.Store(weight.buffer, (), ir.cast(ir.unary("exp", distance), weight.dtype)),
         ir.Alloc(factor.buffer),
@@ -277,9 +269,14 @@ def _online_term(c: ir.Compute, maximum: ir.Load) -> ir.Stmt:
     )
 
 
-def _finite(maximum: ir.Expr) -> ir.Expr:
+def least(dtype: DType) -> ir.Const:
+    """The least finite number of a float type."""
+    return ir.Const(-float(np.finfo(dtype.numpy).max), dtype)
+
+
+def finite(maximum: ir.Expr) -> ir.Expr:
     """A maximum, at least the least number: exp(-inf - maximum) is then 0, also of the first."""
-    return ir.binary("max", maximum, ir.Const(LEAST[maximum.dtype.name], maximum.dtype))
+    return ir.binary("max", maximum, least(maximum.dtype))
 
 
 def _over_threads(value: ir.Expr, chain: _Chain, op: str) -> ir.Expr:
@@ -349,6 +346,15 @@ def check_threads(program: ir.Program) -> ir.Program:
                 rule = f"threads of loop {f.name} update {c.out} in memory at once"
                 raise illegal(rule, "atomic(), or bind a loop of the output")
     return program
+
+
+def check_extents(loops: Iterable[ir.For], out: str, why: str) -> None:
+    """Raises ScheduleError[S102] for a loop inside the reduction of `out` whose extent is known at
+    run time only."""
+    for f in loops:
+        if f.extent is None or not ir.is_const(f.begin, 0):
+            rule = f"loop {f.name} inside the reduction of {out} has a run-time extent"
+            raise illegal(rule, f"{why}: split the loop, keep its inner part inside")
 
 
 def frame_of(path: Iterable[Any], reduced: frozenset[str]) -> tuple[Any, ...]:

@@ -179,8 +179,8 @@ def has_list(tables: Tables, driver: Driver, axis: str, bound: Container[str]) -
     `bound` are known."""
     *above, last = tables.levels(driver.structure)
     return (
-        last.ordered and last.unique and bool(last.keys) and not last.block
-        and driver.indices[last.dim] == axis
+        last.ordered and last.unique and bool(last.keys) and not (last.padded or last.single)
+        and not last.block and driver.indices[last.dim] == axis
         and all(x.unique and driver.indices[x.dim] in bound for x in above)
         and axis not in {driver.indices[x.dim] for x in above}
     )  # fmt: skip

@@ -18,7 +18,7 @@ from tilewright.ir import core as ir
 from tilewright.ir.affine import affine
 from tilewright.ir.atoms import ATOMS
 from tilewright.lower.flatten import flat_offset
-from tilewright.lower.reductions import frame_of, framed, reduced_names, with_totals
+from tilewright.lower.reductions import check_extents, frame_of, framed, reduced_names, with_totals
 
 MEMORY = ("global", "part", "shared")
 RESULTS = ("float32", "float16", "bfloat16")
@@ -261,11 +261,7 @@ def slots_of(path: Iterable[Any], reduced: frozenset[str], out: str) -> tuple[ir
         s for s in path
         if isinstance(s, ir.For) and s.name not in reduced and s.kind not in ir.THREADS
     )  # fmt: skip
-    for f in loops:
-        if f.extent is None or not ir.is_const(f.begin, 0):
-            why = f"loop {f.name} lies inside the reduction of {out} and has a run-time extent"
-            hint = "a warp keeps a constant number of tiles: split the loop, keep a part inside"
-            raise illegal(why, hint)
+    check_extents(loops, out, "a warp keeps a constant number of tiles")
     return loops
 
 

@@ -104,8 +104,7 @@ def assembled(
     described = tuple((name, x.format, x.dtype) for name, x in operands.items())
     counted, filled = _kernels(count, fill, described, index, dtype)
     indptr = np.zeros(shape[0] + 1, np.int64)
-    counted(*operands.values(), out=indptr[1:])
-    np.cumsum(indptr, out=indptr)
+    np.cumsum(counted(*operands.values()), out=indptr[1:])
     entries = (int(indptr[-1]),)
     columns, values = (host_allocator.empty(entries, t.numpy) for t in (index, dtype))
     if len(columns):

@@ -10,9 +10,8 @@ from tilewright.ops import recipes
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import trace
-from tilewright.sparse.trace import dense, indices, out, rsqrt, scalar, sigmoid, size, tanh, where
+from tilewright.sparse.trace import dense, indices, out, rsqrt, scalar, sigmoid, tanh
 
-NO_INDEX = 2**31 - 1
 BY_ROW = recipes.rows.of(row="t", elements=("k",))
 SUM = "k", "k2"  # a sum over the row, then its elements
 WITH_SUM = recipes.rows.of(row="t", elements=SUM)
@@ -36,13 +35,7 @@ def wide_rows(s: Schedule, elements: tuple[str, ...], width: int) -> Schedule:
 
 
 def _normalised(x: Any, W: Any, eps: Any, k: Any) -> Any:
-    return x * rsqrt(trace.sum_(x * x, over=k) / size("k").cast("float32") + eps[()]) * W[k]
-
-
-@program
-def rmsnorm(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar()):
-    t, k = indices("t:t k:k")
-    return out[t, k](_normalised(X[t, k], W, eps, k))
+    return x * rsqrt(trace.mean(x * x, over=k) + eps[()]) * W[k]
 
 
 @program
@@ -51,9 +44,7 @@ def rmsnorm_add(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar(), R=den
     return out[t, k](R[t, k] + _normalised(X[t, k], W, eps, k))
 
 
-# X / sqrt(mean(X²) + ε) · W. X: (t, k), W: (k,), eps: a number → (t, k); the second adds a
-# residual, R: (t, k).
-rmsnorm_kernel = cache(rmsnorm.schedule(WITH_SUM).build)
+# X / sqrt(mean(X²) + ε) · W + R. X, R: (t, k), W: (k,), eps: a number → (t, k)
 rmsnorm_add_kernel = cache(rmsnorm_add.schedule(WITH_SUM).build)
 
 
@@ -119,9 +110,7 @@ scaled_kernel = cache(scaled.schedule(BY_ROW).build)
 @program
 def argmax(X=dense("t v")):
     t, v = indices("t:t v:v")
-    peak = trace.max_(X[t, v], over=v)
-    # `<`, not `>=`: at least one element is not below the peak, also if a logit is NaN.
-    return out[t](trace.min_(where(X[t, v] < peak, NO_INDEX, v), over=v))
+    return out[t](trace.argmax(X[t, v], over=v))
 
 
 @named_recipe

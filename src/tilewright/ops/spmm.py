@@ -95,7 +95,9 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
         if s.has(at.j, n) and getattr(s.format_of(n).levels[-1], "width", 0) > 1:
             # Unrolled further it compiles a third longer and runs no faster.
             s = s.on(n).unroll(at.j, 1)
-    s = _rows(s.everywhere(), at, ROWS_PER_UNIT)
+    s = s.everywhere()
+    unit, row = f"{at.i}_unit", f"{at.i}_row"
+    s = s.split(s.stored(at.i), ROWS_PER_UNIT, into=(unit, row)).parallel(unit)
     stored = (f.name for t in s.program.tensors if t.is_sparse for f in t.format.formats)
     if not gathers_far or not {"csr", "dcsr"}.issuperset(stored):
         return s
@@ -115,10 +117,6 @@ def _cpu_pieces(s: Schedule, at: _Names, lanes: int) -> Schedule:
     s = s.split(at.k, tile, tail="exact", into=(unit, f"{at.k}_in")).parallel(unit)
     s = s.split(f"{at.k}_in", lanes, tail="exact", into=(u, v))
     return s.reorder(*entries, u, v).unroll(u).vectorize(v)
-
-
-def _rows(s: Schedule, at: _Names, n: int) -> Schedule:
-    return s.split(s.stored(at.i), n, into=(f"{at.i}_unit", f"{at.i}_row")).parallel(f"{at.i}_unit")
 
 
 def gpu_recipe(s: Schedule, tile: int = 128, many: bool = False) -> Schedule:

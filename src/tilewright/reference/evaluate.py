@@ -33,7 +33,7 @@ from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import parse_name
-from tilewright.ir.rewrite import free_vars, indices_of
+from tilewright.ir.rewrite import driving, free_vars, indices_of
 from tilewright.reference.ops_table import UFUNCS, computed, decode, encode, operation
 
 LIMIT_BYTES = 64 << 20  # of one array of intermediate values, where cutting the output can keep it
@@ -268,7 +268,9 @@ class _Evaluator:
         """Where an entry of a sparse tensor is stored."""
         if not self.stored[e.tensor.structure].count:
             return np.zeros((1,) * scope.rank, bool)
-        return self.stored[e.tensor.structure].find([self.expr(c, scope) for c in e.coords])[1]
+        return self.stored[e.tensor.structure].find([self.expr(c, scope) for c in e.stored_coords])[
+            1
+        ]
 
     def access(self, e: ir.Access, scope: Scope) -> np.ndarray:
         t, values = e.tensor, self.data[e.tensor.name]
@@ -299,14 +301,8 @@ class _Evaluator:
     def driver(self, e: ir.Reduce) -> tuple[str, tuple[str, ...]] | None:
         """The structure whose stored coordinates a reduction ranges over, and the names of its
         indices: that of the one sparse operand that has one of the axes."""
-        own = {a.name for a in e.axes}
-        calls: set[tuple[str, tuple[str, ...]]] = set()
-        for x in operands(e.body):
-            names = tuple(c.name if isinstance(c, ir.Index) else "" for c in x.stored_coords)
-            plain = "" not in names and len(set(names)) == len(names)
-            if x.tensor.is_sparse and plain and own & set(names):
-                calls.add((x.tensor.structure, names))
-        return calls.pop() if len(calls) == 1 else None
+        found = driving(e.body, frozenset(a.name for a in e.axes))
+        return next(iter(found)) if len(found) == 1 else None
 
     def reduction(self, e: ir.Reduce, scope: Scope) -> np.ndarray:
         """A reduction at every point of the box of a scope, or over the stored coordinates that
@@ -350,16 +346,6 @@ class _Evaluator:
 def axes_of(e: ir.Reduce) -> list[ir.Index]:
     """The axes of a reduction; on coordinates they are indices."""
     return [a for a in e.axes if isinstance(a, ir.Index)]
-
-
-def operands(e: Any) -> Iterator[ir.Access]:
-    """Accesses in reading order, those of inner reductions left out."""
-    if isinstance(e, ir.Reduce):
-        return
-    if isinstance(e, ir.Access):
-        yield e
-    for child in ir.children(e):
-        yield from operands(child)
 
 
 def pieces(box: tuple[slice, ...], most: int) -> Iterator[tuple[slice, ...]]:

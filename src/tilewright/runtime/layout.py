@@ -57,14 +57,18 @@ class Struct:
     The fields are `(name, type)` or `(name, "ptr", c_type)`; a type is `ptr`, `float32`,
     `float64` or `int8` … `uint64`, or an array of one, as `uint64[16]`. The C text uses the names
     of `<stdint.h>`; where that header is missing (NVRTC) the prelude defines them. Raises
-    InternalError[I101] for a bad description.
+    InternalError[I101] for a bad description. `align`: what its addresses are multiples of, where
+    that is more than its fields ask for; it divides the size.
     """
 
-    def __init__(self, name: str, described_fields: Sequence[tuple[str, ...]]) -> None:
+    def __init__(
+        self, name: str, described_fields: Sequence[tuple[str, ...]], align: int = 0
+    ) -> None:
         if not (name.isascii() and name.isidentifier()) or not described_fields:
             raise InternalError("I101", f"struct {name!r} needs a C name and at least one field")
         described = [_parsed(name, d) for d in described_fields]
-        self.name, self._names = name, {field for field, *_ in described}
+        self.name, self._aligned = name, f"alignas({align}) " if align else ""
+        self._names = {field for field, *_ in described}
         if len(self._names) != len(described):
             raise InternalError("I101", f"struct {name} names a field twice")
         columns = [(n, _SCALARS[kind][1], (k,) if k else ()) for n, kind, k, _ in described]
@@ -87,8 +91,22 @@ class Struct:
             f'"{self.name}.{f.name}");'
             for f in self.fields
         ]
-        lines = [*_OFFSET_MACRO, f"struct {self.name} {{", *fields, "};", size, *offsets]
+        lines = [
+            *_OFFSET_MACRO,
+            f"struct {self._aligned}{self.name} {{",
+            *fields,
+            "};",
+            size,
+            *offsets,
+        ]
         return "\n".join(lines) + "\n"
+
+    @cached_property
+    def buffers(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of its pointers to constants, and those of the others."""
+        pointers = [f for f in self.fields if f.type == "ptr"]
+        constant = tuple(f.name for f in pointers if f.c_type.startswith("const "))
+        return constant, tuple(f.name for f in pointers if f.name not in constant)
 
     @cached_property
     def version(self) -> str:

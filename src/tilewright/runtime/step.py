@@ -33,13 +33,14 @@ Edge = tuple[int, int]
 @dataclass(frozen=True, slots=True)
 class Part:
     """A launch that a step may put beside others: `units` CTAs of a body with its parameters, and
-    the macros that its code is compiled with."""
+    the macros that its code is compiled with. `launch`: what runs it alone, if that is loaded."""
 
     body: Body
     params: Any
     units: int
     macros: tuple[str, ...]
     compile_step: CompileStep
+    launch: cuda.Launch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +124,24 @@ class Step:
     def _launches(self, overlaps: bool) -> list[cuda.Launch]:
         """The launches of the graph, level by level."""
         level = levels(len(self.nodes), self.edges)
-        ordinal = next((ordinal_of(b.frame) for b in self.keep if isinstance(b, Bound)), 0)
         launches: list[cuda.Launch] = []
         for of_level in range(max(level) + 1):
             nodes = [n.launch for n, at in zip(self.nodes, level, strict=True) if at == of_level]
             launches += [one for one in nodes if not isinstance(one, Part)]
             parts = [one for one in nodes if isinstance(one, Part)]
             for begin, end in itertools.pairwise(_cuts(parts)):
-                launches.append(_together(tuple(parts[begin:end]), ordinal, overlaps))
+                own = parts[begin].launch if end - begin == 1 else None
+                launches.append(own or _together(tuple(parts[begin:end]), self._ordinal, overlaps))
         return launches
+
+    @functools.cached_property
+    def _ordinal(self) -> int:
+        """The number of the GPU."""
+        launches = (getattr(n.launch, "launch", n.launch) for n in self.nodes)
+        own = next((x for x in launches if isinstance(x, cuda.Launch)), None)
+        if own:
+            return own.function.module.device.ordinal
+        return next((ordinal_of(b.frame) for b in self.keep if isinstance(b, Bound)), 0)
 
     def __call__(self) -> None:
         self._run()
@@ -153,11 +163,12 @@ def _launches(bound: Any) -> Sequence[Any] | None:
     if not isinstance(bound, (tuple, cuda.Launch)) and not hasattr(bound, "launch"):
         text = f"a step records bound calls, not {type(bound).__name__}"
         raise ArgumentError("A107", text, where="bounds", hint="kernel.bind(…)")
-    launch = getattr(bound, "launch", bound)
+    launch = getattr(bound, "part", None) or getattr(bound, "launch", bound)
     if launch is None or isinstance(launch, tuple):
         return None if launch is None else (launch,)
     reads, writes = getattr(bound, "boxes", None) or (ANY, ANY)
-    name = launch.function.name if isinstance(launch, cuda.Launch) else type(launch).__name__
+    own = launch.launch if isinstance(launch, Part) else launch
+    name = own.function.name if isinstance(own, cuda.Launch) else type(own).__name__
     return (Node(name, launch, reads, writes),)
 
 
@@ -176,27 +187,36 @@ def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
 
 def _cuts(parts: Sequence[Part]) -> list[int]:
     """Divides launches into ranges that can become one launch: the parameters of a range fit a
-    kernel, and no body gets fewer registers because another one has more threads."""
-    cuts, used, threads, resident = [0], 0, 0, 2**31
+    kernel, no body gets fewer registers because another one has more threads, none fewer CTAs of an
+    SM than its work is divided for, and none that runs alone is among others."""
+    cuts, used, last = [0], 0, ()
     for i, part in enumerate(parts):
-        size, b = len(part.params) + 8, part.body
-        threads, resident = max(threads, b.threads), min(resident, b.resident)
-        if used and (used + size > PARAMS_BYTES or threads > resident):
+        size, bodies = len(part.params) + 8, (*last, part.body)
+        threads = max(b.threads for b in bodies)
+        ctas = min(b.resident for b in bodies) // threads
+        fits = used + size <= PARAMS_BYTES and ctas >= max(1, *(b.ctas for b in bodies))
+        if last and not (fits and not any(b.alone for b in bodies)):
             cuts.append(i)
-            used, threads, resident = 0, b.threads, b.resident
-        used += size
+            used, bodies = 0, (part.body,)
+        used, last = used + size, bodies
     return [*cuts, len(parts)] if parts else []
+
+
+def parameters(parts: Sequence[Part]) -> Any:
+    """The bytes of the struct `Step` of `shell.beside`."""
+    first = [0, *itertools.accumulate(p.units for p in parts)][:-1]
+    data = b"".join(bytes(p.params) for p in parts) + np.array(first, np.int64).tobytes()
+    return ctypes.create_string_buffer(data, len(data))
 
 
 def _together(parts: tuple[Part, ...], ordinal: int, overlaps: bool) -> cuda.Launch:
     """One launch of several parts, each on its own CTAs."""
     bodies = tuple(p.body for p in parts)
     macros = tuple(sorted({m for p in parts for m in p.macros}))
-    first = [0, *itertools.accumulate(p.units for p in parts)]
-    data = b"".join(bytes(p.params) for p in parts) + np.array(first[:-1], np.int64).tobytes()
-    return _function(parts[0].compile_step, bodies, macros, ordinal).prepare(
-        (first[-1], 1, 1), (max(b.threads for b in bodies), 1, 1),
-        max(b.smem_bytes for b in bodies), ctypes.create_string_buffer(data, len(data)), overlaps,
+    function = _function(parts[0].compile_step, bodies, macros, ordinal)
+    return function.prepare(
+        (sum(p.units for p in parts), 1, 1), (max(b.threads for b in bodies), 1, 1),
+        max(b.smem_bytes for b in bodies), parameters(parts), overlaps,
     )  # fmt: skip
 
 

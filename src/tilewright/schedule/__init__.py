@@ -1,6 +1,6 @@
 """Schedules: how a program runs, as a list of printable rewrites.
 
-    s = s.split("i", 8).mark("i_o", "parallel").mark("k_i", "vector")
+    s = s.split("i", 8).bind("i_o", "parallel").bind("k_i", "vector")
     print(s); s.history; s.undo()
 
 A `Schedule` is a frozen value; each verb returns a new one or refuses (S codes) and changes
@@ -20,12 +20,12 @@ from typing import Any
 
 from tilewright.errors import ScheduleError, illegal
 from tilewright.ir.atoms import Atom
-from tilewright.ir.nodes import Access, LoopKind, Nest, Program, Stmt
-from tilewright.ir.rewrite import walk
+from tilewright.ir.nodes import Access, For, LoopKind, Nest, Program, Stmt
+from tilewright.ir.rewrite import statements, walk
 from tilewright.schedule import arguments as rule
 from tilewright.schedule import coords, loops, privatize, staging
 from tilewright.schedule.arguments import A_NAME, AN_ATOM, FAR, NAMES, NEAR, TWO_NAMES, takes
-from tilewright.schedule.tree import clash, computes, has_loop, loop_names, unknown
+from tilewright.schedule.tree import clash, computes, has_loop, unknown
 from tilewright.target import Target
 
 Nests = tuple[int, ...] | None
@@ -81,8 +81,9 @@ class Schedule:
 
     @property
     def loops(self) -> list[str]:
-        """The names of all loops, outermost first."""
-        return loop_names(self.lowered.program)
+        """The names of all loops, outermost first, each once."""
+        loops = (x for n in self.nests for x in statements(n.body, For))
+        return list(dict.fromkeys(f.name for f in loops))
 
     @property
     def rows(self) -> str:
@@ -276,8 +277,8 @@ class Schedule:
                   S(i)                                S(n - 1 - i_back)"""
         return self._loops(loops.reverse, loop, into=into, new_names=True)
 
-    @takes(loop=A_NAME, kind=KIND)
-    def mark(self, loop: str, kind: LoopKind) -> Schedule:
+    @takes(loop=A_NAME, to=KIND)
+    def bind(self, loop: str, to: LoopKind) -> Schedule:
         """Set how a loop runs.
 
         before: for i in 0:n                after:  for i in 0:n   # parallel
@@ -286,24 +287,17 @@ class Schedule:
         `thread.y`: the threads of a CTA. `vector`: the lanes of a register. `unroll`: written out.
         A loop that reduces may be a vector or threads (there is one accumulator an iteration,
         joined in a fixed order at the end), not units."""
-        return self._loops(loops.mark, loop, kind)
-
-    @takes(loop=A_NAME, to=KIND)
-    def bind(self, loop: str, to: LoopKind) -> Schedule:
-        """Set how a loop runs: another name of `mark`.
-
-        before: for i in 0:n                after:  for i in 0:n   # cta.x"""
-        return self._loops(loops.mark, loop, to)
+        return self._loops(loops.bind, loop, to)
 
     @takes(loop=A_NAME)
     def parallel(self, loop: str) -> Schedule:
-        """Run the iterations of a loop as units of the launch: `mark(loop, "parallel")`."""
-        return self._loops(loops.mark, loop, "parallel")
+        """Run the iterations of a loop as units of the launch: `bind(loop, "parallel")`."""
+        return self._loops(loops.bind, loop, "parallel")
 
     @takes(loop=A_NAME)
     def vectorize(self, loop: str) -> Schedule:
-        """Run a loop as the lanes of a register: `mark(loop, "vector")`."""
-        return self._loops(loops.mark, loop, "vector")
+        """Run a loop as the lanes of a register: `bind(loop, "vector")`."""
+        return self._loops(loops.bind, loop, "vector")
 
     @takes(loop=A_NAME, factor=rule.integer(0, NEAR))
     def unroll(self, loop: str, factor: int = 0) -> Schedule:

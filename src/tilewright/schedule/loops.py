@@ -126,7 +126,7 @@ def reverse(f: ir.For, loop: str, into: str = "") -> ir.Stmt:
 
 
 @tree.on_loops
-def mark(f: ir.For, loop: str, kind: ir.LoopKind) -> ir.Stmt:
+def bind(f: ir.For, loop: str, kind: ir.LoopKind) -> ir.Stmt:
     reducing = [c for c in tree.computes(f.body) if ir.reduces(f, c)]
     if kind in ir.GRID:
         for c in reducing:

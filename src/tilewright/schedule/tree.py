@@ -138,13 +138,6 @@ def reads_memory(e: ir.Expr) -> bool:
     return any(True for _ in loads(e))
 
 
-def loop_names(program: ir.Program) -> list[str]:
-    """All loops of a program, outermost first, each name once."""
-    nests = (nest for stage in program.stages for nest in stage)
-    loops = (x for n in nests for x in statements(n.body) if isinstance(x, ir.For))
-    return list(dict.fromkeys(f.name for f in loops))
-
-
 def clash(s: Any, taken: frozenset[str]) -> str | None:
     """The first name of a loop or let that shadows one around it or cannot be a name in generated
     code; None where there is no such name. `taken`: the names bound around `s`."""
@@ -208,4 +201,4 @@ def on_loops(f: Callable[..., ir.Stmt]) -> Callable[..., tuple[ir.Stmt, int]]:
 
 
 def computes(s: ir.Stmt) -> list[ir.Compute]:
-    return [x for x in statements(s) if isinstance(x, ir.Compute)]
+    return list(statements(s, ir.Compute))

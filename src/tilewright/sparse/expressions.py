@@ -1,5 +1,6 @@
 """Indices and the operations on values that a traced function can use."""
 
+import math
 import re
 from collections.abc import Callable
 from itertools import chain, count
@@ -8,12 +9,13 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.ir import nodes as ir
 from tilewright.ir.nodes import Access, Expr, Index, as_expr
-from tilewright.ir.rewrite import computed_in, free_vars
+from tilewright.ir.rewrite import computed_in, driving, free_vars
 from tilewright.sparse.tracing import checked_name, current, refusal
 
 __all__ = [
-    "abs_", "any_", "cos", "exp", "floor", "indices", "log", "max_", "maximum", "min_", "minimum",
-    "prod", "rsqrt", "sigmoid", "sin", "size", "sqrt", "stored", "sum_", "tanh", "where",
+    "abs_", "any_", "argmax", "cos", "exp", "floor", "indices", "log", "max_", "maximum", "mean",
+    "min_", "minimum", "prod", "rsqrt", "sigmoid", "sin", "size", "sqrt", "stored", "sum_", "tanh",
+    "where",
 ]  # fmt: skip
 
 
@@ -105,6 +107,41 @@ def _reduce(op: str) -> Callable[..., Expr]:
 
 
 sum_, max_, min_, prod = (_reduce(op) for op in ("sum", "max", "min", "prod"))
+
+
+def mean(value: Any, over: Index | tuple[Index, ...], where: Expr | None = None) -> Expr:
+    """The sum of `value` over the number of its terms, NaN without any. Terms are the coordinates
+    that the sparse operand stores, all of dense operands, or those of `where`. Raises
+    ProgramError[P107] for operands of several structures without `where`."""
+    total, terms = sum_(value, over, where), _terms("mean", value, over, where)
+    axes = over if isinstance(over, tuple) else (over,)
+    sizes = [ir.size_var(a.dim) if isinstance(a.dim, str) else a.dim for a in axes]
+    number = math.prod(sizes[1:], start=sizes[0]) if terms is None else sum_(1, over, terms)
+    kind = total.dtype if total.dtype.is_float else dtypes.float32
+    return total.cast(kind) / as_expr(number).cast(kind)
+
+
+def argmax(value: Any, over: Index, where: Expr | None = None) -> Expr:
+    """The least coordinate at which `value` is greatest, some coordinate of the terms where one is
+    NaN: int32, its largest number without terms. Terms and errors are those of `mean`."""
+    if not isinstance(over, Index):
+        raise refusal("P104", f"argmax over {over!r}: not an index", hint="over=j")
+    # `<`, not `>=`: at least one value is not below the greatest, also if one is NaN.
+    below = ir.binary("<", value, max_(value, over, where))
+    last = ir.identity_of("min", dtypes.int32)
+    return min_(ir.select(below, last, over), over, _terms("argmax", value, over, where))
+
+
+def _terms(op: str, value: Any, over: Any, where: Expr | None) -> Expr | None:
+    """The condition of the terms of a reduction, None where all coordinates are terms."""
+    axes = over if isinstance(over, tuple) else (over,)
+    found = [*driving(as_expr(value), frozenset(a.name for a in axes)).values()]
+    if where is not None or not found:
+        return where
+    if len(found) > 1:
+        rule = f"{op} over coordinates of {' and '.join(map(str, found))}: which of them?"
+        raise refusal("P107", rule, hint="where=tw.stored(A[i, j]), or | and & of several")
+    return ir.Stored(found[0])
 
 
 def _function(op: str) -> Callable[[Any], Expr]:

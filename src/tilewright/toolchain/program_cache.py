@@ -1,10 +1,9 @@
 """The program cache: the source and manifest of a built program, found without lowering it.
 
 The second level (`cxx`, `nvrtc`) finds the binary by the source. Keys contain Tilewright's own
-version, a hash of the compiler's source files.
+version: where the source files of the compiler are, and the time and the size of each.
 """
 
-import functools
 import os
 
 from tilewright import knobs
@@ -25,36 +24,20 @@ def load(key: str) -> bytes | None:
 def save(key: str, data: bytes) -> None:
     """Store an entry, unless a source file of the compiler changed since this process started: the
     process reads them only when it first lowers. Raises BuildError[B105]."""
-    if knobs.get("cache") and _stamp() == _AT_START:
+    if knobs.get("cache") and stamp() == VERSION:
         disk_cache.put(KIND, key, data)
 
 
-def _stamp() -> dict[str, str]:
-    """Time and size of each source file of the compiler, by name."""
-    stamps: dict[str, str] = {}
+def stamp() -> str:
+    """The version of the source files as they are now, as a key."""
+    stamps: list[str] = []
     for room in ROOMS:
         with os.scandir(f"{PACKAGE}/{room}") as files:
             for f in files:
                 if f.name.endswith((".py", ".h", ".cuh")):
                     status = f.stat()
-                    stamps[f"{room}/{f.name}"] = f"{status.st_mtime_ns} {status.st_size}"
-    return dict(sorted(stamps.items()))
+                    stamps.append(f"{room}/{f.name} {status.st_mtime_ns} {status.st_size}")
+    return key_of(str(PACKAGE), *sorted(stamps))
 
 
-_AT_START = _stamp()  # before this process reads the files that lower
-
-
-@functools.cache
-def version() -> str | None:
-    """A hash of the compiler's source files at the start of this process; None if one of them
-    changed since then and the hash is not in the cache."""
-    key = key_of("version", str(PACKAGE), "\n".join(_AT_START), "\n".join(_AT_START.values()))
-    known = disk_cache.current().get("version", key) if knobs.get("cache") else None
-    if known is not None:
-        return known.decode()
-    sources = [part for n in _AT_START for part in (n, (PACKAGE / n.lstrip("/")).read_bytes())]
-    if _stamp() != _AT_START:
-        return None
-    digest = key_of(*sources)
-    disk_cache.put("version", key, digest.encode())
-    return digest
+VERSION = stamp()  # before this process reads the files that lower

@@ -7,8 +7,8 @@ from tilewright.toolchain import disk_cache
 
 _KINDS = {
     "so": "shared library (C++)", "cubin": "module (CUDA)",
-    "kernel": "source and manifest of a program", "version": "hash of the compiler's sources",
-    "cxx": "version of a compiler", "failed": "source that a compiler refused",
+    "kernel": "source and manifest of a program", "cxx": "version of a compiler",
+    "failed": "source that a compiler refused",
 }  # fmt: skip
 
 

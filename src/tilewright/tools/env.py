@@ -4,19 +4,16 @@ Every probe is guarded: a broken package is a line of the report and does not en
 """
 
 import argparse
-import importlib.util
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from importlib import metadata
+from typing import NamedTuple
 
 from tilewright.errors import TilewrightError
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """One line. `state` is ok, missing (an optional part is absent) or bad (a part is broken)."""
 
     section: str
@@ -26,16 +23,23 @@ class Finding:
     hint: str = ""
 
 
-# distribution, module to look for, the extra that brings it, what it is for
-PACKAGES: tuple[tuple[str, str, str, str], ...] = (
-    ("numpy", "numpy", "", "arrays; the only package that is required"),
-    ("scipy", "scipy", "scipy", "sparse matrices as arguments, and a peer in benchmarks"),
-    ("torch", "torch", "torch", "tensors as arguments, and a peer in benchmarks"),
-    ("nvidia-cuda-nvrtc", "nvidia", "cuda", "compiling for NVIDIA GPUs"),
-    ("nvidia-cuda-runtime", "nvidia", "cuda", "its headers"),
-    ("jinja2", "jinja2", "models", "chat templates of models"),
-    ("matplotlib", "matplotlib", "plot", "pictures of benchmark results"),
-    ("cupy-cuda13x", "cupy", "", "arrays on the GPU, where you use it"),
+# distribution, the extra that brings it, what it is for
+PACKAGES: tuple[tuple[str, str, str], ...] = (
+    ("numpy", "", "arrays; the only package that is required"),
+    ("scipy", "scipy", "sparse matrices as arguments, and a peer in benchmarks"),
+    ("torch", "torch", "tensors as arguments, and a peer in benchmarks"),
+    ("nvidia-cuda-nvrtc", "cuda", "compiling for NVIDIA GPUs"),
+    ("nvidia-cuda-runtime", "cuda", "its headers"),
+    ("jinja2", "models", "chat templates of models"),
+    ("tokenizers", "models", "text of models in a folder"),
+    ("safetensors", "models", "weights of models in a folder"),
+    ("gguf", "models", "weights of GGUF files"),
+    ("transformers", "hf", "our attention in its models, and a peer in benchmarks"),
+    ("fastapi", "serve", "the server"),
+    ("uvicorn", "serve", "the server"),
+    ("llguidance", "grammar", "answers that follow a JSON schema"),
+    ("matplotlib", "plot", "pictures of benchmark results"),
+    ("cupy-cuda13x", "", "arrays on the GPU, where you use it"),
 )
 
 
@@ -75,19 +79,6 @@ def report() -> list[Finding]:
 Line = tuple[str, ...]
 
 
-def _python() -> Iterable[Line]:
-    import tilewright
-
-    yield "tilewright", tilewright.__version__
-    yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
-    yield "platform", f"{platform.system()} {platform.machine()}"
-    from tilewright import knobs
-
-    for name, knob in knobs.KNOBS.items():
-        if os.environ.get(knob.env):
-            yield _try(knob.env, lambda name=name: str(knobs.get(name)))
-
-
 def _try(name: str, probe: Callable[[], str], hint: str = "") -> Line:
     """A line from a probe, with its error as the value if it fails."""
     try:
@@ -100,6 +91,17 @@ def _failure(name: str, error: Exception, hint: str = "") -> Line:
     if isinstance(error, TilewrightError):
         return name, error.message, "bad", error.hint or hint
     return name, f"{type(error).__name__}: {error}", "bad", hint
+
+
+def _python() -> Iterable[Line]:
+    from tilewright import __version__, knobs
+
+    yield "tilewright", __version__
+    yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
+    yield "platform", f"{platform.system()} {platform.machine()}"
+    for name, knob in knobs.KNOBS.items():
+        if os.environ.get(knob.env):
+            yield _try(knob.env, lambda name=name: str(knobs.get(name)))
 
 
 def _cpu() -> Iterable[Line]:
@@ -127,17 +129,14 @@ def _cache() -> Iterable[Line]:
 
 
 def _packages() -> Iterable[Line]:
-    for distribution, module, extra, purpose in PACKAGES:
-        version = _version(distribution)
-        if version:
-            yield distribution, version
-        elif distribution.startswith("nvidia-") and (old := _version(f"{distribution}-cu12")):
-            yield f"{distribution}-cu12", old
-        elif module not in ("nvidia",) and _exists(module):
-            yield distribution, "found, without package data"
+    for name, extra, purpose in PACKAGES:
+        older = (f"{name}-cu12",) * name.startswith("nvidia-")  # wheels of CUDA 12
+        installed = next((n for n in (name, *older) if _version(n)), "")
+        if installed:
+            yield installed, _version(installed)
         else:
-            hint = f"pip install 'tilewright[{extra}]'" if extra else f"pip install {distribution}"
-            yield distribution, f"not installed ({purpose})", "missing", hint
+            hint = f"pip install 'tilewright[{extra}]'" if extra else f"pip install {name}"
+            yield name, f"not installed ({purpose})", "missing", hint
 
 
 def _version(distribution: str) -> str:
@@ -145,13 +144,6 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _exists(module: str) -> bool:
-    try:
-        return module in sys.modules or importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def _cuda() -> Iterable[Line]:

@@ -24,22 +24,30 @@ def by_name(name: str) -> Family:
     raise ArgumentError("A109", f"the plan is damaged: no family {name!r}", where="plan")
 
 
-def reasons(spec: Spec, rows: int, device: str, pool: Pool | None) -> tuple[tuple[str, str], ...]:
+def reasons(
+    spec: Spec, rows: int, device: str, pool: Pool | None, arch: str = "", invariant: bool = False
+) -> tuple[tuple[str, str], ...]:
     """The families of a device by name, each with the reason why it cannot run a call, "" where it
     can.
 
     `rows`: the most packed rows (queries × group) of a request; without a pool its strides are
-    taken to be aligned."""
+    taken to be aligned. `arch`: of a GPU ("": of the one that has the pool). `invariant`: the bits
+    of a request may not depend on others."""
     kind = device.partition(":")[0]
-    own = (family for family in FAMILIES if family.device == kind)
-    return tuple((family.name, family.reason(spec, rows, pool)) for family in own)
+
+    def reason(family: Family) -> str:
+        if invariant and family.ctas_per_sm:
+            return "it divides the keys of a request by the batch"
+        return family.reason(spec, rows, pool, arch)
+
+    return tuple((family.name, reason(family)) for family in FAMILIES if family.device == kind)
 
 
 def choose(
-    spec: Spec, rows: int, device: str, pool: Pool | None
+    spec: Spec, rows: int, device: str, pool: Pool | None, invariant: bool = False
 ) -> tuple[Family, tuple[tuple[str, str], ...]]:
     """The family that runs a call, and `reasons`. Raises ArgumentError[A103] where none does."""
-    against = reasons(spec, rows, device, pool)
+    against = reasons(spec, rows, device, pool, invariant=invariant)
     for name, reason in against:
         if not reason:
             return by_name(name), against

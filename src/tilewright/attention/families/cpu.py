@@ -13,6 +13,7 @@ from tilewright.attention.plan import CHUNK_TILES, ITEM, ITEMS, Plan
 from tilewright.attention.ranges import TILE
 from tilewright.attention.spec import Spec
 from tilewright.codegen import prelude_files
+from tilewright.ir.rewrite import free_vars
 from tilewright.runtime import pool
 from tilewright.runtime.view import view
 from tilewright.toolchain import compilers, cxx
@@ -30,6 +31,13 @@ TW_INLINE tw::vec<V, L> elements(const tw::Array<V>&, int32_t, tw::vec<int32_t, 
 def rows(spec: Spec) -> int:
     """Packed rows of an item."""
     return _ROWS if max(spec.head_dim, spec.head_dim_vo) <= 128 else _ROWS // 2
+
+
+def refuses(spec: Spec, *_: Any) -> str:
+    """Why the kernel cannot run a call, or ""."""
+    if spec.table.shared and free_vars(spec.traced.key) & {"at.request", "at.kv_len"}:
+        return "keys are shared, and the hook of key rows reads at.request or at.kv_len"
+    return ""
 
 
 @functools.lru_cache(256)
@@ -87,4 +95,4 @@ def _prepare(call: Call) -> Prepared:
     return Prepared(launch, pool.pool().prepare([launch]), text, keep)
 
 
-FAMILY = Family("cpu", "cpu", rows, "request", None, lambda *_: "", _prepare, shares=True)
+FAMILY = Family("cpu", "cpu", rows, "request", None, refuses, _prepare, shares=True)

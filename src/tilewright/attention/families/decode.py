@@ -4,6 +4,7 @@ Template: kernels/decode.cuh. `attention/ranges.py` cuts the work of a batch. Ke
 share are read by a launch in front, of this family or of the Hopper family (`Plan.block`)."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from tilewright.attention.ranges import CUT, ROWS, TILE, head_block, of_front
 from tilewright.attention.spec import Spec
 from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
-from tilewright.runtime import cuda
+from tilewright.ir.body import Body
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
@@ -30,7 +31,7 @@ THREADS = WARPS * 32
 ALONE, BEHIND, FRONT = range(3)  # kinds of launches where requests share keys (decode.cuh)
 
 
-def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
+def refuses(spec: Spec, rows: int, pool: Pool | None, _arch: str = "") -> str:
     """Why the kernel cannot run a call, or "" where it can."""
     if reason := refusal(spec, rows, pool):
         return reason
@@ -83,13 +84,21 @@ def shared_block(spec: Spec, pool: Pool | None, arch: str) -> int:
 
 def params_struct(spec: Spec) -> Struct:
     """The parameters of the kernel."""
-    return specs.params_struct(spec, (("cuts", "ptr", "const Cut*"), *specs.PARTIALS))
+    plan = ("cuts", "ptr", "const Cut*"), *specs.PARTIALS, ("front_ctas", "int32")
+    return specs.params_struct(spec, plan)
+
+
+ORDERS = {  # where requests share keys the launches of a step end in their order, but work at once
+    ALONE: ("start", "wait", "run"),
+    BEHIND: ("start", "run", "wait"),  # it waits for states where it reads them, too
+    FRONT: ("wait", "start", "run"),
+}
 
 
 @functools.lru_cache(256)
-def source(spec: Spec, together: int, blocks: int, kind: int = ALONE, block: int = 1) -> str:
-    """The CUDA C++ of one kernel; `together`: KV heads of one range; `blocks` of 8 packed rows;
-    `block`: queries of an item of a launch in front."""
+def body(spec: Spec, together: int, blocks: int, kind: int = ALONE, block: int = 1) -> Body:
+    """One kernel; `together`: KV heads of one range; `blocks` of 8 packed rows; `block`: queries of
+    an item of a launch in front."""
     numbers = {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BLOCKS": blocks,
         "HEAD_BLOCK": together, "WARPS": WARPS, "STAGES": STAGES[spec.head_dim > SHORT_ROW],
@@ -98,8 +107,13 @@ def source(spec: Spec, together: int, blocks: int, kind: int = ALONE, block: int
     }  # fmt: skip
     types = f"using Element = uint16_t;\nusing Kind = tw::{spec.kv.name}_bits;"
     text = specs.namespace("attention", *specs.constants(numbers), types)
-    files = ("gpu.cuh", "mma.cuh", "async.cuh")
-    return specs.cuda_text(spec, files, text, CUT, params_struct(spec), "decode.cuh")
+    text = specs.cuda_text(spec, text, CUT, params_struct(spec), "decode.cuh")
+    ctas = ctas_per_sm(spec.head_dim)
+    return Body(
+        text, "attention::run", THREADS, THREADS * ctas, smem_bytes(spec, blocks, kind),
+        ("gpu.cuh", "mma.cuh", "async.cuh"), *params_struct(spec).buffers,
+        order=ORDERS[kind], ctas=ctas, alone=kind != ALONE,
+    )  # fmt: skip
 
 
 def _prepare(call: Call) -> Prepared:
@@ -122,18 +136,15 @@ def _prepare(call: Call) -> Prepared:
         keep: tuple[Any, ...] = (indptr, cuts, nodes, memory)
     else:
         ctas, work, keep, front = plan.ctas, plan.params(), (plan,), plan.front
-    block, cta = params_struct(spec).pack(**values, **work), (THREADS, 1, 1)
-
-    def launch_of(ctas: int, blocks: int, kind: int) -> tuple[cuda.Launch, str]:
-        text = source(spec, together, blocks, kind, plan.block)
-        function, smem = specs.loaded(text, ordinal), smem_bytes(spec, blocks, kind)
-        return function.prepare((ctas, 1, 1), cta, smem, block, overlaps=True), text
+    block = params_struct(spec).pack(**values, **work, front_ctas=front)
 
     behind, planned = shared and front > 0 < plan.tokens, (plan.requests, plan.tokens)
-    launch, text = launch_of(ctas, blocks, BEHIND if behind else ALONE)
+    b = body(spec, together, blocks, BEHIND if behind else ALONE, plan.block)
+    made = Prepared.on_gpu(b, ordinal, ctas, block, keep)
     if behind:
+        other = body(spec, together, blocks_of(ROWS), FRONT, plan.block)
         before = hopper.shared_launch(call, front, work)
-        launch.before = before or launch_of(front, blocks_of(ROWS), FRONT)[0]
+        made.launch.before = before or specs.launch_of(other, ordinal, front, block)
 
     def run() -> None:
         if (plan.requests, plan.tokens) != planned:
@@ -141,9 +152,9 @@ def _prepare(call: Call) -> Prepared:
             text = f"the workspace is planned for {now}, this call is bound for {planned}"
             hint = "bind again, or plan the same numbers"
             raise ArgumentError("A103", text, where="plan", hint=hint)
-        launch.run(cuda.current_stream(ordinal))
+        made.run()
 
-    return Prepared(launch, run, text, (*keep, block))
+    return replace(made, run=run)
 
 
 FAMILY = Family("decode", "cuda", lambda _: ROWS, "", ctas_per_sm, refuses, _prepare, shares=True)

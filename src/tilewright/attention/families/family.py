@@ -12,8 +12,9 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.attention.checks import ordinal_of
 from tilewright.attention.pool import Pool
-from tilewright.attention.spec import Spec
+from tilewright.attention.spec import Spec, alone, launch_of
 from tilewright.errors import ArgumentError
+from tilewright.ir.body import Body
 from tilewright.runtime import cuda
 from tilewright.runtime.view import allocate, view
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from tilewright.attention.workspace import Workspace
 
 
-Order = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+Order = Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]
 
 
 class Scratch:
@@ -65,12 +66,27 @@ class Call:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """A call ready to run: its launch for a recorded step, what runs it, what it keeps alive."""
+    """A call ready to run: its launch, what runs it, its source, what it keeps alive; on a GPU the
+    body of the launch and the macros that it is compiled with."""
 
     launch: Any
     run: Callable[[], None]
     source: str
     keep: tuple[Any, ...]
+    body: Body | None = None
+    macros: tuple[str, ...] = ()
+
+    @staticmethod
+    def on_gpu(
+        body: Body, ordinal: int, ctas: int, params: cuda.Params, keep: Any, *macros: str
+    ) -> Prepared:
+        """What runs a body by itself."""
+        launch = launch_of(body, ordinal, ctas, params, *macros)
+
+        def run() -> None:
+            launch.run(cuda.current_stream(ordinal))
+
+        return Prepared(launch, run, alone(body, "stage0", *macros), (keep, params), body, macros)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,13 +95,14 @@ class Family:
 
     `device`: cpu or cuda. `rows`: the packed rows (queries × group) of an item, as a function of
     the spec. `splits`: items are cut along the keys by what the "request" alone says, or until the
-    "batch" fills the workers ("": never). `ctas_per_sm`: the CTAs
-    of an SM, by head_dim, where its plans are cuts of contiguous ranges (`ranges.py`), None where
-    they are items.
-    `refuses(spec, rows, pool)`: the reason why it cannot run a call, or "".
-    `order(items, qo_indptr, workers)`: the order of a plan's items, as indices (None: longest
-    first). `shares`: whether requests may share keys. `few(spec)`: the packed rows of a request up
-    to which its items are narrow: some workers begin with these.
+    "batch" fills the workers ("": never). `ctas_per_sm`: the CTAs of an SM, by head_dim, where its
+    plans are cuts of contiguous ranges (`ranges.py`), None where they are items.
+    `refuses(spec, rows, pool, arch)`: the reason why it cannot run a call on a GPU of an
+    architecture ("": the one that has the pool), or "".
+    `order(items, qo_indptr, workers, queries)`: the order of a plan's items, as indices (None:
+    longest first); `queries`: the most of a request whose items are narrow. `shares`: whether
+    requests may share keys. `few(spec)`: the packed rows of a request up to which its items are
+    narrow: some workers begin with these.
     """
 
     name: str
@@ -93,25 +110,27 @@ class Family:
     rows: Callable[[Spec], int]
     splits: str
     ctas_per_sm: Callable[[int], int] | None
-    refuses: Callable[[Spec, int, Pool | None], str]
+    refuses: Callable[[Spec, int, Pool | None, str], str]
     prepare: Callable[[Call], Prepared]
     order: Order | None = None
     shares: bool = False
     few: Callable[[Spec], int] = lambda spec: 0
 
-    def reason(self, spec: Spec, rows: int, pool: Pool | None) -> str:
-        """Why it cannot run a call, or ""."""
+    def reason(self, spec: Spec, rows: int, pool: Pool | None, arch: str = "") -> str:
+        """Why it cannot run a call, or ""; `arch`: of another GPU than that of the pool."""
         if spec.table.shared and not self.shares:
             return "requests share keys"
-        return self.refuses(spec, rows, pool)
+        return self.refuses(spec, rows, pool, arch)
 
     def qo_tile(self, spec: Spec) -> int:
         """The most queries of an item."""
         return max(1, self.rows(spec) // spec.group)
 
 
-def refusal(spec: Spec, _rows: int, pool: Pool | None) -> str:
+def refusal(spec: Spec, _rows: int, pool: Pool | None, _arch: str = "") -> str:
     """Why a kernel of 16-bit tiles, copied 16 bytes at a time, cannot run a call, or ""."""
+    if spec.traced.extras:
+        return f"the variant has {spec.traced.extras}"
     if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
         return "q, k and v are not all float16 or all bfloat16"
     if spec.head_dim % 8 or spec.head_dim_vo % 8 or max(spec.head_dim, spec.head_dim_vo) > 256:

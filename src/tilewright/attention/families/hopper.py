@@ -5,7 +5,7 @@ the order of the plan."""
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,13 @@ from tilewright.attention.families.family import Call, Family, Prepared, check_a
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import ROWS
-from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, loaded, namespace
+from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, namespace
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
 from tilewright.attention.tracing import SCORE
 from tilewright.attention.variant import all_of, conditions
 from tilewright.errors import ArgumentError
+from tilewright.ir.body import Body
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Unary, Var, binary
 from tilewright.ir.rewrite import walk
 from tilewright.runtime import cuda
@@ -34,6 +35,7 @@ MAX_GROUP = 64
 NARROW_ROWS = 8  # packed rows of a narrow item, at most: the columns of a tensor core's result
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
 _LISTS = ("items", "item_count", "narrow_count", "narrow_ctas")  # parameters of a plan's items
+SCAN = 256  # elements of a tensor that a kernel reads to learn the class of a tile
 _TAIL = 4  # items of a CTA that are drawn in the order of their keys
 _SHORT = 512  # queries of a request up to which its items follow each other always
 
@@ -73,7 +75,8 @@ def rows_of(spec: Spec) -> int:
 
 
 def refuses(spec: Spec, rows: int, pool: Pool | None, arch: str = "") -> str:
-    """Why the kernel cannot run a call, or ""; `arch`: of a GPU whose strides are assumed."""
+    """Why the kernel cannot run a call, or ""; `arch`: of the GPU ("": that of the pool). Without a
+    pool its strides are assumed."""
     if reason := refusal(spec, rows, pool):
         return reason
     if (spec.head_dim, spec.head_dim_vo) not in TILES:
@@ -99,8 +102,9 @@ def refuses(spec: Spec, rows: int, pool: Pool | None, arch: str = "") -> str:
     return "" if pool.pages else "the cache has no pages"
 
 
-def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
-    """The order in which CTAs draw the items of a batch, as indices.
+def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int, few: int) -> np.ndarray:
+    """The order in which CTAs draw the items of a batch, as indices; `few`: the most queries of a
+    request whose items are narrow.
 
     Requests with many queries come first. Within one, the items of a KV head follow each other, so
     that CTAs read the same keys at the same time; the last queries first: under a causal mask they
@@ -113,7 +117,7 @@ def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
     begin, queries = items["qo_begin"] - indptr[request], np.diff(indptr)[request]
     by = np.lexsort((-begin, head, request, -queries))
     unit = items[["request", "kv_head"]][by]
-    tail = max(0, int((queries > NARROW_ROWS).sum()) - _TAIL * workers)
+    tail = max(0, int((queries > few).sum()) - _TAIL * workers)
     tail = int(np.argmax(unit == unit[tail])) if tail else 0  # whole units
     key = np.where(queries > _SHORT, -begin, 1)
     by[tail:] = by[tail:][np.argsort(key[by[tail:]], kind="stable")]
@@ -147,11 +151,11 @@ def params_struct(spec: Spec) -> Struct:
     work: tuple[tuple[str, ...], ...] = (
         ("items", "ptr", "const Item*"), ("counter", "ptr", "int32_t*"),
         ("cycles", "ptr", "int64_t*"), ("item_count", "int32"), ("page_shift", "int32"),
-        ("narrow_count", "int32"), ("narrow_ctas", "int32"), *PARTIALS[:2],
+        ("narrow_count", "int32"), ("narrow_ctas", "int32"), ("ctas", "int32"), *PARTIALS[:2],
     )  # fmt: skip
     rest = -common_params(spec, work, maps).size % 64
     padding = (("padding", f"uint64[{rest // 8}]"),) if rest else ()
-    return common_params(spec, work, (*maps, *padding))
+    return common_params(spec, work, (*maps, *padding), 64)
 
 
 def keys_lie(spec: Spec) -> int:
@@ -227,9 +231,9 @@ def _names(e: Expr) -> set[str]:
 
 
 @functools.lru_cache(256)
-def source(spec: Spec, box: int, chunked: bool = False, narrow: bool = False) -> str:
-    """The CUDA C++ of one kernel; `box`: keys of a TMA box; `chunked`: items may be chunks,
-    `narrow`: some may be narrow."""
+def body(spec: Spec, box: int, chunked: bool = False, narrow: bool = False) -> Body:
+    """One kernel; `box`: keys of a TMA box; `chunked`: items may be chunks, `narrow`: some may be
+    narrow. Its units are CTAs that all run at once, one an SM."""
     tiles, (numbers, methods) = tiles_of(spec), forms(spec)
     numbers |= {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BN": tiles.keys, "BOX": box,
@@ -241,11 +245,15 @@ def source(spec: Spec, box: int, chunked: bool = False, narrow: bool = False) ->
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
     out = f"using Out = {'float' if spec.table.shared or spec.o.itemsize > 2 else 'uint16_t'};"
-    array = f"#define KEY_ARRAY v_{key_array(spec)}"
-    text = namespace("attention", *constants(numbers), kinds, out, *[array] * numbers["EXTREMES"])
-    files = ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh")
-    params = params_struct(spec)
-    return cuda_text(spec, files, text, ITEM, params, "prefill_hopper.cuh", **methods)
+    text = namespace("attention", *constants(numbers), kinds, out)
+    macros = {"TW_SCAN": SCAN} | ({"KEY_ARRAY": f"v_{array}"} if (array := key_array(spec)) else {})
+    params, size = params_struct(spec), threads(spec, box)
+    text = cuda_text(spec, text, ITEM, params, "prefill_hopper.cuh", macros, **methods)
+    return Body(
+        text, "attention::run", size, size, smem_bytes(spec, narrow),
+        ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh"), *params.buffers, 1 + 2 * narrow,
+        order=("wait", "start", "run") if spec.table.shared else ("run",), ctas=1, alone=True,
+    )  # fmt: skip
 
 
 def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]]:
@@ -272,11 +280,11 @@ def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]
     return words
 
 
-def _lists(spec: Spec, plan: Plan, box: int) -> tuple[int, int]:
+def _lists(spec: Spec, plan: Plan) -> tuple[int, int]:
     """How many items come in front of the narrow ones, and how many CTAs begin with those."""
     wide = np.diff(plan.qo_indptr)[plan.items["request"]] * spec.group > NARROW_ROWS
     count = int(wide.sum())
-    hosts = tiles_of(spec).keys == 128 and box >= 8 and wide[:count].all()
+    hosts = tiles_of(spec).keys == 128 and wide[:count].all()
     return (count, min(plan.narrow, len(wide) - count)) if hosts and plan.narrow else (len(wide), 0)
 
 
@@ -291,28 +299,28 @@ def _prepare(call: Call) -> Prepared:
     counts = 2 + 4 * tiles_of(spec).groups * plan.counters
     partials, counters = call.scratch.grown(call.like, floats, counts)
     sms, memory = cuda.device(ordinal).sms, (partials, counters)
-    wide, narrow = _lists(spec, plan, box_keys(spec, values["page_size"]))
+    wide, narrow = _lists(spec, plan)
     work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": wide}
     work |= {"narrow_count": len(plan.items) - wide, "narrow_ctas": min(narrow, sms)}
-    launch, text = _launch(call, min(wide + narrow, sms), work, *(view(x).pointer for x in memory))
-    keep = (indptr, items, counters, partials)
-    return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
+    addresses = (view(x).pointer for x in memory)
+    made = _prepared(call, min(wide + narrow, sms), work, *addresses)
+    return replace(made, keep=(*made.keep, indptr, items, counters, partials))
 
 
-def _launch(call: Call, ctas: int, work: dict[str, int], *memory: int) -> tuple[Any, str]:
-    """The launch of a call and its source; `memory`: partial results, and counters."""
+def _prepared(call: Call, ctas: int, work: dict[str, int], *memory: int) -> Prepared:
+    """A launch of a call; `memory`: partial results, and counters."""
     spec, values, plan, struct = call.spec, call.values, call.plan, params_struct(call.spec)
     page_size, shared = values["page_size"], spec.table.shared > 0
     padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
     block = struct.pack(
         **values, **maps(spec, values, plan.tokens), **padding, **work, partials=memory[0],
         counter=memory[1], counters=memory[1] + 8, page_shift=page_size.bit_length() - 1, cycles=0,
+        ctas=ctas,
     )  # fmt: skip
     chunked = not isinstance(plan, Plan) or shared or plan.slots > 0
     narrow = work["narrow_ctas"] > 0
-    text = source(spec, box := box_keys(spec, page_size), chunked, narrow)
-    cta, smem = (threads(spec, box), 1, 1), smem_bytes(spec, narrow)
-    return loaded(text, call.ordinal).prepare((ctas, 1, 1), cta, smem, block, shared), text
+    b = body(spec, box_keys(spec, page_size), chunked, narrow)
+    return Prepared.on_gpu(b, call.ordinal, ctas, block, ())
 
 
 def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
@@ -324,7 +332,7 @@ def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
     if not (aligned and planned) or refuses(call.spec, 0, call.pool):
         return None
     items = {n: work[n] for n in ("qo_indptr", "nodes")} | dict.fromkeys(_LISTS, 0)
-    return _launch(call, ctas, items, work["states"], work["arrivals"])[0]
+    return _prepared(call, ctas, items, work["states"], work["arrivals"]).launch
 
 
 FAMILY = Family(

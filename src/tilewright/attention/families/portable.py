@@ -7,11 +7,12 @@ import functools
 
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import ITEM, ITEMS, Plan
-from tilewright.attention.spec import Spec, cuda_text, flash_constants, loaded, params_struct
+from tilewright.attention.spec import Spec, cuda_text, flash_constants, params_struct
 from tilewright.attention.tracing import SCORE
-from tilewright.runtime import cuda
+from tilewright.ir.body import Body
 
 THREADS = 128
+CTAS = 2  # of an SM
 ROWS = 8  # ROWS of flash_portable.cuh
 
 
@@ -21,16 +22,17 @@ def tiles_of(spec: Spec) -> tuple[int, int]:
 
 
 @functools.lru_cache(256)
-def source(spec: Spec, aligned: bool = True, tiles: bool = False) -> str:
-    """The CUDA C++ of one kernel, by `tiles` that of tensor cores; `aligned` allows loads of 16
-    bytes."""
+def body(spec: Spec, tiles: bool = False) -> Body:
+    """One kernel, by `tiles` that of tensor cores. Its units are items."""
     (rows, keys), direct = tiles_of(spec), int(spec.traced.logits == SCORE)
     numbers = {"BLOCKS": rows // 64, "KEYS": keys, "DIRECT": direct} if tiles else {}
     files = ("gpu.cuh", *(["mma.cuh"] if tiles else []), "async.cuh")
-    body = "flash_tiles.cuh" if tiles else "flash_portable.cuh"
-    params, constants = params_struct(spec, ITEMS), flash_constants(spec, numbers)
-    text = cuda_text(spec, files, constants, ITEM, params, body)
-    return text if aligned else "#define TW_UNALIGNED\n" + text
+    file = "flash_tiles.cuh" if tiles else "flash_portable.cuh"
+    text = cuda_text(spec, flash_constants(spec, numbers), ITEM, params_struct(spec, ITEMS), file)
+    return Body(
+        text, "flash::run", THREADS, THREADS * CTAS, smem_bytes(spec, tiles), files,
+        *params_struct(spec, ITEMS).buffers, order=("wait", "start", "run"), ctas=CTAS,
+    )  # fmt: skip
 
 
 def smem_bytes(spec: Spec, tiles: bool = False) -> int:
@@ -46,18 +48,22 @@ def smem_bytes(spec: Spec, tiles: bool = False) -> int:
 def _prepare(call: Call) -> Prepared:
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     assert isinstance(plan, Plan)  # a workspace is of the decode family
-    indptr, items, _ = plan.on_device(ordinal)
+    indptr, items, nodes = plan.on_device(ordinal)
     tiles, strides = plan.family == TILES.name, [values[n] for n in ("k_page", "k_slot", "k_head")]
     addresses = [values["k"], *(s * call.pool.dtype.itemsize for s in strides)]
     if tiles:
         check_alignment(values, 2)
-    text = source(spec, all(a % 16 == 0 for a in addresses), tiles)
-    block = params_struct(spec, ITEMS).pack(**values, qo_indptr=indptr.pointer, items=items.pointer)
-    grid, cta, smem = (len(plan.items), 1, 1), (THREADS, 1, 1), smem_bytes(spec, tiles)
-    launch = loaded(text, ordinal).prepare(grid, cta, smem, block, overlaps=True)
-    keep = (indptr, items, block)
-    return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
+    b, macros = body(spec, tiles), ("TW_UNALIGNED",) * any(a % 16 for a in addresses)
+    work = {"qo_indptr": indptr.pointer, "items": items.pointer}
+    work |= {"nodes": nodes.pointer} if spec.table.shared else {}
+    block = params_struct(spec, ITEMS).pack(**values, **work)
+    keep = indptr, items, nodes
+    return Prepared.on_gpu(b, ordinal, len(plan.items), block, keep, *macros)
 
 
-FAMILY = Family("portable", "cuda", lambda spec: ROWS, "", None, lambda *_: "", _prepare)
-TILES = Family("tiles", "cuda", lambda spec: tiles_of(spec)[0], "", None, refusal, _prepare)
+FAMILY = Family(
+    "portable", "cuda", lambda spec: ROWS, "", None, lambda *_: "", _prepare, shares=True
+)
+TILES = Family(
+    "tiles", "cuda", lambda spec: tiles_of(spec)[0], "", None, refusal, _prepare, shares=True
+)

@@ -18,9 +18,9 @@
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (DK and DV: elements of a row of K and of V, G query heads of a KV head, BLOCKS of 8 packed rows of a unit,
 // HEAD_BLOCK, WARPS, STAGES, CTAS of an SM, MAX_KEYS, KIND, BLOCK queries of an item of the launch in front; the types
-// Element and Kind), the structs `Params`, `Cut`, `At` and `Variant`.
+// Element and Kind), the structs `Params`, `Cut`, `At` and `Variant`, the barrier id BARRIER.
 //
-// Launch: grid = ranges × HEAD_BLOCK (FRONT: any number of CTAs), THREADS threads, SMEM_BYTES of dynamic shared memory:
+// Units: ranges × HEAD_BLOCK (FRONT: `front_ctas` of the parameters, any number), one a CTA; SMEM_BYTES of dynamic shared memory:
 //   [warp][stage][16 rows of K of ROW_K elements, 16 rows of V of ROW_V]   a row ends in 16 bytes against conflicts
 //   [warp][packed row] (row maximum, row sum); one word: whether this CTA arrived last
 //   where Q_SHARED: [packed row][ROW_K elements] of q
@@ -212,14 +212,14 @@ TW_INLINE At at_of(const Walk& w, const tw::Row* rows, int row, int key) {
 // Adds the values of 16 keys, each times its weight, to the outputs. MASKED: values of keys that no row sees
 // (`visible`, to rows of this lane) count as 0: a weight of 0 times NaN or Inf would reach the outputs.
 template <bool MASKED>
-TW_INLINE void add_values(Rows& rows, const float (&s)[BLOCKS][4], const bool (&visible)[2], const Element* v) {
+TW_INLINE void add_values(Rows& rows, const float (&s)[BLOCKS][4], const bool (&visible)[2], const Element* v, int lane) {
   uint32_t weights[BLOCKS][2], keep[2];  // of keys 2 t and 2 t + 1, and of those 8 later
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n) weights[n][half] = tw::transpose_matrix(tw::pack<Kind>(s[n][half * 2], s[n][half * 2 + 1]));
     if constexpr (MASKED) {
-      const uint32_t lanes = __ballot_sync(0xffffffffu, visible[half]) >> (threadIdx.x & 3) * 8;
+      const uint32_t lanes = __ballot_sync(0xffffffffu, visible[half]) >> (lane & 3) * 8;
       keep[half] = (lanes & 0xf ? 0xffffu : 0) | (lanes & 0xf0 ? 0xffff0000u : 0);
     }
   }
@@ -312,8 +312,8 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
   }
   values_ready();
   const Element* v = stage + KEYS * ROW_K + ((lane & 7) + (lane >> 4) * 8) * ROW_V + (lane >> 3 & 1) * 8;
-  if (full) add_values<false>(rows, s, visible, v);
-  else add_values<true>(rows, s, visible, v);
+  if (full) add_values<false>(rows, s, visible, v, lane);
+  else add_values<true>(rows, s, visible, v, lane);
 }
 
 }  // namespace attention
@@ -323,13 +323,13 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
 namespace attention {
 
 // The units from `w` on, up to the end of the range.
-TW_INLINE void run(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, unsigned cta, unsigned thread) {
+TW_INLINE void run_units(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, unsigned cta, unsigned thread) {
   const int warp = thread / 32, lane = thread % 32, member = cta % HEAD_BLOCK;
   Element* ring = reinterpret_cast<Element*>(smem) + warp * STAGES * STAGE;
   tw::Row* whose = rows_of_warp(smem, warp);
   Copier copier(p, w);
   copier.start_unit(p, warp, lane);
-  typename QueryOf<Q_SHARED>::type q(reinterpret_cast<Element*>(smem + RING_BYTES + SUMS_BYTES));
+  typename QueryOf<Q_SHARED>::type q(reinterpret_cast<Element*>(smem + RING_BYTES + SUMS_BYTES), thread);
   load_query(q, p, w, lane);
   load_rows(p, w, whose, lane);
   int stage = 0, issued = 0;
@@ -387,43 +387,33 @@ TW_INLINE void run(const Params& p, const Variant& variant, Walk& w, const Range
   tw::copy_async_wait<0>();
 }
 
-TW_INLINE void body(const Params& p, unsigned cta, unsigned ctas, unsigned thread, char* smem) {
+TW_INLINE void run(const Params& p, int64_t unit, int number, char* smem) {
+  const unsigned cta = static_cast<unsigned>(unit), thread = number;
   const Variant variant(p);
   if constexpr (LEVELS > 1 && KIND == FRONT) {
     const int items = tw::node_at(p, tw::own_node(p, 0)).item;
 #pragma unroll 1
-    for (int n = cta; n < items; n += ctas) {
+    for (int n = cta; n < items; n += p.front_ctas) {
       const int node = tw::shared_node(p, n, thread % 32);
       const tw::SharedItem item = tw::shared_item<BLOCK>(p, node, tw::node_at(p, node), n);
 #pragma unroll 1
       for (int token = item.token; token < item.end; token += TOKENS) {
         Range range;
         Walk w = start_item(p, variant, item, token, range);
-        run(p, variant, w, range, smem, cta, thread);  // of one unit: no member of a range matters
+        run_units(p, variant, w, range, smem, cta, thread);  // of one unit: no member of a range matters
       }
     }
   } else if constexpr (!Q_SHARED) {
     const Range range = range_of(p, cta);
     Walk w = start(p, variant, range, cta % HEAD_BLOCK);
-    if (in_range(w, range)) run(p, variant, w, range, smem, cta, thread);
+    if (in_range(w, range)) run_units(p, variant, w, range, smem, cta, thread);
   } else {
     __shared__ Range range;  // the tiles take all registers
     if (thread == 0) range = range_of(p, cta);
-    tw::bar_sync(1, THREADS);
+    tw::bar_sync(BARRIER, THREADS);
     Walk w = start(p, variant, range, cta % HEAD_BLOCK);
-    while (in_range(w, range)) run(p, variant, w, range, smem, cta, thread);  // once; with `if` ptxas spills
+    while (in_range(w, range)) run_units(p, variant, w, range, smem, cta, thread);  // once; with `if` ptxas spills
   }
 }
 
 }  // namespace attention
-
-extern "C" __global__ void __launch_bounds__(attention::THREADS, attention::CTAS) stage0(const __grid_constant__ Params p) {
-  extern __shared__ __align__(16) char smem[];
-  using namespace attention;
-  constexpr bool BEHIND_OTHER = LEVELS > 1 && KIND == BEHIND, IN_FRONT = LEVELS > 1 && KIND == FRONT;
-  if (!IN_FRONT) tw::start_next_launch();
-  if (!BEHIND_OTHER) tw::wait_for_previous_launch();  // else the launch in front has done so before it lets this one start
-  if (IN_FRONT) tw::start_next_launch();
-  body(p, blockIdx.x, gridDim.x, threadIdx.x, smem);
-  if (BEHIND_OTHER) tw::wait_for_previous_launch();
-}

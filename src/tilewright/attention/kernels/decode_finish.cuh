@@ -133,7 +133,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows& rows, char* smem, in
   __syncwarp();  // all lanes have read the stage that outputs are written to
 #pragma unroll
   for (int n0 = 0; n0 < BLOCKS; n0 += OUT_BLOCKS) {
-    if (n0) tw::bar_sync(1, THREADS);  // the rows before them have been read
+    if (n0) tw::bar_sync(BARRIER, THREADS);  // the rows before them have been read
 #pragma unroll
     for (int n = n0; n < n0 + OUT_BLOCKS; ++n)
 #pragma unroll
@@ -150,7 +150,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows& rows, char* smem, in
           }
         }
       }
-    tw::bar_sync(1, THREADS);
+    tw::bar_sync(BARRIER, THREADS);
     const int here = n0 + OUT_BLOCKS < BLOCKS && w.rows > (n0 + OUT_BLOCKS) * 8 ? (n0 + OUT_BLOCKS) * 8 : w.rows;
     for (unsigned i = n0 * 8 * (DP / 4u) + thread; i < here * (DP / 4u); i += THREADS) {
       const int row = i / (DP / 4u), column = i % (DP / 4u) * 4;
@@ -173,9 +173,9 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows& rows, char* smem, in
   }
   if (part) {
     int* counter = p.counters + first * HEAD_BLOCK + cta % HEAD_BLOCK;
-    tw::bar_sync(1, THREADS);
+    tw::bar_sync(BARRIER, THREADS);
     if (thread == 0) *arrived = tw::arrive(counter) == last - first;
-    tw::bar_sync(1, THREADS);
+    tw::bar_sync(BARRIER, THREADS);
     if (*arrived) {
       if (thread == 0) *counter = 0;
       // Outputs of two rows for a thread, where there are so many; as many parts as registers hold.
@@ -187,7 +187,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows& rows, char* smem, in
       else merge<MANY, TOGETHER>(p, w, whose, first, last, member, thread);
     }
   }
-  tw::bar_sync(1, THREADS);
+  tw::bar_sync(BARRIER, THREADS);
 }
 
 }  // namespace attention

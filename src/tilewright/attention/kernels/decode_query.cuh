@@ -5,7 +5,7 @@ namespace attention {
 // Fragments of q: the rows of a unit; in place of those behind its last any other.
 struct Query {
   uint32_t b[BLOCKS][DKP / 16][2];
-  TW_INLINE explicit Query(Element*) {}
+  TW_INLINE Query(Element*, unsigned) {}
   // Of 16 columns, 8 rows each.
   TW_INLINE void load(uint32_t (&to)[BLOCKS][2], int j) const {
 #pragma unroll
@@ -17,9 +17,10 @@ struct Query {
 // The same from shared memory, where all warps have the rows of the unit.
 struct SharedQuery {
   Element* rows;
-  TW_INLINE explicit SharedQuery(Element* to) : rows(to) {}
+  unsigned thread;
+  TW_INLINE SharedQuery(Element* to, unsigned thread) : rows(to), thread(thread) {}
   TW_INLINE void load(uint32_t (&to)[BLOCKS][2], int j) const {
-    const int lane = threadIdx.x % 32;
+    const int lane = thread % 32;
 #pragma unroll
     for (int n = 0; n < BLOCKS; n += 2) {
       uint32_t two[4];
@@ -46,11 +47,11 @@ TW_INLINE void load_query(Query& q, const Params& p, const Walk& w, int lane) {
 }
 // All threads: the rows of the last unit have been read.
 TW_INLINE void load_query(SharedQuery& q, const Params& p, const Walk& w, int) {
-  for (int i = threadIdx.x; i < ROWS * (DKP / 2); i += THREADS) {
+  for (int i = q.thread; i < ROWS * (DKP / 2); i += THREADS) {
     const int row = i / (DKP / 2), column = i % (DKP / 2) * 2;
     *reinterpret_cast<uint32_t*>(q.rows + row * ROW_K + column) = load_pair(p, w, row, column);
   }
-  tw::bar_sync(1, THREADS);
+  tw::bar_sync(BARRIER, THREADS);
 }
 template <bool SHARED> struct QueryOf { using type = Query; };
 template <> struct QueryOf<true> { using type = SharedQuery; };

@@ -12,27 +12,6 @@
 
 namespace flash {
 
-// -- the mathematics of vectors that programs have only for scalars --------------------------------
-
-template <int L>
-TW_INLINE vec<float, L> tanh(vec<float, L> x) {
-  using V = vec<float, L>;
-  V near = x * x;  // near 0 a polynomial: the quotient below would cancel
-  V small = x + x * near * (-0.33333333f + near * (0.13333333f + near * (-0.05396825f + near * 0.02186949f)));
-  V a = x < V{} ? -x : x;
-  V large = 1.0f - 2.0f / (tw::exp<L>(a + a) + 1.0f);
-  V result = a < tw::splat<float, L>(0.25f) ? small : (x < V{} ? -large : large);
-  return x != x ? x : result;
-}
-
-// Elements of a row of a variant's matrix.
-template <int L, class V>
-TW_INLINE vec<V, L> elements(const tw::Array<V>& array, int32_t row, vec<int32_t, L> column) {
-  vec<V, L> found;
-  for (int l = 0; l < L; ++l) found[l] = array.at(row, column[l]);
-  return found;
-}
-
 // -- the KV cache ----------------------------------------------------------------------------------
 
 using K_t = typename KV::type;
@@ -62,23 +41,26 @@ TW_INLINE I position(const tw::Pages& pages, I key) {
   return __builtin_convertvector(__builtin_convertvector(key, U) * static_cast<uint32_t>(pages.stride) + static_cast<uint32_t>(pages.base), I);
 }
 
-struct Softmax {  // of one row, over the keys seen so far
-  float largest = LOWEST, weight = 0.0f;
+struct Softmax {  // of one row, over the keys seen so far; without one all scales are that of 0
+  float largest = Variant::SOFTMAX ? LOWEST : 0.0f, weight = 0.0f;
 };
 
 // Scores in s become weights; returns the rescale factor of the sums so far. The weight of a masked
-// key is −0 (others are never negative), so that `add_values` can tell it from one that underflowed.
+// key is −0 (no other is), so that `add_values` can tell it from one that underflowed.
 template <bool MASKED>
 TW_INLINE float online_softmax(const Variant& variant, const At& at, const tw::Pages& pages, int kv0, float* s, Softmax& row) {
+  const F masked = tw::splat<float, N>(Variant::SOFTMAX ? LOWEST : -0.0f);
   F top = tw::splat<float, N>(LOWEST);
   I key = tw::ramp<int32_t, N>(kv0);
   for (int c = 0; c < TV; ++c, key += N) {
     const I kv = position(pages, key), number = table::LEVELS == 1 ? key : kv;
     F x = variant.logits(tw::load<float, N>(s + c * N), at, kv, number);
-    if (MASKED) x = (variant.mask(at, kv, number) & (key < pages.length)) ? x : tw::splat<float, N>(LOWEST);
+    if (!Variant::SOFTMAX) x += 0.0f;  // a weight that is not −0
+    if (MASKED) x = (variant.mask(at, kv, number) & (key < pages.length)) ? x : masked;
     tw::store<float, N>(s + c * N, x);
     top = tw::vmax<float, N>(top, x);
   }
+  if (!Variant::SOFTMAX) return 1.0f;
   float largest = tw::max<float>(row.largest, tw::fold_max<float, N>(top));
   float base = largest == LOWEST ? 0.0f : largest;  // nothing seen: all weights are 0
   F sum{};
@@ -106,7 +88,7 @@ __attribute__((noinline)) void block_of_visible(const float* weights, LoadB valu
     for (int v = 0; v < C; ++v) {
       F sum{};
       for (int k = 0; k < n; ++k)
-        if (!__builtin_signbit(weights[r * T + k])) sum += weights[r * T + k] * value(k, v);
+        if (tw::float_to_bits(weights[r * T + k]) != 0x80000000u) sum += weights[r * T + k] * value(k, v);
       tw::store<float, N>(sums + (r * C + v) * N, sum);
     }
 }
@@ -194,9 +176,23 @@ TW_INLINE void load_queries(const Work& w, int padded, float* q) {
   for (int r = 0; r < padded; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < NK; ++v) {
-      F x = r < w.rows ? load_head<Q, DK>(query_row(w, r), v) * w.p.sm_scale : F{};
+      F x = r < w.rows ? load_head<Q, DK>(query_row(w, r), v) * (Variant::QUERY ? 1.0f : w.p.sm_scale) : F{};
       tw::store<float, N>(q + r * DKP + v * N, x);
     }
+    if constexpr (Variant::QUERY)
+      if (r < w.rows) change_row<DK>(q + r * DKP, [&](const auto& row, int d) { return w.variant.query(row, w.at(r), d) * w.p.sm_scale; });
+  }
+}
+
+// The elements of a tile of keys as the variant changes them, in rows of DKP floats.
+TW_INLINE void change_keys(const Work& w, int kv0, int n, const K_t* const* k, float* rows) {
+  const tw::Row& own = w.whose[0];
+  for (int j = 0; j < n; ++j) {
+    for (int v = 0; v < NK; ++v) tw::store<float, N>(rows + j * DKP + v * N, load_head<KV, DK>(k[j], v));
+    const At at{0, 0, w.item.kv_head, own.request, 0, 0, own.kv_len};
+    const int kv = w.pages.position(kv0 + j), number = w.pages.number(kv0 + j);
+    if constexpr (Variant::KEY)
+      change_row<DK>(rows + j * DKP, [&](const auto& row, int d) { return w.variant.key(row, at, d, kv, number); });
   }
 }
 
@@ -210,7 +206,7 @@ TW_INLINE void prefetch_head(const K_t* p) {
 // One query: dot products along the head, K and V read where they lie. Each is asked for while the
 // other is worked on: V of the same keys, K of the next tile.
 TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
-  alignas(64) float q[G * DKP], s[G][T], keep[G];
+  alignas(64) float q[G * DKP], s[G][T], keep[G], changed[Variant::KEY ? T * DKP : N];
   const K_t *keys[2][T], *vals[2][T];
   load_queries(w, G, q);
   auto length_of = [&](int t) { return w.pages.length - t * T < T ? w.pages.length - t * T : T; };
@@ -222,6 +218,7 @@ TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
     if (coming > 0) find(i + 1, coming);
     int kind = w.tile_class(0, G - 1, t);
     if (kind == tw::EMPTY) continue;
+    if (Variant::KEY) change_keys(w, kv0, n, k, changed);
     for (int j0 = 0; j0 < T; j0 += N) {
       F part[G][N];
       for (int j = 0; j < N; ++j) {
@@ -232,7 +229,8 @@ TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
         F key[NK];
         prefetch_head<DV>(v[j0 + j]);
 #pragma GCC unroll 16
-        for (int d = 0; d < NK; ++d) key[d] = load_head<KV, DK>(k[j0 + j], d);
+        for (int d = 0; d < NK; ++d)
+          key[d] = Variant::KEY ? tw::load<float, N>(changed + (j0 + j) * DKP + d * N) : load_head<KV, DK>(k[j0 + j], d);
 #pragma GCC unroll 8
         for (int g = 0; g < G; ++g) {
           F dot = key[0] * tw::load<float, N>(q + g * DKP);
@@ -266,8 +264,9 @@ TW_INLINE void load_queries(const Work& w, int padded, uint32_t* q) {
   for (int r = 0; r < w.rows; ++r) __builtin_memcpy(q + r * QP, query_row(w, r), DK * sizeof(typename Q::type));
 }
 
-// A tile of keys as operands, transposed, with zeros beyond n.
-TW_INLINE void load_keys(const K_t** k, int n, Operand* keys) {
+// A tile of keys as operands, transposed, with zeros beyond n; `load(j, d, to)` loads vector d of key j.
+template <class Load>
+TW_INLINE void load_keys(Load load, int n, Operand* keys) {
   for (int j0 = 0; j0 < T; j0 += N) {
 #pragma GCC unroll 1
     for (int d = 0; d < NQ; ++d) {
@@ -275,7 +274,7 @@ TW_INLINE void load_keys(const K_t** k, int n, Operand* keys) {
 #pragma GCC unroll 16
       for (int j = 0; j < N; ++j) {
         Operands operands{};
-        if (j0 + j < n) load_operands(k[j0 + j], d, operands);
+        if (j0 + j < n) load(j0 + j, d, operands);
         square[j] = (F)operands;
       }
       transpose(square);
@@ -320,7 +319,7 @@ TW_INLINE const uint32_t* as_operands(const float* weights, uint32_t* pairs) {
 TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
   constexpr int MAX_ROWS = (MAX_TOKENS * G + RB - 1) / RB * RB;
   alignas(64) Operand q[MAX_ROWS * QP], keys[QP * T], values[T / EACH * DVP], weights[RB * T / EACH];
-  alignas(64) float s[RB * T], keep[RB];
+  alignas(64) float s[RB * T], keep[RB], changed[Variant::KEY ? T * DKP : N];
   const K_t *k[T], *v[T];
   load_queries(w, (w.rows + RB - 1) / RB * RB, q);
   for (int i = w.begin; i < w.end; ++i) {
@@ -328,7 +327,12 @@ TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
     if (w.tile_class(0, w.rows - 1, t) == tw::EMPTY) continue;
     int kv0 = t * T, n = w.pages.length - kv0 < T ? w.pages.length - kv0 : T;
     find_rows(w.p, w.pages, w.item.kv_head, kv0, n, k, v);
-    load_keys(k, n, keys);
+    if (Variant::KEY) change_keys(w, kv0, n, k, changed);
+    auto load = [&](int j, int d, auto& to) {
+      if constexpr (Variant::KEY) to = tw::load<float, N>(changed + j * DKP + d * N);
+      else load_operands(k[j], d, to);
+    };
+    load_keys(load, n, keys);
     load_values(v, n, values);
     for (int r0 = 0; r0 < w.rows; r0 += RB) {
       int count = w.rows - r0 < RB ? w.rows - r0 : RB;
@@ -355,12 +359,17 @@ TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
 
 // -- results -----------------------------------------------------------------------------------------
 
-TW_INLINE void write_result(const Work& w, int row, const float* sums, Softmax softmax) {
+TW_INLINE void write_result(const Work& w, int row, float* sums, Softmax softmax) {
   int64_t at = static_cast<int64_t>(w.item.qo_begin + row / G) * w.p.qo_heads + w.item.kv_head * G + row % G;
   float keep = 1.0f;
   if constexpr (Variant::SINK) keep = tw::add_sink(w.variant.sink(w.at(row)), softmax.largest, softmax.weight);
-  float factor = softmax.largest == LOWEST ? 0.0f : keep / softmax.weight;
+  float factor = !Variant::SOFTMAX ? 1.0f : softmax.largest == LOWEST ? 0.0f : keep / softmax.weight;
   typename O::type* o = w.p.o + at * DV;
+  if constexpr (Variant::OUTPUT) {
+    for (int d = 0; d < DV; ++d) sums[d] *= factor;
+    factor = 1.0f;
+    change_row<DV>(sums, [&](const auto& old, int d) { return w.variant.output(old, w.at(row), d); });
+  }
   for (int d = 0; d < DV; ++d) o[d] = from_float(sums[d] * factor, O());
   if (w.p.lse) w.p.lse[at] = softmax.largest == LOWEST ? LOWEST : softmax.largest + __builtin_logf(softmax.weight);
 }
@@ -398,7 +407,7 @@ TW_INLINE float* state_of(const Work& w, int level, int row) {
   int64_t at = static_cast<int64_t>(w.item.qo_begin + row / G) * w.p.qo_heads + w.item.kv_head * G + row % G;
   return w.p.states + (level * w.p.state_rows + at) * PARTIAL_ROW;
 }
-TW_INLINE void write_row(const Work& w, int row, const float* sums, Softmax softmax) {
+TW_INLINE void write_row(const Work& w, int row, float* sums, Softmax softmax) {
   if constexpr (table::LEVELS == 1) {
     write_result(w, row, sums, softmax);
   } else {

@@ -3,10 +3,11 @@
 // Expects before it: gpu.cuh, mma.cuh, async.cuh, the constants of `flash` (DK and DV: elements of a row of K and
 // of V, G query heads of a KV head, BLOCKS of 16 rows of a warp, KEYS of a tile, DIRECT: logits are the scores,
 // MAX_KEYS of a request; the element types Q, KV and O), `Params`, `Item`, bounds.h, table.h,
-// variant.h and the struct `Variant`.
+// variant.h, the struct `Variant` and the barrier id BARRIER.
 //
 // A CTA runs one item: some queries of one request with one KV head, at most ROWS rows (token, query head of the
-// group), BLOCKS × 16 of them in each warp; all warps go over the same tiles of keys. Queries are the rows and keys
+// group), BLOCKS × 16 of them in each warp; all warps go over the same tiles of keys, behind the request's own those
+// that it shares with others. Queries are the rows and keys
 // the columns of scores, whose fragments are operands of the product with V as they are.
 //
 // Shared memory: [ROWS][DKP + 8] of q, [KEYS][DKP + 8] of K, [KEYS][DVP + 8] of V; rows end in 16 bytes against bank
@@ -42,12 +43,12 @@ TW_INLINE int opaque(int x) {
 
 struct Work {
   int first, rows;  // position of the item's first query; rows of the item
-  int kv_head, request, token, qo_len;  // `token`: row of q of the first query
+  int kv_head, request, token, qo_len, kv_len;  // `token`: row of q of the first query
 };
 
 TW_INLINE At at_of(const Work& w, const tw::Pages& pages, int row, int key) {
   return At{w.first + row / G, pages.position(key), w.kv_head * G + row % G, w.kv_head, w.request,
-            w.token + row / G, key, w.qo_len, pages.length};
+            w.token + row / G, pages.number(key), w.qo_len, w.kv_len};
 }
 
 // In all fragments lane = 4 g + t: rows g and g + 8 of 16, columns 2 t and 2 t + 1 of 8.
@@ -259,31 +260,14 @@ TW_INLINE void finish(const Params& p, const Variant& variant, const Work& w, co
 TW_INLINE tw::Tile tile_of(const Work& w, const tw::Pages& pages, int begin, int end) {
   return tw::Tile{tw::Bound{w.first + begin / G, w.first + (end - 1) / G}, tw::Bound{0, 0},
                   tw::Bound{w.kv_head * G, w.kv_head * G + G - 1}, tw::bound(w.kv_head), tw::bound(w.request),
-                  tw::Bound{0, 0}, tw::bound(w.qo_len), tw::bound(pages.length)};
+                  tw::Bound{0, 0}, tw::bound(w.qo_len), tw::bound(w.kv_len)};
 }
 
-TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
-  __shared__ Work w;  // scores and outputs take the registers
-  __shared__ tw::Pages pages;
-  __shared__ tw::Tiles<Variant::RANGES> seen;
-  const Variant variant(p);
-  int warp = thread / 32, lane = thread % 32;
-  Element* q = reinterpret_cast<Element*>(smem);
+// The keys of one node of the table. Q is on its way to shared memory.
+TW_INLINE void attend(const Params& p, const Variant& variant, const Work& w, const tw::Pages& pages, const tw::Tiles<Variant::RANGES>& seen, Element* q, Rows& rows, int warp, int lane) {
   Element *k = q + K_AT, *v = q + V_AT;
-  if (thread == 0) {
-    const Item item = p.items[unit];
-    const int qo_begin = p.qo_indptr[item.request], qo_len = p.qo_indptr[item.request + 1] - qo_begin;
-    pages = tw::pages_of(p, item.request, MAX_KEYS);
-    const int first = tw::first_query(p, pages, item.request, qo_len) + (item.qo_begin - qo_begin);
-    w = Work{first, (item.qo_end - item.qo_begin) * G, item.kv_head, item.request, item.qo_begin, qo_len};
-    seen = tw::tiles_seen<KEYS>(variant, tile_of(w, pages, 0, w.rows), pages);
-  }
-  tw::bar_sync(1, THREADS);
   const Element* keys = p.k + w.kv_head * p.k_head;
   const Element* values = p.v + w.kv_head * p.v_head;
-  copy_queries(p, w, q, thread);
-  Rows rows;
-  start(rows);
   Source from{};
   if (seen.count() > 0) {
     from = locate(p, pages, w.kv_head, seen.at(0) * KEYS, warp, lane);
@@ -296,13 +280,13 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
     const int kv0 = seen.at(i) * KEYS, end = pages.length - kv0 < KEYS ? pages.length : kv0 + KEYS;
     const bool more = i + 1 < seen.count();
     tw::copy_async_wait<0>();
-    tw::bar_sync(1, THREADS);  // keys have arrived, values of the last tile have been read
+    tw::bar_sync(BARRIER, THREADS);  // keys have arrived, values of the last tile have been read
     copy_rows<DV>(v, values, from.v, pages.length - kv0, warp, lane);
     if (more) from = locate(p, pages, w.kv_head, seen.at(i + 1) * KEYS, warp, lane);
     int kind = tw::EMPTY;
     if (warp_row < w.rows) {
       tw::Tile tile = tile_of(w, pages, warp_row, w.rows < warp_row + WARP_ROWS ? w.rows : warp_row + WARP_ROWS);
-      tile.key = tw::Bound{kv0, end - 1};
+      tile.key = tw::Bound{pages.number(kv0), pages.number(end - 1)};
       tile.kv = tw::Bound{pages.position(kv0), pages.position(end - 1)};
       kind = variant.tile_class(tile);
     }
@@ -310,7 +294,7 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
     float s[BLOCKS][KEYS / 8][4];
     if (kind != tw::EMPTY) score(s, q + warp_row * PITCH<DK>, k, lane);
     tw::copy_async_wait<0>();
-    tw::bar_sync(1, THREADS);  // values have arrived, keys have been read
+    tw::bar_sync(BARRIER, THREADS);  // values have arrived, keys have been read
     lane = opaque(lane);
     if (more) copy_rows<DK>(k, keys, from.k, pages.length - seen.at(i + 1) * KEYS, warp, lane);
     uint32_t visible = 0;
@@ -323,14 +307,41 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
     }
   }
   tw::copy_async_wait<0>();
+}
+
+TW_INLINE void run(const Params& p, int64_t unit, int thread, char* smem) {
+  __shared__ Work w;  // scores and outputs take the registers
+  __shared__ tw::Pages pages;
+  __shared__ tw::Tiles<Variant::RANGES> seen;
+  const Variant variant(p);
+  int warp = thread / 32, lane = thread % 32;
+  Element* q = reinterpret_cast<Element*>(smem);
+  if (thread == 0) {
+    const Item item = p.items[unit];
+    const int request = item.request - tw::own_node(p, 0);
+    const int qo_begin = p.qo_indptr[request], qo_len = p.qo_indptr[request + 1] - qo_begin;
+    pages = tw::pages_of(p, item.request, MAX_KEYS);
+    const int first = tw::first_query(p, pages, request, qo_len) + (item.qo_begin - qo_begin);
+    w = Work{first, (item.qo_end - item.qo_begin) * G, item.kv_head, request, item.qo_begin, qo_len, pages.number(pages.length)};
+    seen = tw::tiles_seen<KEYS>(variant, tile_of(w, pages, 0, w.rows), pages);
+  }
+  tw::bar_sync(BARRIER, THREADS);
+  copy_queries(p, w, q, thread);
+  Rows rows;
+  start(rows);
+  attend(p, variant, w, pages, seen, q, rows, warp, lane);
+  if constexpr (table::LEVELS > 1) {  // the keys that the request shares with others
+    for (int node = tw::node_at(p, tw::own_node(p, w.request)).outer; node >= 0; node = tw::node_at(p, node).outer) {
+      tw::bar_sync(BARRIER, THREADS);  // the tiles, `pages` and `seen` of the last node have been read
+      if (thread == 0) {
+        pages = tw::pages_of(p, node, MAX_KEYS);
+        seen = tw::tiles_seen<KEYS>(variant, tile_of(w, pages, 0, w.rows), pages);
+      }
+      tw::bar_sync(BARRIER, THREADS);
+      attend(p, variant, w, pages, seen, q, rows, warp, lane);
+    }
+  }
   finish(p, variant, w, pages, warp * WARP_ROWS, rows, lane);
 }
 
 }  // namespace flash
-
-extern "C" __global__ void __launch_bounds__(flash::THREADS, 2) stage0(const __grid_constant__ Params p) {
-  extern __shared__ __align__(16) char smem[];
-  tw::wait_for_previous_launch();
-  tw::start_next_launch();
-  flash::body(p, blockIdx.x, threadIdx.x, smem);
-}

@@ -367,38 +367,33 @@ struct Consumer {
     }
   }
 
-  // Outputs divided by the sums, and lse.
-  TW_INLINE void write(const Work& item, int buffer, float (&o)[DV / 2], Rows& rows, Ends& ends) const {
-    if constexpr (SHARED) return leave(item, o, rows);
-    if (CHUNKED && item.chunks > 1 && !merge(item, o, rows)) return;
-    if constexpr (!EARLY_ENDS) ends = ends_of(item, rows);
-    const int first = group * 64 + warp * 16, lane = here(this->lane);  // packed row of this warp
-    int64_t at[2];  // rows of the outputs
-    bool exists[2];
+  // The first packed row of this warp.
+  TW_INLINE int first_row() const { return group * 64 + warp * 16; }
+  // The rows of the outputs that this thread's two packed rows are, and whether the item has them.
+  TW_INLINE void find_rows(const Work& item, int lane, int64_t (&at)[2], bool (&exists)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first + half * 8 + lane / 4;
+      const int row = first_row() + half * 8 + lane / 4;
       exists[half] = row < item.tokens * G;
       at[half] = static_cast<int64_t>(item.token + row / G) * p.qo_heads + item.head * G + row % G;
     }
+  }
+
+  // Outputs divided by the sums. Returns whether they lie in the item's tile of Q now, and `send` has to follow.
+  TW_INLINE bool write(const Work& item, int buffer, float (&o)[DV / 2], Rows& rows, Ends& ends) const {
+    if constexpr (SHARED) return leave(item, o, rows), false;
+    if (CHUNKED && item.chunks > 1 && !merge(item, o, rows)) return false;
+    if constexpr (!EARLY_ENDS) ends = ends_of(item, rows);
+    const int lane = here(this->lane);
+    int64_t at[2];
+    bool exists[2];
+    find_rows(item, lane, at, exists);
 #pragma unroll
     for (int i = 0; i < DV / 2; ++i) o[i] *= ends.scale[i / 2 & 1];
     if constexpr (STAGED) {
-      const int tile = Q_AT + buffer * Q_BYTES + first * 128;
 #pragma unroll
-      for (int block = 0; block < V_BLOCKS; ++block) stage(tile + block * Q_BLOCK, block, o, lane);
-      tw::fence_async();
-      __syncwarp();
-      if (16 % G == 0 && first + 16 <= item.tokens * G) {
-        if (tw::elect())
-#pragma unroll
-          for (int block = 0; block < V_BLOCKS; ++block)
-            tw::store_box(&p.o_map, shared.base + tile + block * Q_BLOCK, block * 64, item.head * G, item.token + first / G);
-      } else {
-#pragma unroll 1
-        for (int block = 0; block < V_BLOCKS; ++block) copy(item, tile + block * Q_BLOCK, block, lane);
-        tw::fence_async();
-      }
+      for (int block = 0; block < V_BLOCKS; ++block) stage(Q_AT + buffer * Q_BYTES + first_row() * 128 + block * Q_BLOCK, block, o, lane);
+      return true;
     } else if constexpr (sizeof(Out) == 2) {
       const int tile = STAGE_AT + (group * 4 + warp) * 16 * 128;
 #pragma unroll
@@ -416,9 +411,34 @@ struct Consumer {
           for (int j = 0; j < DV / 8; ++j)
             *reinterpret_cast<float2*>(p.o + at[half] * DV + lane % 4 * 2 + j * 8) = make_float2(o[j * 4 + half * 2], o[j * 4 + half * 2 + 1]);
     }
+    store_lse(at, exists, ends, lane);
+    return false;
+  }
+  TW_INLINE void store_lse(const int64_t (&at)[2], const bool (&exists)[2], const Ends& ends, int lane) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)  // behind the fence, which would wait for it
+    for (int half = 0; half < 2; ++half)
       if (lane % 4 == 0 && exists[half]) p.lse[at[half]] = ends.lse[half];
+  }
+  // The outputs that `write` left in shared memory, and lse, which comes behind the fence, for that would wait for it.
+  // Some work should lie between the two: the fence waits for the stores to shared memory as well.
+  TW_INLINE void send(const Work& item, int buffer, const Ends& ends) const {
+    const int tile = Q_AT + buffer * Q_BYTES + first_row() * 128, lane = here(this->lane);
+    tw::fence_async();
+    __syncwarp();
+    if (16 % G == 0 && first_row() + 16 <= item.tokens * G) {
+      if (tw::elect())
+#pragma unroll
+        for (int block = 0; block < V_BLOCKS; ++block)
+          tw::store_box(&p.o_map, shared.base + tile + block * Q_BLOCK, block * 64, item.head * G, item.token + first_row() / G);
+    } else {
+#pragma unroll 1
+      for (int block = 0; block < V_BLOCKS; ++block) copy(item, tile + block * Q_BLOCK, block, lane);
+      tw::fence_async();
+    }
+    int64_t at[2];
+    bool exists[2];
+    find_rows(item, lane, at, exists);
+    store_lse(at, exists, ends, lane);
   }
   // The item's tile of Q is free: its outputs, if they passed through it, have been read.
   TW_INLINE void free_queries(int buffer) const {
@@ -453,10 +473,11 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     }
     const int buffer = items % Q_TILES, previous = (items + Q_TILES - 1) % Q_TILES;
     consumer.join(done, buffer, arrived, fresh, rows, ends, s, o, weights);
+    bool sends = false;
     if (item.begins) {
       shared.trace(WRITE);
-      consumer.write(current, previous, o, rows, ends);
-      current = item;
+      sends = consumer.write(current, previous, o, rows, ends);
+      if (!STAGED) current = item;
       rows = consumer.begin(item);
       fresh = true;
     }
@@ -468,6 +489,11 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     consumer.bend(s, rows, tile_at(item, 0));
     int blocks = BN / 32;  // that this warp sees: of a first tile it is often a part
     if (applied) blocks = consumer.apply(item, item.partial ? item.tiles[0] : tile_at(item, 0), s, DIRECT);
+    if (STAGED && item.begins) {
+      shared.trace(WRITE);
+      if (sends) consumer.send(current, previous, ends);
+      current = item;
+    }
     // With two tiles of Q the next item's queries wait for this one.
     if (STAGED && item.begins && Q_TILES == 2) consumer.free_queries(previous);
     const Rows old = rows;
@@ -492,7 +518,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   consumer.drain(done, fresh, o, weights);
   shared.trace(WRITE);
   if constexpr (EARLY_ENDS) ends = consumer.ends_of(current, rows);
-  consumer.write(current, items % Q_TILES, o, rows, ends);
+  if (consumer.write(current, items % Q_TILES, o, rows, ends)) consumer.send(current, items % Q_TILES, ends);
   if (STAGED) consumer.free_queries(items % Q_TILES);
 }
 

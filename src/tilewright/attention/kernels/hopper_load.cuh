@@ -33,10 +33,10 @@ TW_INLINE void sort_tiles(const Variant& variant, Slot& s, const Tiles& seen, in
 // The number of the next item of this CTA, the n-th. Each CTA draws until it gets none, so the draw that
 // brings the counter to `count` is the last of all: it sets the counter back.
 template <class R>
-TW_INLINE int draw(const Params& p, int n, int count, int lane) {
+TW_INLINE int draw(const Params& p, int cta, int n, int count, int lane) {
   constexpr bool FEW = NARROW_ITEMS<R>, LATE = NARROW && !FEW;  // LATE: some CTAs come late and have no first item
-  const int grid = FEW ? p.narrow_ctas : gridDim.x;
-  if (!LATE && n == 0) return blockIdx.x;
+  const int grid = FEW ? p.narrow_ctas : p.ctas;
+  if (!LATE && n == 0) return cta;
   int drawn = 0;
   if (lane == 0) {
     int* counter = p.counter + FEW;
@@ -118,7 +118,7 @@ TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, 
   int segments = 0;
   for (int n = 0;; ++n) {
     shared.trace(SORT_TILES);
-    const int number = draw<R>(p, n, items, lane);
+    const int number = draw<R>(p, shared.cta, n, items, lane);
     const bool ends = number >= items;
     Item item;
     tw::Pages pages;
@@ -335,18 +335,18 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
 // each lane's rows have one place in their pages. Copies arrive at the tile's barrier by themselves, so the next tile's
 // rows are requested while a tile's come. Rows that are no keys of the cache, and values that no row of the item sees,
 // are zeros.
-template <bool VALUES>
+template <class R, bool VALUES>
 TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& shared, int part, int lane) {
-  constexpr int DIM = VALUES ? DV : DK, STAGES = VALUES ? V_STAGES : K_STAGES, FULL = VALUES ? V_FULL : K_FULL, EMPTY = VALUES ? V_EMPTY : K_EMPTY;
+  constexpr int DIM = VALUES ? DV : DK, STAGES = VALUES ? V_STAGES : K_STAGES, FULL = VALUES ? R::V_FULL : R::K_FULL, EMPTY = VALUES ? R::V_EMPTY : R::K_EMPTY;
   constexpr int FOURS = (BN / 4 + LOADERS - 1) / LOADERS, HELD = (FOURS + 7) / 8;
   const uint32_t page_bytes = static_cast<uint32_t>(2 * (VALUES ? p.v_page : p.k_page));
   const int chunk = lane % 8;
   // Of the first four that this warp copies; bit 2 of a row turns bit 2 of its chunks.
   const uint32_t start = shared.base + (VALUES ? V_AT : K_AT) + part * 512 + lane / 8 * 128 + ((chunk ^ lane / 8 ^ part % 2 * 4) << 4);
-  if (VALUES) load_zeros(shared, part, lane);
-  int done = VALUES;
+  int done = VALUES && !NARROW_ITEMS<R>;
+  if (done) load_zeros(shared, part, lane);
   for (int n = 0;; ++n) {
-    const Slot& s = next_item<Wide>(shared, n);
+    const Slot& s = next_item<R>(shared, n);
     if (s.tokens < 0) break;
     const int tiles = s.partial + s.full, head = s.head;
     const tw::Pages pages = s.pages();
@@ -388,7 +388,7 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
       tw::copy_async_arrive(shared.barrier(FULL + stage));
       ++done;
     }
-    release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
+    release(shared.barrier(R::ITEM_EMPTY + (n & 1)), lane);
   }
   tw::copy_async_wait<0>();
 }

@@ -6,7 +6,7 @@
 
 namespace attention {
 
-enum NarrowBarrier { NARROW_ALL = 1, NARROW_END };
+enum NarrowBarrier { NARROW_ALL = BARRIER + 1, NARROW_END };
 
 TW_INLINE void load_few_queries(const Params& p, const Shared& shared, int lane) {
   int items = 0;

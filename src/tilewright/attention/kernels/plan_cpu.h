@@ -26,7 +26,7 @@ TW_EXPORT int64_t plan_cuts(const Shape& shape, const int32_t* qo_indptr, const 
   int64_t all = 0;
   for (int64_t n = 0; n < count; ++n) {
     const int64_t queries = qo_indptr[nodes[n].end] - qo_indptr[nodes[n].begin];
-    Load load{cuts::tiles_of(keys[n]), shape.head_blocks};  // what masks hide of shared keys is not counted
+    Load load{cuts::tiles_of(keys[n]), shape.head_blocks};  // where keys are shared, the caller has limited them to what a mask shows
     if (shared) load.units *= n >= shared && queries > 0;
     else load.tiles = tw::most(extents::visible_tiles(shape, stack, keys[n] - queries, keys[n] - 1, keys[n]), 1);
     ends[n + 1] = ends[n] + load.units * cuts::cost_of(load.tiles);

@@ -27,7 +27,7 @@
 // `attention` (DK and DV: elements of a row of K and of V; G query heads of a KV head, BN keys of a tile,
 // BOX keys of a TMA box, CONSUMERS, KEYS_LIE, DIRECT, BENDS, LEANS, TRAILS, RESTS, READS, BY_HEAD, CHUNKED, NARROW, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
 // MOST_QUERIES of a request that shares keys,
-// the types Kind and Out), the structs `Params`, `Item`, `At` and `Variant`.
+// the types Kind and Out), the structs `Params`, `Item`, `At` and `Variant`, the barrier id BARRIER, behind which two more are used.
 // DIRECT: logits need no branch: the score itself or, where it BENDS, outer · tanh(score / inner); where it LEANS,
 // plus slope · distance, which grows by 1 from key to key (all by methods of `Variant`). Others are computed as
 // the mask is, on every tile, with nothing under way.
@@ -35,7 +35,7 @@
 // The mask has key <= limit of a row and, where it TRAILS, newest − key < width, both in `below`; the others, where it RESTS on more, are in `rest`, all methods too. READS: the mask reads tensors; BY_HEAD: the number of a head.
 // KEYS_LIE: the keys of a request are IN_PAGES of a table, IN_ROWS one after the other, or IN_ONE page.
 //
-// Launch: grid = at most min(items, SMs) CTAs, THREADS threads, SMEM_BYTES of dynamic shared memory:
+// Units: `ctas` of the parameters, at most min(items, SMs), all at once; SMEM_BYTES of dynamic shared memory:
 //   [Q_TILES of Q, BM rows] [K_STAGES of K] [V_STAGES of V, BN rows]  tiles of blocks of 128-byte rows, swizzled
 //   [128 bytes for each row of outputs, where Q_TILES is 1] [2 slots of a segment] [mbarriers]
 //   [extremes of the tiles of KEY_ARRAY]
@@ -100,7 +100,7 @@ struct Narrow {
                ITEM_EMPTY = FIRST + Wide::ITEM_EMPTY, END = FIRST + Wide::END };
   static constexpr int PITCH = DV + 4;  // floats of a row of outputs
   static constexpr int Q_AT = attention::Q_AT, O_AT = Q_AT + 2 * K_BLOCKS * 1024, SUMS_AT = O_AT + 4 * 8 * PITCH * 4, BYTES = SUMS_AT + 4 * 8 * 8;
-  static_assert(!NARROW || (BYTES <= K_AT && BN == 128 && CONSUMERS == 2 && LOADERS == 1), "");
+  static_assert(!NARROW || (BYTES <= K_AT && BN == 128 && CONSUMERS == 2), "");
 };
 template <class R> constexpr bool NARROW_ITEMS = R::K_FULL > 0;
 constexpr int EXTREMES_AT = BARRIERS_AT + (NARROW ? int(Narrow::END) : BARRIERS) * 8;
@@ -115,8 +115,8 @@ enum State { WAIT_ITEM, SORT_TILES, WAIT_STAGE, LOAD, WAIT_TILE, ISSUE, WAIT_SCO
 struct Trace {
   mutable int2* next = nullptr;
   int2* end = nullptr;
-  TW_INLINE Trace(int warp, int lane) {
-    if (blockIdx.x != 0 || lane != 0) return;
+  TW_INLINE Trace(int cta, int warp, int lane) {
+    if (cta != 0 || lane != 0) return;
     next = reinterpret_cast<int2*>(TW_TRACE_AT) + warp * TW_TRACE;
     end = next + TW_TRACE;
   }
@@ -128,7 +128,7 @@ struct Trace {
 };
 #else
 struct Trace {
-  TW_INLINE Trace(int, int) {}
+  TW_INLINE Trace(int, int, int) {}
   TW_INLINE void operator()(State) const {}
 };
 #endif
@@ -136,6 +136,7 @@ struct Trace {
 struct Shared {  // of a CTA, as one of its warps has it
   char* memory;
   uint32_t base;
+  int cta;
   Trace trace;
   TW_INLINE uint32_t barrier(int n) const { return base + BARRIERS_AT + n * 8; }
   TW_INLINE Slot& slot(int n) const { return reinterpret_cast<Slot*>(memory + SLOTS_AT)[n & 1]; }
@@ -192,48 +193,50 @@ TW_INLINE void init_barriers(const Shared& shared) {
   }
 }
 
+// Of the scheduler and the loaders of K and V what this warp is; the loader of Q is none of these.
+template <class R>
+TW_INLINE void provide(const Params& p, const Variant& variant, const Shared& shared, int items, int warp, int lane) {
+  if (warp == 0) schedule<R>(p, variant, shared, items, lane);
+  else if (BY_ROWS && warp <= LOADERS) load_rows<R, false>(p, variant, shared, warp - 1, lane);
+  else if (BY_ROWS) load_rows<R, true>(p, variant, shared, warp - 1 - LOADERS, lane);
+  else if (warp <= LOADERS) load_keys<R>(p, shared, lane);
+  else load_values<R>(p, variant, shared, lane);
+}
+
 // What was written where tiles of Q are comes before TMA writes there.
 TW_INLINE void end_narrow() {
   tw::fence_async();
   tw::bar_sync(NARROW_END, THREADS);
 }
 
-TW_INLINE void body(const Params& p, int thread, char* smem) {
+TW_INLINE void run(const Params& p, int64_t unit, int thread, char* smem) {
+#ifdef TW_CYCLES
+  const int64_t began = clock64();
+#endif
   const uint32_t start = tw::shared_address(smem), base = (start + 1023) & ~1023u;
-  const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32, group = warp / 4;
-  const Shared shared{smem + (base - start), base, Trace(warp, lane)};
+  const int cta = static_cast<int>(unit), warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32, group = warp / 4;
+  const Shared shared{smem + (base - start), base, cta, Trace(cta, warp, lane)};
   if (thread == 0) {
     init_barriers<Wide>(shared);
     if constexpr (NARROW) init_barriers<Narrow>(shared);
     tw::barrier_init_done();
   }
-  int items = 0;
-  if constexpr (SHARED) {
-    tw::wait_for_previous_launch();
-    tw::start_next_launch();
-    items = tw::node_at(p, tw::own_node(p, 0)).item;
-  }
-  __syncthreads();
-  if (SHARED && static_cast<int>(blockIdx.x) >= items) return;  // the launch behind takes this SM
+  const int items = SHARED ? tw::node_at(p, tw::own_node(p, 0)).item : 0;
+  tw::bar_sync(BARRIER, THREADS);
+  if (SHARED && cta >= items) return;  // the launch behind takes this SM
   const Variant variant(p);
-  const bool narrow = NARROW && blockIdx.x < p.narrow_ctas;  // this CTA works on narrow items first
+  const bool narrow = NARROW && cta < p.narrow_ctas;  // this CTA works on narrow items first
   if (group < LOADER_GROUPS) {
     tw::fewer_registers<LOADER_REGISTERS>();
     if (lane == 0) tw::prefetch_map(warp == 0 ? &p.o_map : warp > 2 * LOADERS ? &p.q_map : warp <= LOADERS ? &p.k_map : &p.v_map);
     if constexpr (NARROW)
       if (narrow) {
-        if (warp == 0) schedule<Narrow>(p, variant, shared, p.narrow_count, lane);
-        else if (warp == 1) load_keys<Narrow>(p, shared, lane);
-        else if (warp == 2) load_values<Narrow>(p, variant, shared, lane);
-        else load_few_queries(p, shared, lane);
+        if (warp > 2 * LOADERS) load_few_queries(p, shared, lane);
+        else provide<Narrow>(p, variant, shared, p.narrow_count, warp, lane);
         end_narrow();
       }
-    if (warp == 0) schedule<Wide>(p, variant, shared, SHARED ? items : p.item_count, lane);
-    else if (warp > 2 * LOADERS) load_queries(p, shared, lane);
-    else if (BY_ROWS && warp <= LOADERS) load_rows<false>(p, variant, shared, warp - 1, lane);
-    else if (BY_ROWS) load_rows<true>(p, variant, shared, warp - 1 - LOADERS, lane);
-    else if (warp <= LOADERS) load_keys<Wide>(p, shared, lane);
-    else load_values<Wide>(p, variant, shared, lane);
+    if (warp > 2 * LOADERS) load_queries(p, shared, lane);
+    else provide<Wide>(p, variant, shared, SHARED ? items : p.item_count, warp, lane);
   } else {
     tw::more_registers<CONSUMER_REGISTERS>();
     if constexpr (NARROW)
@@ -244,21 +247,9 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
     consume(p, variant, shared, group - LOADER_GROUPS, warp % 4, lane);
   }
   shared.trace(END);
+#ifdef TW_CYCLES
+  if (thread == LOADER_GROUPS * 128) p.cycles[cta] = clock64() - began;
+#endif
 }
 
 }  // namespace attention
-
-// Tensor maps lie at multiples of 64 bytes.
-struct alignas(64) Aligned { Params p; };
-
-extern "C" __global__ void __launch_bounds__(attention::THREADS, 1) stage0(const __grid_constant__ Aligned aligned) {
-  extern __shared__ char smem[];
-  const Params& p = aligned.p;
-#ifdef TW_CYCLES
-  const int64_t began = clock64();
-#endif
-  attention::body(p, threadIdx.x, smem);
-#ifdef TW_CYCLES
-  if (threadIdx.x == attention::LOADER_GROUPS * 128) p.cycles[blockIdx.x] = clock64() - began;
-#endif
-}

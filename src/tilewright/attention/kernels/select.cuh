@@ -4,12 +4,12 @@
 // first; NaN counts as −Inf. They are written in the order of the request, so that a budget of all pages
 // writes its own row. attention/select.py has the same in NumPy.
 //
-// In front of this file: gpu.cuh, async.cuh, the struct `SelectParams`.
-// Launch: grid (KV heads that have pages of their own, requests); whole warps, at most MOST_WARPS.
+// In front of this file: gpu.cuh, async.cuh, the constant THREADS of `select`, the struct `Params`, the barrier
+// id BARRIER. Units: (request, KV head that has pages of its own), in that order; whole warps.
 
 namespace select {
 
-constexpr int MOST_WARPS = 32, DIGIT = 8, BINS = 1 << DIGIT, EACH = BINS / 32;
+constexpr int WARPS = THREADS / 32, DIGIT = 8, BINS = 1 << DIGIT, EACH = BINS / 32;
 constexpr uint32_t ALL = 0xffffffffu;
 
 // A score as an unsigned number that sorts like it; −0 and 0 are equal.
@@ -22,7 +22,7 @@ TW_INLINE uint32_t key_of(float score) {
 struct Shared {
   int bins[BINS];                             // keys with each digit
   int digit, higher;                          // of the bound, and how many keys have a higher one
-  int above[MOST_WARPS], equal[MOST_WARPS];  // keys of each warp's part of a row
+  int above[WARPS], equal[WARPS];  // keys of each warp's part of a row
 };
 
 // The digit of the key with the `wanted`-th highest one, and how many keys have a higher digit. For one warp:
@@ -44,16 +44,13 @@ TW_INLINE void find_digit(Shared& shared, int wanted, int lane) {
   shared.higher = higher;
 }
 
-}  // namespace select
+TW_INLINE void sync() { tw::bar_sync(BARRIER, THREADS); }
 
-extern "C" __global__ void __launch_bounds__(32 * select::MOST_WARPS) choose_pages(const __grid_constant__ SelectParams p) {
-  using namespace select;
+TW_INLINE void run(const Params& p, int64_t row, int thread, char*) {
   __shared__ Shared shared;
-  tw::start_next_launch();
-  tw::wait_for_previous_launch();
-  const int head = blockIdx.x, request = blockIdx.y, thread = threadIdx.x, threads = blockDim.x;
+  const int request = static_cast<int>(row) / p.heads, head = static_cast<int>(row) % p.heads;
   const int lane = thread % 32, warp = thread / 32;
-  const int64_t row = static_cast<int64_t>(request) * gridDim.x + head, most = p.width * p.page_size;
+  const int64_t most = p.width * p.page_size;
   const float* scores = p.scores + row * p.width;
   const int32_t* from = p.table_entries + request * p.width;
   int32_t* to = p.chosen + row * p.pages;
@@ -64,22 +61,22 @@ extern "C" __global__ void __launch_bounds__(32 * select::MOST_WARPS) choose_pag
   uint32_t bound = 0;  // the key of the `wanted`-th highest score, digit by digit
   int equals = wanted;  // so many of the keys equal to it are kept
   for (int shift = 32 - DIGIT; shift >= 0 && 0 < wanted && wanted < rest; shift -= DIGIT) {
-    for (int i = thread; i < BINS; i += threads) shared.bins[i] = 0;
-    __syncthreads();
-    for (int first = 0; first < rest; first += threads) {
+    for (int i = thread; i < BINS; i += THREADS) shared.bins[i] = 0;
+    sync();
+    for (int first = 0; first < rest; first += THREADS) {
       const int n = first + thread;
       const uint32_t key = n < rest ? key_of(scores[n]) : 0, digit = key >> shift & (BINS - 1);
       const bool counts = n < rest && static_cast<uint64_t>(key ^ bound) >> (shift + DIGIT) == 0;
       if (counts) atomicAdd(&shared.bins[digit], 1);  // of equal digits of a warp at once: ATOMS.POPC.INC
     }
-    __syncthreads();
+    sync();
     if (warp == 0) find_digit(shared, equals, lane);
-    __syncthreads();
+    sync();
     bound |= static_cast<uint32_t>(shared.digit) << shift;
     equals -= shared.higher;
   }
   if (wanted == 0) bound = ALL;  // above all keys
-  const int share = (rest + threads - 1) / threads * 32, begin = warp * share;  // the part of this warp
+  const int share = (rest + THREADS - 1) / THREADS * 32, begin = warp * share;  // the part of this warp
   const int end = begin + share < rest ? begin + share : rest;
   int above = 0, equal = 0;
   for (int n = begin + lane; n - lane < end; n += 32) {
@@ -88,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(32 * select::MOST_WARPS) choose_pag
     equal += __popc(__ballot_sync(ALL, n < end && key == bound));
   }
   if (lane == 0) shared.above[warp] = above, shared.equal[warp] = equal;
-  __syncthreads();
+  sync();
   above = equal = 0;  // now those of the warps in front
   for (int w = 0; w < warp; ++w) above += shared.above[w], equal += shared.equal[w];
   for (int n = begin + lane; n - lane < end; n += 32) {
@@ -103,3 +100,5 @@ extern "C" __global__ void __launch_bounds__(32 * select::MOST_WARPS) choose_pag
   if (thread == 0 && count > 0) to[wanted] = from[rest];
   if (thread == 0 && head == 0) p.chosen_len[request] = static_cast<int32_t>(length - static_cast<int64_t>(rest - wanted) * p.page_size);
 }
+
+}  // namespace select

@@ -4,7 +4,6 @@
 // the node. Items are numbered by node, chunk, head and block, so that those that read the same keys follow each other.
 // Of each node, chunk, row of q and query head there is a state in memory: outputs not yet divided, maximum (of
 // scores · log2 e) and sum. The rows of a chunk lie one after the other. In front of this file: table.h.
-#pragma once
 
 namespace tw {
 

@@ -65,6 +65,15 @@ TW_INLINE Bound bound_elements(const Array<T>& array, Bound row, Bound column) {
   return bound_int();
 }
 
+// A row of D elements as a hook reads it: 0 outside. `read(d)` is an element as float32.
+template <int D, class Read>
+struct HookRow {
+  const Read& read;
+  TW_METHOD float operator[](int32_t d) const { return static_cast<uint32_t>(d) < static_cast<uint32_t>(D) ? read(d) : 0.0f; }
+};
+template <int D, class Read>
+TW_INLINE HookRow<D, Read> elements_of(const Read& read) { return HookRow<D, Read>{read}; }
+
 // A row's sink joins its softmax, once, when all of the row's keys are in `largest` and `weight` (the sum
 // of exp(score - largest)). Returns the factor of the outputs, which the sink has no part in.
 TW_INLINE float add_sink(float sink, float& largest, float& weight) {

@@ -13,6 +13,27 @@ constexpr int TV = T / N;            // vectors of a tile of keys
 constexpr int PARTIAL_ROW = DVP + 2;  // floats of a partial result: sums, maximum, weight
 constexpr float LOWEST = -__builtin_inff();
 
+// -- the mathematics of vectors that programs have only for scalars --------------------------------
+
+template <int L>
+TW_INLINE vec<float, L> tanh(vec<float, L> x) {
+  using V = vec<float, L>;
+  V near = x * x;  // near 0 a polynomial: the quotient below would cancel
+  V small = x + x * near * (-0.33333333f + near * (0.13333333f + near * (-0.05396825f + near * 0.02186949f)));
+  V a = x < V{} ? -x : x;
+  V large = 1.0f - 2.0f / (tw::exp<L>(a + a) + 1.0f);
+  V result = a < tw::splat<float, L>(0.25f) ? small : (x < V{} ? -large : large);
+  return x != x ? x : result;
+}
+
+// Elements of a row of a variant's matrix.
+template <int L, class V>
+TW_INLINE vec<V, L> elements(const tw::Array<V>& array, int32_t row, vec<int32_t, L> column) {
+  vec<V, L> found;
+  for (int l = 0; l < L; ++l) found[l] = array.at(row, column[l]);
+  return found;
+}
+
 // -- elements ------------------------------------------------------------------------------------
 
 TW_INLINE F as_float(vec<float, N> x, float32) { return x; }
@@ -34,6 +55,15 @@ TW_INLINE F load_head(const typename E::type* p, int v) {
     }
   }
   return as_float(tw::load<typename E::type, N>(p + v * N), E());
+}
+
+// Elements d of a row of D become element(row, d).
+template <int D, class Element>
+TW_INLINE void change_row(float* row, Element element) {
+  float old[D];
+  __builtin_memcpy(old, row, sizeof old);
+  const auto read = [&](int d) { return old[d]; };
+  for (int d = 0; d < D; ++d) row[d] = element(tw::elements_of<D>(read), d);
 }
 
 TW_INLINE F shuffle(F a, F b, I lanes) {
@@ -97,7 +127,7 @@ constexpr bool is_bfloat16(bfloat16) { return true; }
 TW_INLINE F multiply_add(const float* a, F b, F acc) { return acc + *a * b; }
 
 #ifdef __AVX512BF16__
-constexpr bool PAIRED = is_bfloat16(Q()) && is_bfloat16(KV()) && is_bfloat16(O());
+constexpr bool PAIRED = is_bfloat16(Q()) && is_bfloat16(KV()) && is_bfloat16(O()) && Variant::SOFTMAX && !Variant::QUERY && !Variant::KEY;
 template <bool> struct OperandOf { using type = float; };
 template <> struct OperandOf<true> { using type = uint32_t; };
 using Operand = typename OperandOf<PAIRED>::type;

@@ -346,6 +346,12 @@ TW_INLINE vec<T, N> across_lanes(vec<T, N> x) {
 
 // Barrier `id` for the first `threads` threads of a CTA (__syncthreads uses barrier 0).
 TW_INLINE void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// The same; whether any of them has a true one.
+TW_INLINE bool bar_or(int id, int threads, bool x) {
+  int any;
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; bar.red.or.pred p, %1, %2, p; selp.b32 %0, 1, 0, p; }" : "=r"(any) : "r"(id), "r"(threads), "r"(static_cast<int>(x)) : "memory");
+  return any != 0;
+}
 
 // Over the `Rows` values of a column of threads (same x): through shared memory, in the order of y.
 template <class Op, int Rows, class T>

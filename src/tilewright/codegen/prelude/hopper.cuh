@@ -24,7 +24,6 @@ TW_SPECIAL(reciprocal, "rcp.approx.ftz.f32")
 TW_SPECIAL(log2, "lg2.approx.ftz.f32")
 TW_SPECIAL(tanh, "tanh.approx.f32")
 #undef TW_SPECIAL
-#define TW_SCAN 256  // elements of a tensor that variant.h may read to learn the class of a tile
 // A word that no thread writes during the launch, or 0 where the condition fails: a predicated load, no branch.
 TW_INLINE uint32_t load_word_if(bool c, const void* at) {
   uint32_t x;

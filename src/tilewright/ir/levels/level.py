@@ -117,8 +117,8 @@ class Level:
         return Const(0, dtypes.int32), s.size
 
     def coord(self, s: Storage, q: Expr, v: Expr) -> Expr:
-        """The coordinate at v, which is v itself where a class does not say otherwise."""
-        return v
+        """The coordinate at v: that of its position in `keys`, else v itself."""
+        return s[self.keys][self.pos(s, q, v)] if self.keys else v
 
     def pos(self, s: Storage, q: Expr, v: Expr) -> Expr:
         return add(mul(q, s.size), v)

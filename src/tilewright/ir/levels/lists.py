@@ -69,9 +69,6 @@ class Compressed(Level):
             return Const(0, dtypes.int32), s.count
         return s["indptr"][q], s["indptr"][add(q, 1)]
 
-    def coord(self, s: Storage, q: Expr, v: Expr) -> Expr:
-        return s["indices"][v]
-
     def pos(self, s: Storage, q: Expr, v: Expr) -> Expr:
         return v
 
@@ -114,10 +111,8 @@ class Fixed(Slots):
     """Exactly `width` slots below each parent; unused slots have coordinate -1."""
 
     arrays: ClassVar[Types] = {"indices": None}
+    keys: ClassVar[str] = "indices"
     padded: ClassVar[bool] = True
-
-    def coord(self, s: Storage, q: Expr, v: Expr) -> Expr:
-        return s["indices"][self.pos(s, q, v)]
 
     def build(self, q: np.ndarray, c: np.ndarray, p: Parents) -> Built:
         new = starts(q, c)  # entries of one block share a slot
@@ -141,6 +136,7 @@ class Singleton(Level):
     """One coordinate for each parent position: the second array of COO."""
 
     arrays: ClassVar[Types] = {"indices": None}
+    keys: ClassVar[str] = "indices"
     single: ClassVar[bool] = True
 
     def misfit(self, above: Sequence[Level]) -> str:
@@ -149,9 +145,6 @@ class Singleton(Level):
 
     def loop(self, s: Storage, q: Expr) -> tuple[Expr, Expr]:
         return q, add(q, 1)
-
-    def coord(self, s: Storage, q: Expr, v: Expr) -> Expr:
-        return s["indices"][q]
 
     def pos(self, s: Storage, q: Expr, v: Expr) -> Expr:
         return q
