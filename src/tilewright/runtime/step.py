@@ -20,7 +20,8 @@ from tilewright.ir.body import Body
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.kernel import Bound
-from tilewright.runtime.launch import CompileStep, CpuLauncher, CudaLauncher, ordinal_of
+from tilewright.runtime.launch import CompileStep, CpuLauncher, CudaLauncher
+from tilewright.runtime.view import ordinal_of
 
 Box = tuple[int, int]
 """The first address of a range of memory, and the one behind its last."""
@@ -141,7 +142,7 @@ class Step:
         own = next((x for x in launches if isinstance(x, cuda.Launch)), None)
         if own:
             return own.function.module.device.ordinal
-        return next((ordinal_of(b.frame) for b in self.keep if isinstance(b, Bound)), 0)
+        return next((ordinal_of(b.frame.device) for b in self.keep if isinstance(b, Bound)), 0)
 
     def __call__(self) -> None:
         self._run()

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import ordinal_of
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
@@ -20,15 +19,14 @@ from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, name
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
 from tilewright.attention.tracing import SCORE
-from tilewright.attention.variant import all_of, conditions
 from tilewright.errors import ArgumentError
 from tilewright.ir.body import Body
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Unary, Var, binary
-from tilewright.ir.rewrite import walk
+from tilewright.ir.rewrite import all_of, conjuncts, walk
 from tilewright.runtime import cuda
 from tilewright.runtime.cuda import tensor_map
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.view import view
+from tilewright.runtime.view import ordinal_of, view
 
 ARCH = "sm_90a"
 MAX_GROUP = 64
@@ -190,7 +188,7 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
         case Binary("*", a, Unary("tanh", Binary("/", x, b))):
             if x == SCORE and not _names(a) | _names(b):
                 e, outer, inner = x, a, b
-    for x in conditions(spec.traced.mask):
+    for x in conjuncts(spec.traced.mask):
         match x:
             case Binary("<=", Var("at.kv" | "at.key"), b) if lies and _KEYS.isdisjoint(_names(b)):
                 below.append(x)
