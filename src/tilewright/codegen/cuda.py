@@ -8,6 +8,7 @@ to find it, and another matrix changes only the number of CTAs of a launch.
 import math
 import struct
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 from tilewright.codegen.cfamily import atom_texts, has, operand_kind
 from tilewright.codegen.merge import MergeRenderer
@@ -15,6 +16,7 @@ from tilewright.codegen.params import C_TYPES, Params, c_name
 from tilewright.ir import core as ir
 from tilewright.ir.affine import is_aligned, parted, terms
 from tilewright.ir.body import Body
+from tilewright.ir.names import ADDRESS, is_generated, parse_name
 from tilewright.target import WARP
 
 RESIDENT = 1024  # threads of an SM that share its registers: 64 for each
@@ -53,9 +55,11 @@ class CudaRenderer(MergeRenderer):
     def copy_async(self, s: ir.CopyAsync) -> None:
         cond = f", {self.expr(s.value.cond)}" if isinstance(s.value, ir.Select) else ""
         (to,), (load, at) = s.index, s.source
-        kind = _vector_of(load.buffer, at, load.dtype.lanes)
+        carried, rest = parted(at, _is_address)  # an address, if any, is aligned
+        start = f"{self.expr(carried)} + {self.expr(rest)}"
+        start = start if _is_address(carried) else self.address(load.buffer, rest)
+        kind = _vector_of(load.buffer, rest, load.dtype.lanes)
         to = self.address(s.buffer, to.base if isinstance(to, ir.Ramp) else to)
-        start = self.address(load.buffer, ir.add(0, *terms(at)))
         self.line(f"tw::copy_async<{kind}>({to}, {start}{cond});")
 
     def commit(self, s: ir.Commit) -> None:
@@ -131,8 +135,18 @@ class CudaRenderer(MergeRenderer):
         args = f"{value}, smem, BARRIER, {self.threads[0]}, tx, ty"
         return f"tw::across_rows<{op}, {e.extent}>({args})"
 
+    def store(self, s: ir.Store) -> None:
+        of = parse_name(s.buffer.name)
+        if of is None or of.kind != ADDRESS or s.op:
+            super().store(s)
+            return
+        start = self.address(replace(s.buffer, name=of.owner, scope="global"), s.value)
+        self.line(f"const auto* {c_name(s.buffer.name)} = {start};")
+
     def alloc(self, s: ir.Alloc) -> None:
         b = s.buffer
+        if is_generated(b.name, ADDRESS):
+            return  # a pointer, which is declared where it is set
         if b.scope == "fragment":
             slots, _, *cols = map(self.expr, b.shape)
             kind = f"tw::fragment<{cols[0]}>" if cols else "tw::fragment_rows"
@@ -177,6 +191,20 @@ class CudaRenderer(MergeRenderer):
             lane = "[e__ / 4][e__ % 4]" if len(index) == 3 else "[e__ / 2 % 2]"
             return f"{c_name(b.name)}[{self.expr(index[0])}].v{lane}"
         return super().register(b, index)
+
+    def seq(self, s: ir.Seq) -> None:
+        """Neighbours that multiply by one tile b become one operation."""
+        for b, group in groupby(s.body, lambda x: isinstance(x, ir.Mma) and not x.atom and x.b):
+            lines = tuple(group)
+            if not b or len(lines) == 1:
+                super().seq(ir.Seq(lines))
+                continue
+            kind = operand_kind(b.buffer.dtype)
+            text = [self.fragment(b, f"b<{lines[0].shape[1]}>", kind)]
+            for x in lines:
+                acc = f"{c_name(x.acc.name)}[{self.expr(x.slot)}]"
+                text += [acc, self.fragment(x.a, "a", kind)]
+            self.line(f"tw::mma_column<{kind}>({', '.join(text)});")
 
     def mma(self, s: ir.Mma) -> None:
         kind = operand_kind(s.b.buffer.dtype)
@@ -225,6 +253,11 @@ class CudaRenderer(MergeRenderer):
                 return f"tw::shared_{lines}<{kind}>{{{{{pointer} + {own}, {', '.join(numbers)}}}}}"
         fields = ", ".join(map(self.expr, (t.offset, t.row_stride, t.col_stride)))
         return f"tw::shared_window<{kind}>{{{pointer}, {fields}}}"
+
+
+def _is_address(e: ir.Expr) -> bool:
+    """Whether a term is an address that a loop carries: a pointer, in the text."""
+    return isinstance(e, ir.Load) and is_generated(e.buffer.name, ADDRESS)
 
 
 def _by_thread(e: ir.Expr) -> bool:

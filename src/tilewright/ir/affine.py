@@ -5,8 +5,8 @@ from math import gcd
 from typing import NamedTuple
 
 from tilewright.dtypes import DType
-from tilewright.ir.names import ADDRESS, STRIDE, is_generated
-from tilewright.ir.nodes import Binary, Buffer, Cast, Const, Expr, For, Load, Var, binary, cast
+from tilewright.ir.names import STRIDE, is_generated
+from tilewright.ir.nodes import Binary, Cast, Const, Expr, For, Var, binary, cast
 from tilewright.ir.rewrite import add, free_vars, mul, simplify
 
 
@@ -71,13 +71,12 @@ def extreme(e: Expr, loops: Iterable[For], largest: bool) -> Expr | None:
     return value
 
 
-def is_multiple(e: Expr, n: int, known: Callable[[Var | Buffer], bool] = lambda v: False) -> bool:
-    """Whether `e` is certainly a multiple of `n`. `known` tells the variables and the
-    registers that are."""
+def is_multiple(e: Expr, n: int, known: Callable[[Var], bool] = lambda v: False) -> bool:
+    """Whether `e` is certainly a multiple of `n`. `known` tells the variables that are."""
     if n == 1:
         return True
-    if isinstance(e, (Var, Load)):
-        return known(e if isinstance(e, Var) else e.buffer)
+    if isinstance(e, Var):
+        return known(e)
     if isinstance(e, Const):
         return int(e.value) % n == 0
     if isinstance(e, Cast):
@@ -93,10 +92,9 @@ def is_multiple(e: Expr, n: int, known: Callable[[Var | Buffer], bool] = lambda 
 
 
 def is_aligned(e: Expr, n: int) -> bool:
-    """Whether an offset is a multiple of n, strides of arrays being multiples of 16 bytes, and
-    addresses that loops carry of what they copy at once: arrays for which that does not hold run
-    the code that is compiled with TW_UNALIGNED."""
-    return is_multiple(e, n, lambda v: is_generated(v.name, STRIDE, ADDRESS))
+    """Whether an offset is a multiple of n, strides of arrays being multiples of 16 bytes: arrays
+    for which that does not hold run the code that is compiled with TW_UNALIGNED."""
+    return is_multiple(e, n, lambda v: is_generated(v.name, STRIDE))
 
 
 def parted(e: Expr, belongs: Callable[[Expr], bool]) -> tuple[Expr, Expr]:

@@ -270,4 +270,28 @@ TW_INLINE void mma(fragment<N>& acc, const fragment_a& a, const fragment_b<N>& b
   for (int n = 0; n < N / 8; ++n) mma<Kind>(acc.v[n], a.v, b.v[2 * n], b.v[2 * n + 1]);
 }
 
+// A column of tiles, acc += a · b for each pair (acc, a): for each eight columns of b all products, up
+// and down in turns, so that neighbours have an operand in common, which stays at the tensor core.
+template <class Kind, int N>
+TW_INLINE void mma_up(const fragment_b<N>&, int) {}
+template <class Kind, int N, class... Pairs>
+TW_INLINE void mma_up(const fragment_b<N>& b, int n, fragment<N>& acc, const fragment_a& a, Pairs&... below) {
+  mma<Kind>(acc.v[n], a.v, b.v[2 * n], b.v[2 * n + 1]);
+  mma_up<Kind>(b, n, below...);
+}
+template <class Kind, int N>
+TW_INLINE void mma_down(const fragment_b<N>&, int) {}
+template <class Kind, int N, class... Pairs>
+TW_INLINE void mma_down(const fragment_b<N>& b, int n, fragment<N>& acc, const fragment_a& a, Pairs&... below) {
+  mma_down<Kind>(b, n, below...);
+  mma<Kind>(acc.v[n], a.v, b.v[2 * n], b.v[2 * n + 1]);
+}
+template <class Kind, int N, class... Pairs>
+TW_INLINE void mma_column(const fragment_b<N>& b, Pairs&... pairs) {
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n) {
+    if (n % 2) mma_down<Kind>(b, n, pairs...); else mma_up<Kind>(b, n, pairs...);
+  }
+}
+
 }  // namespace tw
