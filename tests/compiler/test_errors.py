@@ -44,12 +44,6 @@ from tilewright.ir.verify import verify
 
 I, V = np.array, np.array([1.0, 2.0, 3.0], np.float32)
 
-THREE: Any = 3  # no index: wrong for the checker of types too
-
-
-def pair_of(*indices: Any) -> Any:
-    return indices
-
 
 def refusal(kind, code, name, act, *, hint=True) -> TilewrightError:
     with pytest.raises(kind) as caught:
@@ -143,6 +137,8 @@ def traced(body, **parameters):
     return lambda: tw.program(eval(text, {"_given": parameters, "_body": body}))
 
 
+mean: Any = tw.mean  # takes arguments of wrong types here
+argmax: Any = tw.argmax
 A, X, D = tw.sparse("m n"), tw.dense("n d"), tw.dense("m n")
 
 
@@ -162,6 +158,10 @@ PROGRAMS = [
     ("P101", "return", traced(lambda x: None, x=D)),
     ("P101", "truth", over(lambda i, j, a: 1 if a[i, j] > 0 else 0, a=D)),
     ("P101", "None", over(lambda i, j, a: tw.out[i, j](a[i, j] + None), a=D)),
+    ("P101", "ufunc", over(lambda i, j, a: tw.out[i, j](np.exp(a[i, j])), a=D)),
+    ("P101", "float()", over(lambda i, j, a: tw.out[i, j](float(a[i, j])), a=D)),
+    ("P101", "for @", over(lambda i, j, a: tw.out[i, j](a[i, j] @ a[i, j]), a=D)),
+    ("P101", "'over'", over(lambda i, j, a: tw.out[i](tw.sum(a[i, j])), a=D)),
     ("P101", "defined twice", over(twice, a=D)),
     ("P101", "R", traced(lambda A, R: None, A=A, R=tw.sparse("n m", like="A"))),
     ("P101", "R", traced(lambda A, R: None, A=A, R=tw.sparse("m n", like="B"))),
@@ -176,12 +176,8 @@ PROGRAMS = [
     ("P104", "j", over(lambda i, j, a: tw.out[i](a[i, j]), a=D)),
     ("P104", "j", over(lambda i, j, a: tw.out[i](tw.sum(a[i, i * 0], over=j)), a=D)),
     ("P104", "over 3", over(lambda i, j, a: tw.out[i](tw.sum(a[i, j], over=3)), a=D)),
-    (
-        "P104",
-        "over (i, j)",
-        over(lambda i, j, a: tw.out[i](tw.argmax(a[i, j], over=pair_of(i, j))), a=D),
-    ),
-    ("P104", "over 3", over(lambda i, j, a: tw.out[i](tw.mean(a[i, j], over=THREE)), a=D)),
+    ("P104", "over (i, j)", over(lambda i, j, a: tw.out[i](argmax(a[i, j], over=(i, j))), a=D)),
+    ("P104", "over 3", over(lambda i, j, a: tw.out[i](mean(a[i, j], over=3)), a=D)),
     (
         "P107",
         "A[i, j] and B[i, j]",
@@ -193,6 +189,8 @@ PROGRAMS = [
         over(lambda i, j, A, B: tw.out[i](tw.argmax(A[i, j] + B[i, j], over=j)), A=A, B=A),
     ),
     ("P106", "integers", over(lambda i, j, a: tw.out[i, j](a[i, j] & 1), a=D)),
+    ("P106", "1.5 is float32", over(lambda i, j, a: tw.out[i](a[i, 1.5]), a=D)),
+    ("P106", "1.5 is float32", over(lambda i, j, A: tw.out[i](A[i, 1.5]), A=A)),
     (
         "P106",
         "float8_e4m3",

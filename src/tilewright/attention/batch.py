@@ -139,7 +139,9 @@ class Attention:
         workers = check_count("workers", workers, plan.MAX_WORKERS)
         size = (spec.head_dim + spec.head_dim_vo) * spec.kv.itemsize
         batch = Batch(lengths, size, reasons, gpu.name if gpu else "")
-        block = decode.shared_block(spec, pool, gpu.arch) if table.form.shared and gpu else 1
+        block = 1
+        if table.form.shared and gpu:
+            block = decode.shared_block(spec, pool, gpu.arch, int(indptr[-1]))
         numbers = tuple((n, v) for n, v in values.items() if is_number(v)), block, family.few(spec)
         shape = _shape_of(self, family, family.qo_tile(spec), *numbers)
         if invariant:
@@ -164,13 +166,13 @@ class Attention:
         """
         if kv is not None:
             check_kv(kv, self.kv_heads, self.head_dim, self._vo)
-        if extras := traced_of(self.variant).extras:
-            text = f"the decode kernels of a workspace do not take a variant with {extras}"
-            hint = "plan each batch with attn.plan"
-            raise ArgumentError("A103", text, where="variant", hint=hint)
         heads = (self.kv_heads, self.group, self.head_dim)
         form, pool = (kv.table.form, kv.pool) if kv else (TableForm(shared=shared), None)
         spec = _spec_of(self, (kv.dtype if kv else dtypes.bfloat16,) * 3, form)
+        if extras := spec.traced.extras(*decode.hosted(spec)):
+            text = f"the decode kernels of a workspace do not take a variant with {extras}"
+            hint = "plan each batch with attn.plan"
+            raise ArgumentError("A103", text, where="variant", hint=hint)
         block_of = functools.partial(decode.shared_block, spec, pool)
         room = Workspace(heads, max_requests, max_tokens, device, workers, shared, block_of)
         shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())
@@ -328,9 +330,9 @@ class BoundAttention:
         body, launch = self._prepared.body, self.launch
         if body is None:
             return None
-        compile_step = step_compiler(launch.function.module.device.arch)
-        macros = self._prepared.macros
-        return Part(body, launch.params, launch.grid[0], macros, compile_step, launch)
+        gpu, units = launch.function.module.device, launch.grid[0]
+        how = self._prepared.macros, step_compiler(gpu.arch), gpu.ordinal
+        return Part(body, launch.params, units, *how, launch)
 
     def run_over(self, kv: KV) -> None:
         """Runs it over the pages of another layer, which are laid out alike: without the checks of

@@ -371,7 +371,7 @@ def as_expr(x: Any, dtype: DType | None = None) -> Expr:
             raise ProgramError("P106", f"{x} does not fit {kind}", hint="cast the other operand")
         return Const(x, kind)
     if isinstance(x, float):
-        return Const(x, dtype or dtypes.float32)
+        return Const(x, dtype if dtype and dtype.is_float else dtypes.float32)
     hint = "operands are numbers, scalars and elements of tensors, such as X[i, j]"
     raise ProgramError("P101", f"{x!r} cannot be an operand", hint=hint)
 

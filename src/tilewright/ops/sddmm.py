@@ -45,22 +45,18 @@ def cpu_recipe(s: Schedule) -> Schedule:
         if dict(s.program.sizes).get("d", 1) % width == 0:
             break
         rest = f"{rest}_t"
-    size = ENTRIES_PER_UNIT if _is_coo(s) else ROWS_PER_UNIT
+    size = ENTRIES_PER_UNIT if s.format_of(0).name == "coo" else ROWS_PER_UNIT
     return s.split("i", size, into=("i_unit", "i_in")).parallel("i_unit")
 
 
 def gpu_recipe(s: Schedule) -> Schedule:
     """CTAs and threads in y take entries, threads in x vectors of k; sums by shuffles."""
     entries = "i"
-    if not _is_coo(s):
+    if s.format_of(0).name != "coo":
         s, entries = s.fuse_axes("A"), "ij"
     itemsize = next(t.dtype.itemsize for t in s.program.tensors if t.name == "Q")
     s = recipes.dot_products(s, entries, "k", dict(s.program.sizes)["d"], itemsize)
     return s.reorder("e_cta", "e_y", "k_x", "e_u", "k_o", "k_v")
-
-
-def _is_coo(s: Schedule) -> bool:
-    return next(t for t in s.program.tensors if t.name == "A").format.name == "coo"
 
 
 @named_recipe

@@ -26,7 +26,7 @@ def run_frame(program: Program, frame: Any) -> None:
     """Run a program at the coordinate level on the arrays whose addresses a frame holds."""
     data: dict[str, np.ndarray] = {}
     stored: dict[str, Stored] = {}
-    write_back: list[Callable[[], None]] = []
+    written: list[tuple[Any, ...]] = []
     for t in program.tensors:
         slots = frame.slots.get(t.name, ())
         if t.role == "temp":
@@ -38,13 +38,14 @@ def run_frame(program: Program, frame: Any) -> None:
             parts = [p.size for p in structure.parts]
             pointers = {part: slot.value for slot, part in slots}
             inner = tuple(frame.sizes.get(d, d) for d in t.dims[len(structure.shape) :])
-            places = sorted(pointers.items())
-            arrays = [_array_at(p, t.dtype, (parts[n], *inner)) for n, p in places]
+            arrays = [
+                _array_at(p, t.dtype, (parts[n], *inner)) for n, p in sorted(pointers.items())
+            ]
             shape = (sum(parts), *inner)
             flat = np.concatenate(arrays) if slots else np.zeros(shape, t.dtype.numpy)
             data[t.name] = values = flat[order]
             if t.role == "output":
-                write_back.append(lambda f=flat, o=order, v=values, a=arrays: _scatter(f, o, v, a))
+                written.append((flat, order, values, arrays))
         elif not t.dims and t.role == "input":
             value, is_bits = slots[0][0].value if slots else 0, t.dtype.name == "float16"
             number = np.array(value, np.uint16 if is_bits else t.dtype.numpy)  # as its slot has it
@@ -54,16 +55,11 @@ def run_frame(program: Program, frame: Any) -> None:
             pointer = slots[0][0].value if slots else v.pointer
             data[t.name] = _array_at(pointer, t.dtype, v.shape, v.strides)
     run(program, data, stored, {d: n for d, n in frame.sizes.items() if isinstance(d, str)})
-    for write in write_back:
-        write()
-
-
-def _scatter(flat: np.ndarray, order: np.ndarray, values: np.ndarray, parts: list[Any]) -> None:
-    """Writes values, in entry order, into the value arrays of the parts; padding is not written."""
-    flat[order] = values
-    ends = np.cumsum([len(p) for p in parts])
-    for part, piece in zip(parts, np.split(flat, ends[:-1]), strict=True):
-        part[:] = piece
+    for flat, order, values, arrays in written:
+        flat[order] = values  # the other positions, padding, keep what they had
+        ends = np.cumsum([len(array) for array in arrays])
+        for array, piece in zip(arrays, np.split(flat, ends[:-1]), strict=True):
+            array[:] = piece
 
 
 def _array_at(

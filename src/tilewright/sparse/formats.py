@@ -143,7 +143,9 @@ class Where:
         rows = longest >= self.shortest
         if self.longest is not None:
             rows &= longest <= self.longest
-        mine = _ranges(np.cumsum(length) - length, np.where(rows, length, 0))
+        taken = np.where(rows, length, 0)
+        skipped = np.cumsum(length - taken)  # entries of rows in front that are not selected
+        mine = np.arange(taken.sum()) + np.repeat(skipped, taken)
         return rows, mine if numbers is None else numbers[mine]
 
 
@@ -177,12 +179,6 @@ class ByRow:
         return numbers, np.bincount(rows, minlength=self.shape[0])
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, … of each range, one behind the other."""
-    shift = starts - (np.cumsum(lengths) - lengths)
-    return np.repeat(shift, lengths) + np.arange(lengths.sum())
-
-
 @dataclass(frozen=True, slots=True, repr=False)
 class Composed:
     """A matrix as the sum of parts. Each is a `Where` (or any object with its `choose`), which
@@ -214,7 +210,9 @@ class Composed:
         if wrong:
             raise FormatError("F101", wrong, where="parts", hint=hint)
         for at, (_, f) in enumerate(self.parts):
-            if self.covers_rows and not _can_store_empty_rows(f):
+            top = f.levels[0]
+            stores_empty = top.dim == 0 and (top.is_dense or getattr(top, "chunk", 0) >= 0)
+            if self.covers_rows and not stores_empty:
                 wrong = f"{self.name} covers rows, but parts[{at}], {f}, stores no empty rows"
                 hint = "covers_rows=False, or rows first: tw.dcsr()"
                 raise FormatError("F101", wrong, where="covers_rows", hint=hint)
@@ -327,11 +325,6 @@ class Composed:
     def __repr__(self) -> str:
         rows = "\n".join(f"  {i}: {where}: {fmt!r}" for i, (where, fmt) in enumerate(self.parts))
         return f"{self.name}:\n{rows}"
-
-
-def _can_store_empty_rows(fmt: Format) -> bool:
-    top = fmt.levels[0]
-    return top.dim == 0 and (top.is_dense or getattr(top, "chunk", 0) >= 0)
 
 
 def _is_part(part: Any) -> bool:

@@ -344,10 +344,10 @@ def of_rows(
 ) -> Packed:  # fmt: skip
     """The CSR tensor of arrays that an operator computed. They are not checked: the columns of each
     row ascend."""
-    index = _index_type(None, max(len(indices), *shape)).numpy
-    arrays = {n: a.astype(index, copy=False) for n, a in (("indptr", indptr), ("indices", indices))}
-    nnz = len(indices)
+    nnz, index = len(indices), _index_type(None, max(len(indices), *shape))
+    both = {"indptr": indptr, "indices": indices}
+    arrays = {name: array.astype(index.numpy, copy=False) for name, array in both.items()}
     numbers = _numbers()[:nnz] if nnz <= FEW else np.arange(nnz)
     part = Part(_CSR, ({}, arrays), (shape[0], nnz), numbers, numbers)
-    structure = Structure(part.format, shape, (part,), nnz, dtypes.dtype(index.name))
+    structure = Structure(part.format, shape, (part,), nnz, index)
     return Packed(structure, (values,), dtype)

@@ -90,7 +90,12 @@ def trace(
                 raise ProgramError("P101", rule, where=line, hint=hint)
             checked_name(name, "a parameter")
             t.tensors[name] = _parameter(name, d, declared, dtypes_by_name, formats, line)
-        returned = function(**t.tensors)
+        try:
+            returned = function(**t.tensors)
+        except TypeError as error:  # np.exp(x), float(x), tw.sum(x): what symbols cannot do
+            rule = f"{t.name} cannot be traced: {error}"
+            hint = "operands are symbols: tw.exp(x), x.cast(…), tw.sum(x, over=j)"
+            raise ProgramError("P101", rule, where=line, hint=hint) from error
         results = returned if isinstance(returned, tuple) else (returned,)
         program = Program(t.name, "coordinates", _in_order(t, results, line), tuple(t.body))
         _check_dtypes(program, line)

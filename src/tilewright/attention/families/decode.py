@@ -31,9 +31,14 @@ THREADS = WARPS * 32
 ALONE, BEHIND, FRONT = range(3)  # kinds of launches where requests share keys (decode.cuh)
 
 
+def hosted(spec: Spec) -> tuple[str, ...]:
+    """The hooks of rows that the kernels have; those in front of others have none of queries."""
+    return ("output",) if spec.table.shared else ("query", "output")
+
+
 def refuses(spec: Spec, rows: int, pool: Pool | None, _arch: str = "") -> str:
     """Why the kernel cannot run a call, or "" where it can."""
-    if reason := refusal(spec, rows, pool):
+    if reason := refusal(spec, rows, pool, "", *hosted(spec)):
         return reason
     if spec.head_dim_vo > spec.head_dim:
         return "rows of V are longer than those of K"
@@ -75,10 +80,11 @@ def partial_floats(head_dim: int, blocks: int, ctas: int, rows: int = 0) -> tupl
     return 2 * ctas * blocks * 8 * (columns + 2), rows * (columns + 8)
 
 
-def shared_block(spec: Spec, pool: Pool | None, arch: str) -> int:
-    """Queries of an item of the launch in front that does shared keys on GPUs of `arch`: of the
-    Hopper family where that can run it (`pool`: None where it is not known), else of this one."""
-    can = not hopper.refuses(spec, 0, pool, arch)
+def shared_block(spec: Spec, pool: Pool | None, arch: str, tokens: int) -> int:
+    """Queries of an item of the launch in front that does shared keys on GPUs of `arch`, for at
+    most `tokens` of a batch: of the Hopper family where that can run it (`pool`: None where it is
+    not known) and one item of this family does not have them all, else of this one."""
+    can = tokens * spec.group > ROWS and not hopper.refuses(spec, 0, pool, arch)
     return (hopper.rows_of(spec) if can else ROWS) // spec.group
 
 

@@ -5,7 +5,7 @@ the order of the plan."""
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from tilewright.runtime.view import ordinal_of, view
 
 ARCH = "sm_90a"
 MAX_GROUP = 64
+SLOTS = 3  # segments of items that the scheduler passes on at once
 NARROW_ROWS = 8  # packed rows of a narrow item, at most: the columns of a tensor core's result
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
 _LISTS = ("items", "item_count", "narrow_count", "narrow_ctas")  # parameters of a plan's items
@@ -138,9 +139,9 @@ def smem_bytes(spec: Spec, narrow: bool = False) -> int:
     k, v = (-(-n // 64) * 128 for n in (spec.head_dim, spec.head_dim_vo))  # bytes of a row
     rows = tiles.q * rows_of(spec) * k + tiles.keys * (tiles.k * k + tiles.v * v)
     rows += rows_of(spec) * 128 * (tiles.q == 1)  # outputs on their way
-    barriers = 2 * tiles.k + 3 * tiles.v + 2 * tiles.q + 4
+    barriers = 2 * tiles.k + 3 * tiles.v + 2 * tiles.q + 2 * SLOTS
     rows += 8 * tiles.segment * bool(key_array(spec))  # extremes of its elements
-    return rows + 2 * (22 + tiles.segment) * 4 + barriers * 8 * (1 + narrow) + 1024
+    return rows + SLOTS * (22 + tiles.segment) * 4 + barriers * 8 * (1 + narrow) + 1024
 
 
 def params_struct(spec: Spec) -> Struct:
@@ -301,11 +302,13 @@ def _prepare(call: Call) -> Prepared:
     work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": wide}
     work |= {"narrow_count": len(plan.items) - wide, "narrow_ctas": min(narrow, sms)}
     addresses = (view(x).pointer for x in memory)
-    made = _prepared(call, min(wide + narrow, sms), work, *addresses)
-    return replace(made, keep=(*made.keep, indptr, items, counters, partials))
+    keep = indptr, items, counters, partials
+    return _prepared(call, min(wide + narrow, sms), work, *addresses, keep=keep)
 
 
-def _prepared(call: Call, ctas: int, work: dict[str, int], *memory: int) -> Prepared:
+def _prepared(
+    call: Call, ctas: int, work: dict[str, int], *memory: int, keep: Any = ()
+) -> Prepared:
     """A launch of a call; `memory`: partial results, and counters."""
     spec, values, plan, struct = call.spec, call.values, call.plan, params_struct(call.spec)
     page_size, shared = values["page_size"], spec.table.shared > 0
@@ -318,7 +321,7 @@ def _prepared(call: Call, ctas: int, work: dict[str, int], *memory: int) -> Prep
     chunked = not isinstance(plan, Plan) or shared or plan.slots > 0
     narrow = work["narrow_ctas"] > 0
     b = body(spec, box_keys(spec, page_size), chunked, narrow)
-    return Prepared.on_gpu(b, call.ordinal, ctas, block, ())
+    return Prepared.on_gpu(b, call.ordinal, ctas, block, keep)
 
 
 def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:
