@@ -277,6 +277,13 @@ def test_loops_of_one_step_or_without_a_pipeline_stay(tile):
     assert not any(isinstance(x, ir.LoadTile) for b in bodies for x in walk(b))
 
 
+@pytest.mark.parametrize("arch, stages", [("sm_86", 2), ("sm_80", 3), ("sm_90a", 4)])
+def test_gemm_has_as_many_buffers_as_fit(arch, stages):
+    s = gemm_definition("float16", 128, 512, "large").scheduled(f"cuda:{arch}")
+    loops = [x for n in s.nests for x in walk(n.body, ir.For) if x.kind == "pipeline"]
+    assert [x.stages for x in loops] == [stages]
+
+
 # ---------------------------------------------------------------------------- addresses
 
 

@@ -71,7 +71,9 @@ def recipe(
     if not s.target.is_cuda:
         return cpu_recipe(s)
     t = TILES[tile] if (n and k and n % LOAD == 0 and k % LOAD == 0) else ANY
-    return gpu_recipe(s, t._replace(cols=t.cols // products, warp_cols=t.warp_cols // products))
+    stages = min(t.stages, s.target.shared_bytes // (2 * t.step * (t.rows + t.cols)))
+    cols, warp_cols = t.cols // products, t.warp_cols // products
+    return gpu_recipe(s, t._replace(cols=cols, warp_cols=warp_cols, stages=stages))
 
 
 def cpu_recipe(s: Schedule) -> Schedule:
@@ -94,8 +96,7 @@ def gpu_recipe(s: Schedule, t: Tile) -> Schedule:
     s = s.unroll("k_u").mma("i_v", "j_v", "k_v").fuse("i_y", "j_y", into="warp")
     s = s.bind("i_g", "cta.x").bind("j_o", "cta.y").bind("i_n", "cta.x").bind("warp", "thread.y")
     s = s.cache("A", "k_o", "shared").cache("B", "k_o", "shared")
-    stages = min(t.stages, s.target.shared_bytes // (2 * t.step * (t.rows + t.cols)))
-    return s.pipeline("k_o", stages) if stages > 1 else s
+    return s.pipeline("k_o", t.stages) if t.stages > 1 else s
 
 
 def _operations(s: Schedule, wide: int) -> Schedule:
