@@ -22,56 +22,11 @@ from tilewright.ir.atoms import Atom
 from tilewright.ir.nodes import equal
 from tilewright.runtime.kernel import Bound, Kernel
 from tilewright.runtime.step import Step
-from tilewright.sparse.formats import (
-    Composed,
-    Format,
-    Where,
-    bsr,
-    bucket,
-    coo,
-    csc,
-    csf,
-    csr,
-    dbsr,
-    dcsr,
-    ell,
-    hyb,
-    ragged,
-    sr_bcrs,
-)  # fmt: skip
+from tilewright.sparse.expressions import *
+from tilewright.sparse.formats import *
 from tilewright.sparse.pack import Packed
 from tilewright.sparse.structured import band, bitmap, dia, n_m, paged
-from tilewright.sparse.trace import abs_ as abs
-from tilewright.sparse.trace import any_ as any
-from tilewright.sparse.trace import (
-    argmax,
-    cos,
-    dense,
-    exp,
-    floor,
-    indices,
-    log,
-    maximum,
-    mean,
-    minimum,
-    out,
-    prod,
-    rsqrt,
-    scalar,
-    sigmoid,
-    sin,
-    size,
-    sparse,
-    sqrt,
-    stored,
-    tanh,
-    temp,
-    update,
-    where,
-)  # fmt: skip
-from tilewright.sparse.trace import max_ as max
-from tilewright.sparse.trace import min_ as min
-from tilewright.sparse.trace import sum_ as sum
+from tilewright.sparse.trace import dense, out, scalar, sparse, temp, update
 from tilewright.target import Target, target
 
 if TYPE_CHECKING:
@@ -98,6 +53,8 @@ if TYPE_CHECKING:
     from tilewright.serve.engine import LLM
 
 __version__ = "0.1.0"
+
+abs, any, max, min, sum = abs_, any_, max_, min_, sum_
 
 _ON_DEMAND = {
     name: module

@@ -88,11 +88,11 @@ _RECIPES: dict[str, FunctionType] = {}
 @functools.cache
 def _modules_of(name: str) -> list[ModuleType]:
     """A module, and those of `ops` that it uses, or that these use, in the order of their text."""
-    found = [sys.modules[name]]
-    for module in found:
+    modules = [sys.modules[name]]
+    for module in modules:
         used = dict.fromkeys(map(inspect.getmodule, vars(module).values()))
-        found += [m for m in used if m and m.__name__.startswith(OPS) and m not in found]
-    return found
+        modules += [m for m in used if m and m.__name__.startswith(OPS) and m not in modules]
+    return modules
 
 
 def named_recipe(function: FunctionType) -> NamedRecipe:

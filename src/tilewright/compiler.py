@@ -123,11 +123,9 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
     packed = dict.fromkeys(name for name, d in strides if stride_name(name, d) in params.packed)
     tensors = tuple(_spec(t) for t in program.tensors if t.role != "inline" or t.name in arrays)
     return Manifest(
-        program.name, str(target), tensors, params.params, params.row,
-        params.param_names, params.row_names, stages,
+        program.name, str(target), tensors, params.params, params.row, stages,
         formats=tuple((name, repr(f)) for name, f in format_of.items()),
-        sizes=program.sizes, index=program.index.name,
-        packed=tuple(packed),
+        sizes=program.sizes, index=program.index.name, packed=tuple(packed),
     )  # fmt: skip
 
 

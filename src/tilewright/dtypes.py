@@ -3,8 +3,6 @@
 A `DType` with `lanes > 1` is a vector register; only the loop level of the IR knows those.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,11 +35,11 @@ class DType:
         return self.kind in "iu"
 
     @property
-    def scalar(self) -> DType:
+    def scalar(self) -> "DType":
         return self if self.lanes == 1 else replace(self, lanes=1)
 
     @property
-    def accumulator(self) -> DType:
+    def accumulator(self) -> "DType":
         """What sums of this type are kept in: 32 bits for narrower numbers, itself otherwise."""
         if self.bits >= 32 or self.kind == "b":
             return self.scalar
@@ -74,7 +72,7 @@ class DType:
             return int(bool(value))
         return (value - self.least) % (1 << self.bits) + self.least
 
-    def vector(self, lanes: int) -> DType:
+    def vector(self, lanes: int) -> "DType":
         return replace(self, lanes=lanes)
 
     def __str__(self) -> str:

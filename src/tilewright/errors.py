@@ -1,4 +1,4 @@
-"""Every error a user can meet: coded, located, hinted.
+"""Every error that a user can see: coded, located, hinted.
 
 An error says *what rule was broken by which value* (the message), *where* (the argument, or the
 line of the traced program) and *how to mend it* (the hint). The code is stable and listed
@@ -77,13 +77,13 @@ class MissingExtra(TilewrightError, ImportError):
 
 
 @contextmanager
-def needed_for(what: str, extra: str) -> Iterator[None]:
+def needed_for(use: str, extra: str) -> Iterator[None]:
     """Imports of optional packages: one that fails in the block raises MissingExtra[E101], which
     names the package, what it is needed for, and the extra that installs it."""
     try:
         yield
     except ModuleNotFoundError as error:
-        rule = f"{error.name} is needed for {what}"
+        rule = f"{error.name} is needed for {use}"
         raise MissingExtra("E101", rule, hint=f"pip install 'tilewright[{extra}]'") from None
 
 

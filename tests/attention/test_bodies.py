@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from tests.attention.cases import ALL_VARIANTS, TYPES, paged, queries, spec_of
 from tests.attention.test_cascade import cascade, close
 from tests.attention.test_decode_simulated import prepared
 from tests.attention.test_flash_cuda import on_device
+from tests.attention.test_hopper_cuda import nvdisasm
 from tests.attention.test_tensors import Documents
 from tests.cubin import test_steps
 from tests.runtime.test_cuda import fake  # noqa: F401 - a fixture
@@ -58,19 +61,28 @@ def portable_bodies() -> tuple[Body, ...]:
 
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_a_function_each_in_one_translation_unit(arch):
-    """Also beside Hopper kernels, whose macros end with their texts, and a program."""
+def test_a_function_each_in_one_translation_unit(arch, tmp_path):
+    """Also beside Hopper kernels, whose macros end with their texts, and a program; none uses a
+    barrier beyond those that its body says."""
     bodies = list(portable_bodies())
     if arch == hopper.ARCH:
         documents = spec_of(4, 128, "float16", "float16", Documents())
-        bodies[1:1] = [hopper.body(documents, 16), hopper.body(spec(4, 64, "bfloat16"), 4)]
+        narrow = hopper.body(spec(2, 128, "float16"), 128, True, True)
+        bodies[1:1] = [hopper.body(documents, 16), hopper.body(spec(4, 64, "bfloat16"), 4), narrow]
     bodies += test_steps.bodies(("append",), arch)
     names = [f"f{n}" for n in range(len(bodies))]
     text = shell.alone(bodies, names)
     cubin = nvrtc.compile_cuda(text, arch=arch, name="all", headers=prelude_files.headers())
+    tool, file = nvdisasm(), tmp_path / "all.cubin"
+    file.write_bytes(cubin.image)
+    machine = subprocess.run([tool, "-c", file], capture_output=True, encoding="utf-8", check=True)
+    found = re.split(r"\.section\s+\.text\.(\w+)", machine.stdout)[1:]
+    code = dict(zip(found[::2], found[1::2], strict=True))
     for name, body in zip(names, bodies, strict=True):
         used = cubin.resources[name]
         assert used.spill_bytes == 0 and used.registers * body.resident <= 65536
+        ids = {int(x, 16) for x in re.findall(r"BAR\.\S+ +(0x\w+)", code[name])}
+        assert ids <= {*range(shell.BARRIER, shell.BARRIER + body.barriers)}
 
 
 @needs_nvrtc

@@ -88,7 +88,7 @@ def check_blocks(kernel, blocks, addresses, a, sizes):
     seen = set()
     for block, stage in zip(blocks, manifest.stages, strict=True):
         record = np.frombuffer(block, params.numpy, 1)[0]
-        for field, name in zip(params.fields, manifest.param_names, strict=False):
+        for field, (name, *_) in zip(params.fields, manifest.params, strict=False):
             value = int(record[field.name])
             if name in addresses:
                 assert value in addresses[name], name
@@ -99,7 +99,7 @@ def check_blocks(kernel, blocks, addresses, a, sizes):
                 assert value == sizes["d"], name
         table = np.frombuffer(block, row.numpy, len(stage.rows), params.size)
         for record in table:
-            for field, name in zip(row.fields[len(ROW_HEAD) :], manifest.row_names, strict=True):
+            for field, (name, *_) in zip(row.fields[len(ROW_HEAD) :], manifest.row, strict=True):
                 if name == "A.values":
                     assert int(record[field.name]) in of_values
                 elif field.type == "ptr":

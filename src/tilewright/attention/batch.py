@@ -6,10 +6,7 @@ plan  = attn.plan(qo_indptr, kv)
 state = attn.run(q, kv, plan)            # state.o, state.lse
 """
 
-from __future__ import annotations
-
 import functools
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +22,6 @@ from tilewright.attention.checks import (
     host_indptr,
     is_number,
     named_view,
-    ordinal_of,
 )
 from tilewright.attention.families import Call, Family, Scratch, decode
 from tilewright.attention.kv import KV
@@ -43,7 +39,8 @@ from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.step import Part
-from tilewright.runtime.view import byte_span, view
+from tilewright.runtime.transfer import write
+from tilewright.runtime.view import byte_span, ordinal_of, view
 from tilewright.target import Target
 from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers
@@ -142,7 +139,9 @@ class Attention:
         workers = check_count("workers", workers, plan.MAX_WORKERS)
         size = (spec.head_dim + spec.head_dim_vo) * spec.kv.itemsize
         batch = Batch(lengths, size, reasons, gpu.name if gpu else "")
-        block = decode.shared_block(spec, pool, gpu.arch) if table.form.shared and gpu else 1
+        block = 1
+        if table.form.shared and gpu:
+            block = decode.shared_block(spec, pool, gpu.arch, int(indptr[-1]))
         numbers = tuple((n, v) for n, v in values.items() if is_number(v)), block, family.few(spec)
         shape = _shape_of(self, family, family.qo_tile(spec), *numbers)
         if invariant:
@@ -184,7 +183,7 @@ class Attention:
 
     def resolve(
         self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None, target: Target | str | None = None
-    ) -> Resolution:
+    ) -> "Resolution":
         """Lists the kernel families of a machine, each with what keeps it from running calls of at
         most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). `target`: the machine,
         "cuda:sm_90a" also where there is no GPU (None: the one that has kv). Touches no array.
@@ -220,7 +219,7 @@ class Attention:
     def bind(
         self, q: Any, kv: KV, out: Any = None, *, plan: Plan | Workspace | None = None,
         scratch: Scratch | None = None, **values: Any,
-    ) -> BoundAttention:  # fmt: skip
+    ) -> "BoundAttention":  # fmt: skip
         """A run with its memory fixed, for a recorded step: `.launch` is its launch, in
         front of which another runs where requests share keys.
 
@@ -289,7 +288,7 @@ class Attention:
 
     def _interpreted(
         self, q: Any, kv: KV, plan: Any, state: State, arrays: dict[str, Any]
-    ) -> BoundAttention:
+    ) -> "BoundAttention":
         """Runs the attention in NumPy where no compiler is installed."""
         compilers.warn_of_interpreter()
         arguments = {name: array for name, (array, _) in arrays.items()}
@@ -298,14 +297,9 @@ class Attention:
             result = reference.attention(
                 q, kv, plan.qo_indptr, self.variant, sm_scale=self.scale, **arguments
             )
-            torch = sys.modules.get("torch")
-            for array, values in ((state.o, result.o), (state.lse, result.lse)):
-                if array is None:
-                    continue
-                if torch is not None and isinstance(array, torch.Tensor):  # bfloat16 among them
-                    array.copy_(torch.from_numpy(values))
-                else:
-                    np.asarray(array)[...] = values
+            write(state.o, result.o)
+            if state.lse is not None:
+                write(state.lse, result.lse)
 
         return BoundAttention(state, families.Prepared(None, run, "", ()), (q, kv, plan))
 
@@ -336,9 +330,9 @@ class BoundAttention:
         body, launch = self._prepared.body, self.launch
         if body is None:
             return None
-        compile_step = step_compiler(launch.function.module.device.arch)
-        macros = self._prepared.macros
-        return Part(body, launch.params, launch.grid[0], macros, compile_step, launch)
+        gpu, units = launch.function.module.device, launch.grid[0]
+        how = self._prepared.macros, step_compiler(gpu.arch), gpu.ordinal
+        return Part(body, launch.params, units, *how, launch)
 
     def run_over(self, kv: KV) -> None:
         """Runs it over the pages of another layer, which are laid out alike: without the checks of

@@ -91,11 +91,6 @@ def check_range(name: str, values: np.ndarray, lowest: int, highest: int) -> Non
         raise ArgumentError("A109", f"{name} holds {bad}, outside {lowest}..{highest}", where=name)
 
 
-def ordinal_of(device: str) -> int:
-    """The number of a GPU: 0 for "cuda", 2 for "cuda:2"."""
-    return int(device.partition(":")[2] or 0)
-
-
 def check_count(name: str, value: Any, most: int = 2**31 - 1, least: int = 1) -> int:
     """`value` as an int of least … most. Raises ArgumentError[A103]."""
     if not is_integer(value) or not least <= value <= most:

@@ -4,10 +4,7 @@ A state is the output over some keys and the natural logarithm of their weights'
 in any grouping to the same result, up to rounding; no keys at all is o = 0, lse = −inf.
 """
 
-from __future__ import annotations
-
 import functools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import check_count, check_view, named_view, ordinal_of
+from tilewright.attention.checks import check_count, check_view, named_view
 from tilewright.attention.spec import body_text, constants, launch_of, namespace
 from tilewright.codegen.params import C_TYPES
 from tilewright.dtypes import DType
@@ -23,7 +20,8 @@ from tilewright.errors import ArgumentError
 from tilewright.ir.body import Body
 from tilewright.runtime import cuda
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.view import View, allocate
+from tilewright.runtime.transfer import as_float64, to_host, write
+from tilewright.runtime.view import View, allocate, ordinal_of
 
 MAX_STATES = 8  # that one launch merges
 _WARPS = 4  # of a CTA
@@ -44,7 +42,7 @@ class State:
     @staticmethod
     def empty(
         tokens: int, qo_heads: int, head_dim: int, *, dtype: Any = "float32", like: Any = None
-    ) -> State:
+    ) -> "State":
         """The state over no keys: merging with it changes nothing. `like`: an array whose framework
         and device it is of (None: NumPy). Raises ArgumentError[A102, A103, A107]."""
         for name, size in {"tokens": tokens, "qo_heads": qo_heads, "head_dim": head_dim}.items():
@@ -54,11 +52,11 @@ class State:
         source = np.empty(0, np.float32) if like is None else like
         o = allocate(source, (tokens, qo_heads, head_dim), dtypes.dtype(dtype))
         lse = allocate(source, (tokens, qo_heads), dtypes.float32)
-        _fill(o, 0.0)
-        _fill(lse, -np.inf)
+        write(o, 0.0)
+        write(lse, -np.inf)
         return State(o, lse)
 
-    def merge(self, *others: State) -> State:
+    def merge(self, *others: "State") -> "State":
         """The state over the keys of this one and of the others. Raises what `merge` raises."""
         return merge((self, *others))
 
@@ -142,44 +140,28 @@ def _check_frameworks(states: Sequence[State]) -> None:
         raise ArgumentError("A107", text, where="states", hint=hint)
 
 
-def _fill(array: Any, value: float) -> None:
-    if hasattr(array, "copy_from"):  # a DeviceArray
-        array.copy_from(np.full(array.shape, value, array.dtype.numpy))
-    else:
-        array[...] = value
-
-
 # ---------------------------------------------------------------------------- host
 
 
 def _on_host(states: Sequence[State], mask: Any, out: State) -> None:
     """In float32, or the dtype of lse where that is float64."""
-    torch: Any = sys.modules.get("torch")
-    wide = states[0].lse.dtype
-    if torch is not None and isinstance(states[0].o, torch.Tensor):
-        o, lse = _merged([(s.o.to(wide), s.lse) for s in states], mask, torch)
-    else:
-        with np.errstate(invalid="ignore"):  # NaN where nothing is read
-            o, lse = _merged([(np.asarray(s.o).astype(wide), s.lse) for s in states], mask, np)
-    out.o[...], out.lse[...] = o, lse
-
-
-def _merged(states: Sequence[tuple[Any, Any]], mask: Any, lib: Any) -> tuple[Any, Any]:
-    where, none = lib.where, -np.inf
-    lses = [lse for _, lse in states]
+    lses, none = [to_host(s.lse) for s in states], -np.inf
     if mask is not None:
-        mask = mask.reshape(len(mask), *(1,) * (lses[0].ndim - 1))
-        lses[1:] = (where(mask, lse, none) for lse in lses[1:])
-    largest = functools.reduce(lib.maximum, lses)
+        mask = to_host(mask).reshape(len(mask), *(1,) * (lses[0].ndim - 1))
+        lses[1:] = (np.where(mask, lse, none) for lse in lses[1:])
+    largest = functools.reduce(np.maximum, lses)
     some = largest != none
-    base = where(some, largest, 0.0)
-    weight, total = lib.zeros_like(largest), lib.zeros_like(states[0][0])
-    for (o, _), lse in zip(states, lses, strict=True):
-        w = lib.exp(lse - base)
-        weight = weight + w
-        total = total + where((lse != none)[..., None], o, 0.0) * w[..., None]
-    safe = where(some, weight, 1.0)
-    return total / safe[..., None], where(some, base + lib.log(safe), none)
+    base = np.where(some, largest, 0)
+    weight, total = np.zeros_like(largest), np.zeros(out.o.shape, largest.dtype)
+    for s, lse in zip(states, lses, strict=True):
+        with np.errstate(invalid="ignore"):  # NaN where nothing is read
+            o = as_float64(s.o).astype(largest.dtype)
+        w = np.exp(lse - base)
+        weight += w
+        total += np.where((lse != none)[..., None], o, 0) * w[..., None]
+    safe = np.where(some, weight, 1)
+    write(out.o, total / safe[..., None])
+    write(out.lse, np.where(some, base + np.log(safe), none))
 
 
 # ---------------------------------------------------------------------------- GPU

@@ -7,8 +7,6 @@ results the last one merges, in order. A plan holds no lengths of keys: kernels 
 memory, so a plan stays right when they grow, and only its balance ages.
 """
 
-from __future__ import annotations
-
 import heapq
 import io
 import zipfile
@@ -178,7 +176,7 @@ class Plan:
         return file.getvalue()
 
     @staticmethod
-    def load(data: bytes) -> Plan:
+    def load(data: bytes) -> "Plan":
         """The plan that `save` wrote. Raises ArgumentError[A107, A109] for anything else."""
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:

@@ -37,8 +37,8 @@ def of_front(block: int, group: int, sms: int) -> int:
     return sms * (1 + (block * group <= ROWS))
 
 
-def linked(nodes: np.ndarray, apart: Any, tiles: Any = 0) -> tuple[np.ndarray, np.ndarray]:
-    """`nodes` with the links of a plan in which a launch in front does those of `apart`; the tiles
+def linked(nodes: np.ndarray, ahead: Any, tiles: Any = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`nodes` with the links of a plan in which a launch in front does those of `ahead`; the tiles
     that a unit walks."""
     nodes, requests = nodes.copy(), int(nodes["end"].max(initial=0))
     tiles = np.zeros(len(nodes), int) + tiles
@@ -47,7 +47,7 @@ def linked(nodes: np.ndarray, apart: Any, tiles: Any = 0) -> tuple[np.ndarray, n
         at = np.flatnonzero(nodes["level"] == level)
         outer, joined, walked = so_far[:, nodes["begin"][at]]
         nodes["outer"][at], nodes["joined"][at] = outer, joined
-        more = np.where(apart[at], (outer, at, walked), (at, joined, walked + tiles[at]))
+        more = np.where(ahead[at], (outer, at, walked), (at, joined, walked + tiles[at]))
         so_far[:, :-1] = np.repeat(more, nodes["end"][at] - nodes["begin"][at], 1)
     tiles[len(nodes) - requests :] = so_far[2, :-1]
     return nodes, tiles
@@ -64,10 +64,10 @@ def chosen(
     readers = np.minimum(nodes["end"] - nodes["begin"], queries)
     gain = (readers * tiles - blocks * (tiles + CHUNK_TILES)) * TILE_COST * shared
     heads, gains = kv_heads // head_block(kv_heads), gain.clip(0).sum()
-    nodes, walked = linked(nodes, apart := (gain > 0) & (gains * heads > APART_COST * limit), tiles)
-    if apart.any() and (tiles * ~shared * (queries > 0)).sum() * heads <= HALF_TILES * (limit // 2):
+    nodes, walked = linked(nodes, ahead := (gain > 0) & (gains * heads > APART_COST * limit), tiles)
+    if ahead.any() and (tiles * ~shared * (queries > 0)).sum() * heads <= HALF_TILES * (limit // 2):
         limit, front = max(limit // 2, 1), max(front // 2, 1)
-    items = blocks * kv_heads * apart
+    items = blocks * kv_heads * ahead
     wanted = tiles * front // max(int((items * tiles).sum()), 1)
     nodes["chunks"] = np.minimum(wanted, tiles // CHUNK_TILES).clip(1) * (items > 0)
     nodes["item"], nodes["row"] = numbers(nodes, queries, kv_heads, block)
@@ -96,8 +96,8 @@ def cut(lengths: np.ndarray, kv_heads: int, ctas: int, exist: Any = True) -> np.
     alike = (cost[units > 0] == cost[-1]).all() and (tiles * units).sum() <= SHORT * most
     if alike and units.any():  # no range has parts of two units
         many, per = int(units.sum()), -(-int(units.sum()) // most)
-        whole = many * (most // many) if many < most else 0 if many % per else many // per
-        count = whole if 8 * whole >= 7 * most else most
+        even = many * (most // many) if many < most else 0 if many % per else many // per
+        count = even if 8 * even >= 7 * most else most
     at = int(ends[-1]) * np.arange(count) // count
     node = np.searchsorted(ends, at, "right") - 1
     if not ends[-1]:  # no unit at all

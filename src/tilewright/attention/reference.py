@@ -1,11 +1,9 @@
 """The oracle: attention as its definition says, in float64 NumPy, one request at a time."""
 
-import sys
 from typing import Any
 
 import numpy as np
 
-from tilewright import dtypes
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
 from tilewright.attention.tracing import NO_SINK, ROW, SAME_ROW
@@ -13,8 +11,7 @@ from tilewright.attention.variant import traced_of
 from tilewright.ir.nodes import Const, Expr, Load, Var
 from tilewright.ir.stmt import children
 from tilewright.reference.ops_table import computed, operation
-from tilewright.runtime.transfer import to_host
-from tilewright.runtime.view import view
+from tilewright.runtime.transfer import as_float64, to_host
 
 
 @np.errstate(all="ignore")
@@ -147,18 +144,3 @@ def gather(kv: KV, request: int) -> tuple[np.ndarray, np.ndarray]:
     parts = (kv.pool.index(part, pages, key % kv.page_size) for part in (0, 1))
     keys, values = (as_float64(array, at) for array, at in parts)
     return keys, values
-
-
-def as_float64(array: Any, at: tuple[Any, ...] = ()) -> np.ndarray:
-    """Any float array as float64 on the host; of a cache only the elements at the index `at`: the
-    rest may be large, and was perhaps never written."""
-    kind = view(array).dtype
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
-        index = tuple(torch.from_numpy(i) if isinstance(i, np.ndarray) else i for i in at)
-        taken = array[index] if at else array
-        return taken.detach().to("cpu", torch.float64).numpy()
-    host = to_host(array)[at] if at else to_host(array)
-    if kind == dtypes.bfloat16 and host.dtype == np.uint16:
-        return dtypes.bfloat16_values(host).astype(np.float64)
-    return np.asarray(host, np.float64)

@@ -5,8 +5,6 @@ chosen.run(q=q, mean=mean)            # scores, then the best pages of each KV h
 state = attn.run(q, KV(chosen.table, pool), attn.plan(qo_indptr, chosen.table))
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import check_count, check_view, named_view, ordinal_of
+from tilewright.attention.checks import check_count, check_view, named_view
 from tilewright.attention.kv import KV
 from tilewright.attention.spec import body_text, constants, launch_of, namespace
 from tilewright.attention.table import Table, TableForm
@@ -32,7 +30,7 @@ from tilewright.runtime import cuda
 from tilewright.runtime.kernel import Kernel
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.transfer import to_device, to_host
-from tilewright.runtime.view import view
+from tilewright.runtime.view import ordinal_of, view
 from tilewright.schedule import Schedule
 from tilewright.sparse.pack import Packed, Structure
 
@@ -95,7 +93,7 @@ def _tiles(s: Schedule, loops: tuple[str, str, str], block: int, operands: list[
 
 def select(
     function: Callable[..., Any], schedule: Callable[[Schedule], Schedule] = by_page
-) -> functools.partial[Selection]:
+) -> functools.partial["Selection"]:
     """Decorator: the function describes a program of scores out[r, h, p], float32, for each
     request, KV head and page of a request; or out[r, p], one choice for all heads. The result
     makes a `Selection` from an attention, a cache and a number of pages.
@@ -158,11 +156,11 @@ class Selection:
         first run compiles. Raises ArgumentError."""
         target = "cpp" if self.table.device == "cpu" else "cuda"
         sparse = {t.name for t in self._definition.program.tensors if t.is_sparse}
-        given = {n: self._tensor(n, x) if n in sparse else x for n, x in arrays.items()}
-        types = tuple((n, named_view(n, arrays[n]).dtype, x.shape) for n, x in given.items())
+        arguments = {n: self._tensor(n, x) if n in sparse else x for n, x in arrays.items()}
+        types = tuple((n, named_view(n, arrays[n]).dtype, x.shape) for n, x in arguments.items())
         lengths, rivals = self._kv.table.arrays["kv_len"], self._rivals.arrays["kv_len"]
         pages_before_kernel(target)(lengths, self._kv.page_size, out=rivals)
-        _scores(self._definition, types, target)(**given, out=self._scores)
+        _scores(self._definition, types, target)(**arguments, out=self._scores)
         self._choose()
         return self.table
 

@@ -21,8 +21,6 @@ those of its nodes, one behind the other, as if they stood in one row.
 Arrays are not copied: kernels read the caller's memory, so the next run uses what it then holds.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +62,7 @@ class TableForm:
     shared: int = 0  # levels of shared keys
     by_head: bool = False  # whether each KV head has entries of its own
 
-    def for_planner(self) -> TableForm:
+    def for_planner(self) -> "TableForm":
         """The form with nothing but what decides lengths."""
         return TableForm(self.kv_len, self.table_indptr, table_entries="", shared=self.shared)
 
@@ -151,7 +149,7 @@ class Table:
         self._set(requests, views, arrays, (height, width, stride, *by_head), positions)
 
     @classmethod
-    def csr(cls, kv_len: Any, kv_indptr: Any, kv_indices: Any, **positions: Any) -> Table:
+    def csr(cls, kv_len: Any, kv_indptr: Any, kv_indices: Any, **positions: Any) -> "Table":
         """Request r has the pages kv_indices[kv_indptr[r] … kv_indptr[r + 1] − 1].
 
         `kv_len` (requests,), `kv_indptr` (requests + 1), `kv_indices`: int32 or int64. Entries from
@@ -171,7 +169,7 @@ class Table:
         return table
 
     @classmethod
-    def ragged(cls, kv_indptr: Any, kv_len: Any = None, **positions: Any) -> Table:
+    def ragged(cls, kv_indptr: Any, kv_len: Any = None, **positions: Any) -> "Table":
         """Request r has the rows kv_indptr[r] … kv_indptr[r + 1] − 1 of a pool of rows.
 
         `kv_indptr` (requests + 1), `kv_len` (requests,) or None where every row is a key: int32 or
@@ -190,7 +188,7 @@ class Table:
         return table
 
     @classmethod
-    def dense(cls, kv_len: Any, **positions: Any) -> Table:
+    def dense(cls, kv_len: Any, **positions: Any) -> "Table":
         """Request r has page r: k and v are (requests, longest, kv_heads, head_dim).
 
         `kv_len` (requests,) int32 or int64. `positions`: see `Table`. Raises ArgumentError.

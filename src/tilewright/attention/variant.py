@@ -27,18 +27,15 @@ value, and there is no lse.
 `a & b | c` is `(a & b) | c`; `a | (b & c)` is refused, because the masks of b and c would be lost.
 """
 
-from __future__ import annotations
-
-import numbers
 import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from tilewright import dtypes
+from tilewright.attention.checks import is_integer, is_number
 from tilewright.attention.tracing import NO_SINK, SCORE, Traced, Value, chained, per_head, trace
 from tilewright.errors import ArgumentError, ProgramError
-from tilewright.ir.nodes import Binary, Const, Expr, Load, binary
-from tilewright.ir.rewrite import substitute, walk
+from tilewright.ir.nodes import Load
+from tilewright.ir.rewrite import all_of, conjuncts, substitute, walk
 from tilewright.sparse.trace import scalar, tanh
 
 _MAX_FLOAT32 = 2**128 - 2**104
@@ -94,8 +91,7 @@ def variant(cls: type) -> Any:
 
 def check_number(value: Value, number: Any) -> None:
     """A Python or NumPy number fits a scalar. Raises ArgumentError[A102, A109]."""
-    kind: Any = numbers.Integral if value.dtype.is_int else numbers.Real
-    if isinstance(number, bool) or not isinstance(number, kind):
+    if not (is_integer if value.dtype.is_int else is_number)(number):
         text = f"{value.name}={number!r} is not a number of {value.dtype}"
         raise ArgumentError("A102", text, where=value.name)
     least, most = (-(2**31), 2**31 - 1) if value.dtype.is_int else (-_MAX_FLOAT32, _MAX_FLOAT32)
@@ -125,10 +121,10 @@ class Combined:
     by: str = field(compare=False)
     text: str = field(compare=False)
 
-    def __and__(self, other: Any) -> Combined:
+    def __and__(self, other: Any) -> "Combined":
         return _combined(self, other, "&")
 
-    def __or__(self, other: Any) -> Combined:
+    def __or__(self, other: Any) -> "Combined":
         return _combined(self, other, "|")
 
     def __repr__(self) -> str:
@@ -140,7 +136,7 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
     left, right = traced_of(a), traced_of(b)
     mask = left.mask
     if by == "&":
-        mask = all_of([*conditions(left.mask), *conditions(right.mask)])
+        mask = all_of([*conjuncts(left.mask), *conjuncts(right.mask)])
     elif getattr(b, "by", "") == "&":
         text = f"{b} on the right of | would lose its masks"
         raise ProgramError("P101", text, hint="(a | b) & c: masks by &")
@@ -177,21 +173,6 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
     )
     traced = Traced(name, values=tuple(values.values()), softmax=softmax, **hooks)
     return Combined(traced, tuple(sorted(fixed.items())), by, text)
-
-
-def conditions(mask: Expr) -> list[Expr]:
-    """The conditions that a mask joins by `&`."""
-    if isinstance(mask, Binary) and mask.op == "&":
-        return [*conditions(mask.a), *conditions(mask.b)]
-    return [] if isinstance(mask, Const) and mask.value else [mask]
-
-
-def all_of(conditions: list[Expr]) -> Expr:
-    """Conditions joined by `&`, each once."""
-    joined, *rest = dict.fromkeys(conditions) or [Const(True, dtypes.bool_)]
-    for condition in rest:
-        joined = binary("&", joined, condition)
-    return joined
 
 
 # ---------------------------------------------------------------------------- presets

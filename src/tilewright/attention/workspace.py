@@ -43,10 +43,10 @@ class Workspace:
 
     def __init__(
         self, heads: tuple[int, int, int], max_requests: int, max_tokens: int | None, device: str,
-        workers: int | None, shared: int, block_of: Callable[[str], int],
+        workers: int | None, shared: int, block_of: Callable[[str, int], int],
     ) -> None:  # fmt: skip
-        """`heads`: KV heads, group, head_dim. `block_of` an architecture: `Plan.block` of plans for
-        it. Raises ArgumentError[A103, A105], BuildError."""
+        """`heads`: KV heads, group, head_dim. `block_of` an architecture and the tokens of a batch:
+        `Plan.block`. Raises ArgumentError[A103, A105], BuildError."""
         self.ordinal = _checked(heads[1], max_requests, max_tokens, device, workers, shared)
         self.kv_heads, self.group = heads[:2]
         self.max_requests, self.max_tokens = max_requests, max_tokens
@@ -56,7 +56,7 @@ class Workspace:
         self._block = ranges.head_block(self.kv_heads)
         gpu = cuda.device(self.ordinal)
         sms = gpu.sms if workers is None else workers
-        self.block = block_of(gpu.arch) if shared else 1
+        self.block = block_of(gpu.arch, max_tokens or max_requests) if shared else 1
         self.front = ranges.of_front(self.block, self.group, sms)
         blocks = decode.blocks_of(self.longest * self.group)
         self.limit = max(decode.ctas_per_sm(heads[2]) * sms // self._block, 1)

@@ -39,9 +39,9 @@ class Renderer:
     depth: int = 0
 
     def __post_init__(self) -> None:
-        self.row_fields = {f[0] for f in self.params.row}
-        self.param_fields = {f[0] for f in self.params.params}
-        self.inline_scalars = {f[0] for f in self.params.params if f[1] != "ptr"}
+        self.row_fields = {f[1] for f in self.params.row}
+        self.param_fields = {f[1] for f in self.params.params}
+        self.inline_scalars = {f[1] for f in self.params.params if f[2] != "ptr"}
 
     # -- types -----------------------------------------------------------------------------------
 
@@ -346,17 +346,14 @@ class Renderer:
 
     def body_pointers(self, nest: ir.Nest) -> list[str]:
         """Local names for the pointers that a body reads from `params`."""
-        used = {
-            x.buffer.name: x.buffer
-            for x in ir.walk(nest.body, ir.Load, ir.Store, ir.Tile)
-            if x.buffer.scope != "row"
-        }
-        used |= {x.keys.name: x.keys for x in ir.walk(nest.body, ir.Search)}
-        names = {f[0]: f for f in self.params.params if f[1] == "ptr"}
-        return [
-            f"{names[c_name(b)][2]} {self.restrict} {c_name(b)} = p.{c_name(b)};"
-            for b in used if c_name(b) in names
-        ]  # fmt: skip
+        buffers = [x.buffer for x in ir.walk(nest.body, ir.Load, ir.Store, ir.Tile)]
+        buffers = [b for b in buffers if b.scope != "row"]
+        buffers += [x.keys for x in ir.walk(nest.body, ir.Search)]
+        lines = {
+            name: f"{types[-1]} {self.restrict} {own} = p.{own};"
+            for name, own, *types in self.params.params if types[0] == "ptr"
+        }  # fmt: skip
+        return [lines[name] for name in dict.fromkeys(b.name for b in buffers) if name in lines]
 
     restrict = "__restrict"
 
@@ -383,8 +380,7 @@ def has(stage: Iterable[ir.Nest], *kinds: type) -> bool:
 
 def atom_texts(program: ir.Program, target: str) -> list[str]:
     """The functions of the atoms of a program, each once."""
-    nests = (n for stage in program.stages for n in stage)
-    atoms = [x.atom for n in nests for x in ir.walk(n.body, ir.Mma) if x.atom]
+    atoms = [x.atom for n in program.nests for x in ir.walk(n.body, ir.Mma) if x.atom]
     return list(dict.fromkeys(getattr(atom, target) for atom in atoms))
 
 

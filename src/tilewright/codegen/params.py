@@ -38,17 +38,15 @@ def c_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """The fields that a program's launches read: `(name, type)` as `runtime.layout.Struct` has
-    them.
+    """The fields that a program's launches read: the name in the IR of what each holds, then its
+    name and type as `runtime.layout.Struct` has them.
 
-    `params` are common to a launch, `row` belongs to one part of a composed tensor; `param_names`
-    and `row_names` say in the IR's words what each holds. `written` names the buffers that the
-    program stores to; `packed` are the strides of `packed_strides`, by their names."""
+    `params` are common to a launch, `row` belongs to one part of a composed tensor. `written` names
+    the buffers that the program stores to; `packed` are the strides of `packed_strides`, by their
+    names."""
 
     params: tuple[tuple[str, ...], ...]
     row: tuple[tuple[str, ...], ...]
-    param_names: tuple[str, ...] = ()
-    row_names: tuple[str, ...] = ()
     written: frozenset[str] = frozenset()
     packed: Mapping[str, int] = field(default_factory=dict)
 
@@ -57,34 +55,31 @@ def collect_params(program: ir.Program) -> Params:
     """Every buffer, stride, size and count of a program as fields of its two structs."""
     params: dict[str, tuple[str, ...]] = {}
     row: dict[str, tuple[str, ...]] = {}
-    nests = (n for stage in program.stages for n in stage)
-    nodes = [x for n in nests for root in (n.body, *n.grid) for x in ir.walk(root)]
+    nodes = [x for n in program.nests for root in (n.body, *n.grid) for x in ir.walk(root)]
     written = frozenset(x.buffer.name for x in nodes if isinstance(x, ir.Store))
     inputs = {t.name for t in program.inputs}
     for b in program.buffers:
         const = "" if b.name in written else "const "
-        field_ = (c_name(b.name), "ptr", f"{const}{C_TYPES[b.dtype.name]}*")
+        field_ = (b.name, c_name(b.name), "ptr", f"{const}{C_TYPES[b.dtype.name]}*")
         if b.scope == "part":
             row[b.name] = field_
         elif b.shape == () and b.name not in written and b.name in inputs:
             kind = "uint16" if b.dtype.name in STORED_AS_BITS else b.dtype.name
-            params[b.name] = (c_name(b.name), kind)
+            params[b.name] = (b.name, c_name(b.name), kind)
         else:
             params[b.name] = field_
     for x in nodes:
         if isinstance(x, ir.Var) and is_generated(x.name, SIZE, STRIDE, COUNT):
             is_wide = is_generated(x.name, STRIDE) or x.dtype.bits == 64
             struct = row if is_generated(x.name, COUNT) else params
-            struct[x.name] = (c_name(x.name), "int64" if is_wide else "int32")
+            struct[x.name] = (x.name, c_name(x.name), "int64" if is_wide else "int32")
     packed = {
         stride_name(t.name, d): stride
         for t in program.tensors
         for d, stride in enumerate(packed_strides(t, dict(program.sizes)))
         if stride is not None
     }
-    return Params(
-        tuple(params.values()), tuple(row.values()), tuple(params), tuple(row), written, packed
-    )
+    return Params(tuple(params.values()), tuple(row.values()), written, packed)
 
 
 def packed_strides(tensor: ir.Tensor, sizes: Mapping[str, int]) -> tuple[int | None, ...]:

@@ -11,8 +11,6 @@ Each operator, `torch.ops.tilewright.attend` … `.merge`, has a fake and no der
 ArgumentErrors.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ with needed_for("operators of torch", "torch"):
     import torch
 
 Tensor = Any
-_OPERATORS: dict[str, Operator] = {}  # by the key that compiled graphs of this process hold
+_OPERATORS: dict[str, "Operator"] = {}  # by the key that compiled graphs of this process hold
 
 
 @dataclass(frozen=True, eq=False)

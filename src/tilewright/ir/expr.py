@@ -22,9 +22,10 @@ BITWISE = {"&", "|", "^", "<<", ">>"}
 COMPARISON = {"<", "<=", ">", ">=", "==", "!="}
 UNARY = {"-", "not", "exp", "exp2", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "abs", "floor"}
 REDUCTIONS = {"sum": "+", "max": "max", "min": "min", "prod": "*"}
-# The atomic updates that every target has.
-_ATOMIC = (dtypes.float32, dtypes.float64, dtypes.int32)
-ATOMIC: dict[str, tuple[DType, ...]] = dict.fromkeys(("sum", "max", "min"), _ATOMIC)
+ATOMIC: dict[str, tuple[DType, ...]] = dict.fromkeys(
+    ("sum", "max", "min"), (dtypes.float32, dtypes.float64, dtypes.int32)
+)
+"""The atomic updates that every target has: types by operator."""
 
 
 def _both_sides(op: str) -> tuple[Callable[[Any, Any], Expr], Callable[[Any, Any], Expr]]:

@@ -226,15 +226,16 @@ def _free(n: Any) -> dict[str, ir.Var]:
 
 
 def conjuncts(cond: ir.Expr) -> list[ir.Expr]:
-    """The conditions that `cond` joins by `&`, in order."""
+    """The conditions that `cond` joins by `&`, in order; none where it always holds."""
     if isinstance(cond, ir.Binary) and cond.op == "&":
         return [*conjuncts(cond.a), *conjuncts(cond.b)]
-    return [cond]
+    return [] if isinstance(cond, ir.Const) and cond.value else [cond]
 
 
 def all_of(conditions: Iterable[ir.Expr]) -> ir.Expr:
-    """One or more conditions, joined by `&`."""
-    return reduce(lambda a, b: ir.binary("&", a, b), conditions)
+    """Conditions joined by `&`, each once."""
+    joined = [*dict.fromkeys(conditions)] or [ir.Const(True, dtypes.bool_)]
+    return reduce(lambda a, b: ir.binary("&", a, b), joined)
 
 
 def zero_unless(cond: ir.Expr | None, value: ir.Expr) -> ir.Expr:
@@ -378,13 +379,11 @@ def _keeps(mask: int, e: ir.Expr) -> bool:
 
 def _simplify_sum(x: ir.Binary) -> ir.Expr:
     """(i + 1) + 2"""
-    a, b = x.a, x.b
-    if not (isinstance(a, ir.Binary) and a.op == "+"):
-        return x
-    if not (isinstance(a.b, ir.Const) and isinstance(b, ir.Const)):
-        return x
-    both = ir.Const(b.dtype.wrapped(int(a.b.value + b.value)), b.dtype)
-    return _simplify_binary(ir.Binary("+", a.a, both, x.dtype))
+    match x:
+        case ir.Binary(_, ir.Binary("+", a, ir.Const(p)), ir.Const(q, kind)):
+            both = ir.Const(kind.wrapped(int(p + q)), kind)
+            return _simplify_binary(ir.Binary("+", a, both, x.dtype))
+    return x
 
 
 def add(*terms: Any) -> ir.Expr:

@@ -320,6 +320,11 @@ class Program:
     def outputs(self) -> tuple[Tensor, ...]:
         return tuple(t for t in self.tensors if t.role == "output")
 
+    @property
+    def nests(self) -> tuple[Nest, ...]:
+        """Of all stages, in order."""
+        return tuple(n for stage in self.stages for n in stage)
+
     def tensor(self, name: str) -> Tensor:
         return next(t for t in self.tensors if t.name == name)
 

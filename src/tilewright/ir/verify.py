@@ -31,7 +31,7 @@ def verify(program: ir.Program, after: str = "") -> None:
     check = _Checker(program, after)
     for statement in program.body if program.level == "coordinates" else ():
         check.node(statement, set().union(*map(ir.free_vars, statement.out.coords)), {})
-    for nest in (nest for stage in program.stages for nest in stage):
+    for nest in program.nests:
         check.node(nest.body, {v.name for v in nest.grid_vars} | {"thread_x", "thread_y"}, {})
     if after == "coordinates_to_positions":
         for t in program.tensors:

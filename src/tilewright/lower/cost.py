@@ -54,7 +54,7 @@ def costs(program: ir.Program, count: Callable[[ir.Expr], Any]) -> tuple[Rows, R
         total = ir.add(_number(0), *(_product(e, _number(n)) for e, n in Counter(terms).items()))
         return str(total).replace(".size", ""), count(total)
 
-    nests = [_Nest(program, nest) for stage in program.stages for nest in stage]
+    nests = [_Nest(program, nest) for nest in program.nests]
     for n in nests:
         n.statement(ir.used_lets(n.nest.body), ())
     unique = {key: size for n in nests for key, size in n.unique.items()}
@@ -306,8 +306,7 @@ def _operands(e: Any, op: str) -> list[ir.Expr]:
 
 def _without_rounding(e: Any) -> tuple[ir.Expr, int]:
     """n and b of (n + b - 1) // b, the loop over blocks, of which a guard leaves out the excess."""
-    if isinstance(e, ir.Binary) and e.op == "//" and isinstance(e.b, ir.Const):
-        n, divisor = e.a, int(e.b.value)
-        if isinstance(n, ir.Binary) and n.op == "+" and ir.is_const(n.b, divisor - 1):
-            return n.a, divisor
+    match e:
+        case ir.Binary("//", ir.Binary("+", n, ir.Const(more)), ir.Const(b)) if more == b - 1:
+            return n, int(b)
     return e, 1

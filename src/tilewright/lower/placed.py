@@ -2,8 +2,6 @@
 (`Schedule.compute_at`): their checks, their memory, and the online form of a softmax.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -66,7 +64,7 @@ class Row:
     levels: list[tuple[int, ir.Expr, ir.Expr]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, tables: Tables, out: ir.Access, scope: Scope) -> Row:
+    def of(cls, tables: Tables, out: ir.Access, scope: Scope) -> "Row":
         """That of a temporary whose loops are inside those of a scope."""
         first = len(out.stored_coords) if out.tensor.is_sparse else 0
         own = list(enumerate(indices_of(out)))[first:]
@@ -200,16 +198,14 @@ class _Online:
         """A value computed in the loops of the maxima `inside`, which reads their weights."""
 
         def visit(x: Any) -> Any:
-            a = x.a if isinstance(x, ir.Unary) and x.op == "exp" else None
-            if isinstance(a, ir.Binary) and a.op == "-" and isinstance(a.b, ir.Load):
-                m = inside.get(a.b.buffer.name)
-                if m is not None and a.a == m.value:
-                    registers = (
-                        ir.Buffer(f"{a.b.buffer.name}.{kind}", x.dtype, (), "register")
-                        for kind in ("weight", "factor")
-                    )
-                    pair = self.registers.setdefault(a.b.buffer.name, tuple(registers))  # type: ignore[arg-type]
-                    return ir.Load(pair[0], (), x.dtype)
+            match x:
+                case ir.Unary("exp", ir.Binary("-", term, ir.Load(ir.Buffer(top)))) if (
+                    top in inside and term == inside[top].value
+                ):
+                    kinds = f"{top}.weight", f"{top}.factor"
+                    weight, factor = (ir.Buffer(kind, x.dtype, (), "register") for kind in kinds)
+                    self.registers[top] = weight, factor
+                    return ir.Load(weight, (), x.dtype)
             return rebuild(x, visit)
 
         e = visit(e)

@@ -333,8 +333,7 @@ def check_threads(program: ir.Program) -> ir.Program:
     """Raises ScheduleError[S102] where threads update elements of an output in memory, and the next
     reduced iteration gives an element to another thread, without a barrier in between: no
     coordinate says by itself which thread it belongs to."""
-    nests = (n for stage in program.stages for n in stage)
-    for body, c in ((n.body, c) for n in nests for c in ir.statements(n.body, ir.Compute)):
+    for body, c in ((n.body, c) for n in program.nests for c in ir.statements(n.body, ir.Compute)):
         path = ir.path_to(body, c) or []
         reduced, used = reduced_names(path, c), [ir.free_vars(i) for i in c.out.index]
         in_memory = c.in_place and not c.atomic and any(names & reduced for names in used)

@@ -1,7 +1,5 @@
 """The coordinates, positions and lists of coordinates that are known at one point of a nest."""
 
-from __future__ import annotations
-
 from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -29,7 +27,7 @@ class Walk:
     variables: dict[int, ir.Expr] = field(default_factory=dict)
     positions: dict[int, ir.Expr] = field(default_factory=dict)
 
-    def copy(self) -> Walk:
+    def copy(self) -> "Walk":
         return Walk(self.indices, dict(self.variables), dict(self.positions))
 
 
@@ -56,7 +54,7 @@ class Scope:
     known_positions: dict[Driver, ir.Expr] = field(default_factory=dict)
     rank: ir.Expr | None = None
 
-    def copy(self) -> Scope:
+    def copy(self) -> "Scope":
         walks = {structure: walk.copy() for structure, walk in self.walks.items()}
         known, parts = dict(self.known_positions), dict(self.block_parts)
         return Scope(self.tables, dict(self.coordinates), parts, walks, known, self.rank)

@@ -1,7 +1,5 @@
 """Statements, the structures that drive their loops, and the buffers of their tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +19,7 @@ class Driver(NamedTuple):
     indices: tuple[str, ...]
 
     @classmethod
-    def of(cls, e: ir.Access) -> Driver:
+    def of(cls, e: ir.Access) -> "Driver":
         names = (c.name if isinstance(c, ir.Index) else "" for c in e.stored_coords)
         return cls(e.tensor.structure, tuple(names))
 
@@ -43,7 +41,7 @@ class Statement:
     value: ir.Expr
 
     @classmethod
-    def of(cls, a: ir.Assign) -> Statement:
+    def of(cls, a: ir.Assign) -> "Statement":
         inner = a.value.a if isinstance(a.value, ir.Cast) else a.value
         if isinstance(inner, ir.Reduce) and not a.op:
             return cls(a.out, inner.op, inner.axes, inner.body)  # type: ignore[arg-type]

@@ -4,8 +4,6 @@ The addresses of both operands and of the output must be affine in the three loo
 their coefficients are the strides of the tile, so a transposed operand needs no word of its own.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -112,7 +110,7 @@ class Product:
     region: tuple[Any, ...]
 
     @classmethod
-    def of(cls, top: ir.Stmt, c: ir.Compute) -> Product:
+    def of(cls, top: ir.Stmt, c: ir.Compute) -> "Product":
         assert c.mma is not None
         path = ir.path_to(top, c)
         assert path is not None

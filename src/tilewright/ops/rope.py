@@ -70,25 +70,25 @@ APPEND = append_plain.schedule(by_token)
 
 @cache
 def rope_kernel(
-    interleaved: bool, target: str = "cpp", dtype: str = "float32", given: str = "float32"
+    interleaved: bool, target: str = "cpp", dtype: str = "float32", stored: str = "float32"
 ) -> Kernel:
-    """X (t, h, p, 2) or (t, h, 2, p) in `given`, C and S (positions, p), P (t,) → X rotated, in
+    """X (t, h, p, 2) or (t, h, 2, p) in `stored`, C and S (positions, p), P (t,) → X rotated, in
     `dtype`."""
-    return _program(not interleaved, False, dtype).typed(X=given).schedule(by_token).build(target)
+    return _program(not interleaved, False, dtype).typed(X=stored).schedule(by_token).build(target)
 
 
 @cache
 def rope_append_kernel(
-    interleaved: bool, target: str = "cpp", dtype: str = "float32", given: str = "float32"
+    interleaved: bool, target: str = "cpp", dtype: str = "float32", stored: str = "float32"
 ) -> Kernel:
     """Builds the kernel that rotates keys and writes that of token t to K[page[t], slot[t]]."""
-    return _program(not interleaved, True).typed(K=dtype, X=given).schedule(by_token).build(target)
+    return _program(not interleaved, True).typed(K=dtype, X=stored).schedule(by_token).build(target)
 
 
 @cache
-def append_kernel(target: str = "cpp", dtype: str = "float32", given: str = "float32") -> Kernel:
+def append_kernel(target: str = "cpp", dtype: str = "float32", stored: str = "float32") -> Kernel:
     """Builds the kernel that writes values to `page[t], slot[t]` of the pages (g, f, h, d)."""
-    return APPEND.typed(V=dtype, X=given).build(target)
+    return APPEND.typed(V=dtype, X=stored).build(target)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,10 +49,10 @@ rmsnorm_add_kernel = cache(rmsnorm_add.schedule(WITH_SUM).build)
 
 
 @cache
-def heads_norm_kernel(width: int, given: str, dtype: str, target: str) -> Kernel:
-    """X (t, h, k) in `given` → the RMSNorm of each head in `dtype`; `width`: k, a multiple of 4."""
+def heads_norm_kernel(width: int, stored: str, dtype: str, target: str) -> Kernel:
+    """X (t, h, k), `stored` → the RMSNorm of each head in `dtype`; `width`: k, a multiple of 4."""
 
-    def heads_norm(X=dense("t h k", given), W=dense("k", kind="weight"), eps=scalar()):
+    def heads_norm(X=dense("t h k", stored), W=dense("k", kind="weight"), eps=scalar()):
         t, h, k = indices("t:t h:h k:k")
         return out.typed(dtype)[t, h, k](_normalised(X[t, h, k], W, eps, k))
 

@@ -20,8 +20,6 @@ Rules:
   floats in float64 and rounds nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -66,7 +64,7 @@ def evaluate(
 
 
 def run(
-    program: ir.Program, data: dict[str, np.ndarray], stored: Mapping[str, Stored],
+    program: ir.Program, data: dict[str, np.ndarray], stored: Mapping[str, "Stored"],
     sizes: Mapping[str, int], *, exact: bool = False,
 ) -> None:  # fmt: skip
     """Run every statement in order, in place. `data` holds the array of each tensor (of a sparse
@@ -77,7 +75,7 @@ def run(
             evaluator.assign(statement)
 
 
-def _sparse_argument(t: ir.Tensor, x: Any, stored: dict[str, Stored]) -> np.ndarray:
+def _sparse_argument(t: ir.Tensor, x: Any, stored: dict[str, "Stored"]) -> np.ndarray:
     """The values of a sparse argument; its coordinates go to `stored`, under its structure."""
     if hasattr(x, "unpack"):
         coords, values = x.unpack()

@@ -4,8 +4,6 @@ Functions raise BuildError[B102] where there is no driver. Kernels take one stru
 launch has one parameter: the address of its bytes.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 import sys
@@ -22,7 +20,7 @@ from tilewright.dtypes import DType
 from tilewright.dtypes import dtype as to_dtype
 from tilewright.errors import ArgumentError, BuildError, InternalError
 from tilewright.runtime.driver import ATTRIBUTE_MAJOR, device, driver
-from tilewright.runtime.view import View
+from tilewright.runtime.view import View, ordinal_of
 
 Dim3 = tuple[int, int, int]
 Params = ctypes.Array[Any]
@@ -92,7 +90,7 @@ def clear(array: View) -> None:
     if array.device == "cpu":
         ctypes.memset(array.pointer, 0, nbytes)
         return
-    Fill(array.pointer, nbytes).run(_active_stream(int(array.device.partition(":")[2])))
+    Fill(array.pointer, nbytes).run(_active_stream(ordinal_of(array.device)))
 
 
 def synchronize(stream: int = 0, ordinal: int = 0) -> None:
@@ -110,7 +108,7 @@ class Module:
         self.device.activate()
         self._handle = driver().returned("cuModuleLoadData", image)
 
-    def function(self, name: str) -> Function:
+    def function(self, name: str) -> "Function":
         """A kernel by its `extern "C"` name. Raises BuildError[B104]."""
         self.device.activate()
         handle = driver().returned("cuModuleGetFunction", self._handle, name.encode())
@@ -129,7 +127,7 @@ class Function:
     def prepare(
         self, grid: Dim3, block: Dim3, smem_bytes: int, params: Params, overlaps: bool = False,
         cluster: Dim3 = (1, 1, 1), cooperative: bool = False,
-    ) -> Launch:  # fmt: skip
+    ) -> "Launch":  # fmt: skip
         """A launch whose arguments are converted once.
 
         `overlaps`: its CTAs may start before the launch in front has ended, on sm_90 and newer: the
@@ -190,7 +188,7 @@ class Launch:
     smem_bytes: int
     params: Params
     attributes: ctypes.Array[_Attribute]
-    before: Launch | None = None
+    before: "Launch | None" = None
     # The native call by stream, never rewritten: two threads may launch on two streams.
     _calls: dict[int, Callable[[], int]] = field(default_factory=dict, init=False)
 
@@ -314,13 +312,13 @@ class DeviceArray:
     @classmethod
     def from_numpy(
         cls, array: np.ndarray, dtype: DType | str | None = None, ordinal: int = 0
-    ) -> DeviceArray:
+    ) -> "DeviceArray":
         """A copy on the GPU. `dtype` names what the bits mean, as `bfloat16` for uint16."""
         copy = cls(array.shape, to_dtype(array.dtype if dtype is None else dtype), ordinal)
         copy.copy_from(array)
         return copy
 
-    def reshape(self, *shape: int) -> DeviceArray:
+    def reshape(self, *shape: int) -> "DeviceArray":
         """The same memory under another shape of as many elements; -1 once for what the others
         leave. Raises ArgumentError[A103]."""
         rest = math.prod(self.shape) // max(1, math.prod([n for n in shape if n != -1]))
@@ -332,7 +330,7 @@ class DeviceArray:
         view.owner, view.shape = self, tuple(shape)
         return view
 
-    def rows(self, begin: int, end: int) -> DeviceArray:
+    def rows(self, begin: int, end: int) -> "DeviceArray":
         """Rows begin … end-1 of the first dimension, the same memory. Raises
         ArgumentError[A103]."""
         if not 0 <= begin <= end <= self.shape[0]:

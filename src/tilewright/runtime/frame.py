@@ -107,7 +107,7 @@ def _block(arguments: Arguments, stage: StageSpec) -> tuple[Any, int]:
     manifest, structures = arguments.manifest, arguments.structures
     row, params = structs(manifest)
     block = ctypes.create_string_buffer(params.size + manifest.max_rows * row.size)
-    values = [_parameter(name, arguments) for name in manifest.param_names]
+    values = [_parameter(name, arguments) for name, *_ in manifest.params]
     fields = (f.name for f in params.fields)
     params.pack_into(block, **dict(zip(fields, [*values, len(stage.rows)], strict=True)))
     total = 0
@@ -120,7 +120,7 @@ def _block(arguments: Arguments, stage: StageSpec) -> tuple[Any, int]:
                 counts[names.count_name(name, level)] = count
         units = unit_count(stage.units[body], counts)
         fields = (f.name for f in row.fields[len(ROW_HEAD) :])
-        values = dict(zip(fields, (_row_value(k, parts) for k in manifest.row_names), strict=True))
+        values = dict(zip(fields, (_row_value(f[0], parts) for f in manifest.row), strict=True))
         at = params.size + i * row.size
         row.pack_into(block, at, first=total, units=units, body=body, **values)
         total += units
@@ -161,12 +161,12 @@ def _slots(arguments: Arguments, blocks: list[Any]) -> dict[str, list[Slot]]:
     row, params = structs(manifest)
     structure_of = {t.name: t.structure for t in manifest.tensors}
     for block, stage in zip(blocks, manifest.stages, strict=True):
-        for f, name in zip(params.fields, manifest.param_names, strict=False):
+        for f, (name, *_) in zip(params.fields, manifest.params, strict=False):
             if name in structure_of:
                 slots.setdefault(name, []).append((f.in_buffer(block), 0))
         for i in range(len(stage.rows)):
             start = params.size + i * row.size
-            for f, name in zip(row.fields[len(ROW_HEAD) :], manifest.row_names, strict=True):
+            for f, (name, *_) in zip(row.fields[len(ROW_HEAD) :], manifest.row, strict=True):
                 parsed = names.parse_name(name)
                 if parsed is not None and parsed.kind == names.VALUES:
                     part = i if structure_of[parsed.owner] == stage.structure else 0

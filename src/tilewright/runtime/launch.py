@@ -12,6 +12,7 @@ from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.frame import Frame
 from tilewright.runtime.kernel import Kernel, Launcher
+from tilewright.runtime.view import ordinal_of
 
 CHUNKS_PER_THREAD = 8  # enough for units of uneven size to even out, few enough to cost nothing
 
@@ -70,7 +71,7 @@ class CudaLauncher(Launcher):
         self._functions: dict[tuple[int, Macros], list[cuda.Function]] = {}
 
     def functions(self, kernel: Kernel, frame: Frame) -> list[cuda.Function]:
-        key = ordinal_of(frame), frame.variants
+        key = ordinal_of(frame.device), frame.variants
         if key not in self._functions:
             module = cuda.Module(self.image(frame.variants), key[0])
             self._functions[key] = [module.function(s.entry) for s in kernel.manifest.stages]
@@ -88,7 +89,7 @@ class CudaLauncher(Launcher):
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
         """Loads the functions at the first run: a recorded step has none of its own."""
         launches: list[Callable[[int], None]] = []
-        ordinal = ordinal_of(frame)
+        ordinal = ordinal_of(frame.device)
         activate, current_stream = cuda.device(ordinal).activate, cuda.current_stream
 
         def run() -> None:
@@ -100,8 +101,3 @@ class CudaLauncher(Launcher):
                 launch(stream)
 
         return run
-
-
-def ordinal_of(frame: Frame) -> int:
-    """The number of the frame's GPU."""
-    return int(frame.device.partition(":")[2] or 0)

@@ -91,15 +91,8 @@ class Struct:
             f'"{self.name}.{f.name}");'
             for f in self.fields
         ]
-        lines = [
-            *_OFFSET_MACRO,
-            f"struct {self._aligned}{self.name} {{",
-            *fields,
-            "};",
-            size,
-            *offsets,
-        ]
-        return "\n".join(lines) + "\n"
+        head = f"struct {self._aligned}{self.name} {{"
+        return "\n".join([*_OFFSET_MACRO, head, *fields, "};", size, *offsets]) + "\n"
 
     @cached_property
     def buffers(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

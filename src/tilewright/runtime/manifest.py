@@ -1,8 +1,6 @@
 """The result of building a program: its manifest, plain data for its calls, with the C structs of
 their blocks, and its source text, in memory and on disk."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -48,8 +46,8 @@ class StageSpec:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The tensors, stages and parameters of a built program. `param_names` and `row_names` are the
-    names in the IR of the fields of the two structs; `formats` are the texts of the formats by
+    """The tensors, stages and parameters of a built program. `params` and `row` are the fields of
+    the two structs, each behind its name in the IR; `formats` are the texts of the formats by
     structure. `packed` names the arrays that the code assumes to have no gaps; `costs` are the
     rows of the tables of a `Report`, in order."""
 
@@ -58,8 +56,6 @@ class Manifest:
     tensors: tuple[TensorSpec, ...]
     params: tuple[tuple[str, ...], ...]
     row: tuple[tuple[str, ...], ...]
-    param_names: tuple[str, ...]
-    row_names: tuple[str, ...]
     stages: tuple[StageSpec, ...]
     formats: tuple[tuple[str, str], ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
@@ -80,8 +76,9 @@ ROW_HEAD = (("first", "int64"), ("units", "int64"), ("body", "int64"))
 def structs(manifest: Manifest) -> tuple[Struct, Struct]:
     """The row of the work table, and the parameter block that precedes the table in memory; both
     have 64-bit fields, so that the table begins at the block's end."""
-    row = Struct("Row", (*ROW_HEAD, *manifest.row))
-    return row, Struct("Params0", (*manifest.params, ("row_count", "int64")))
+    row = Struct("Row", (*ROW_HEAD, *(field[1:] for field in manifest.row)))
+    params = (field[1:] for field in manifest.params)
+    return row, Struct("Params0", (*params, ("row_count", "int64")))
 
 
 def declarations(manifest: Manifest) -> str:
@@ -118,7 +115,7 @@ class Built:
         return f"{json.dumps(head)}\n{self.source}".encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Built | None:
+    def from_bytes(cls, data: bytes) -> "Built | None":
         """The value that `to_bytes` wrote; None for bytes of any other form."""
         try:
             head, _, rest = data.partition(b"\n")

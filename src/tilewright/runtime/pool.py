@@ -1,7 +1,5 @@
 """The CPU's thread pool, seen from Python: a list of launches runs as one native call."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import threading
@@ -34,7 +32,7 @@ small model. A shorter time would cost a wake-up (5–50 µs) in each gap, a lon
 
 _MAX_THREADS = 4096
 _lock = threading.Lock()
-_pools: list[Pool] = []
+_pools: list["Pool"] = []
 
 
 class Pool:

@@ -20,7 +20,8 @@ from tilewright.ir.body import Body
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.kernel import Bound
-from tilewright.runtime.launch import CompileStep, CpuLauncher, CudaLauncher, ordinal_of
+from tilewright.runtime.launch import CompileStep, CpuLauncher, CudaLauncher
+from tilewright.runtime.view import ordinal_of
 
 Box = tuple[int, int]
 """The first address of a range of memory, and the one behind its last."""
@@ -33,13 +34,15 @@ Edge = tuple[int, int]
 @dataclass(frozen=True, slots=True)
 class Part:
     """A launch that a step may put beside others: `units` CTAs of a body with its parameters, and
-    the macros that its code is compiled with. `launch`: what runs it alone, if that is loaded."""
+    the macros that its code is compiled with, on GPU `ordinal`. `launch`: what runs it alone, if
+    that is loaded."""
 
     body: Body
     params: Any
     units: int
     macros: tuple[str, ...]
     compile_step: CompileStep
+    ordinal: int = 0
     launch: cuda.Launch | None = None
 
 
@@ -127,21 +130,13 @@ class Step:
         launches: list[cuda.Launch] = []
         for of_level in range(max(level) + 1):
             nodes = [n.launch for n, at in zip(self.nodes, level, strict=True) if at == of_level]
-            launches += [one for one in nodes if not isinstance(one, Part)]
-            parts = [one for one in nodes if isinstance(one, Part)]
+            parts = [one for one in nodes if isinstance(one, Part) and not one.body.alone]
+            launches += [getattr(one, "launch", one) for one in nodes if one not in parts]
+            parts.sort(key=lambda part: part.launch is not None)  # programs first
             for begin, end in itertools.pairwise(_cuts(parts)):
                 own = parts[begin].launch if end - begin == 1 else None
-                launches.append(own or _together(tuple(parts[begin:end]), self._ordinal, overlaps))
+                launches.append(own or _together(tuple(parts[begin:end]), overlaps))
         return launches
-
-    @functools.cached_property
-    def _ordinal(self) -> int:
-        """The number of the GPU."""
-        launches = (getattr(n.launch, "launch", n.launch) for n in self.nodes)
-        own = next((x for x in launches if isinstance(x, cuda.Launch)), None)
-        if own:
-            return own.function.module.device.ordinal
-        return next((ordinal_of(b.frame) for b in self.keep if isinstance(b, Bound)), 0)
 
     def __call__(self) -> None:
         self._run()
@@ -176,7 +171,8 @@ def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
     """A node for each launch of a kernel that has units."""
     boxes, frame, nodes = bound.boxes(), bound.frame, []
     for body, params, units in zip(launcher.bodies, frame.blocks, frame.units, strict=True):
-        part = Part(body, params, units, frame.variants, launcher.compile_step)
+        how = frame.variants, launcher.compile_step, ordinal_of(frame)
+        part = Part(body, params, units, *how)
         reads, writes = (
             tuple(box for name in names for box in boxes.get(name, boxes[""]))
             for names in (body.reads, body.writes)
@@ -187,15 +183,15 @@ def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
 
 def _cuts(parts: Sequence[Part]) -> list[int]:
     """Divides launches into ranges that can become one launch: the parameters of a range fit a
-    kernel, no body gets fewer registers because another one has more threads, none fewer CTAs of an
-    SM than its work is divided for, and none that runs alone is among others."""
+    kernel, no body gets fewer registers because another one has more threads, and none fewer CTAs
+    of an SM than its work is divided for."""
     cuts, used, last = [0], 0, ()
     for i, part in enumerate(parts):
         size, bodies = len(part.params) + 8, (*last, part.body)
         threads = max(b.threads for b in bodies)
         ctas = min(b.resident for b in bodies) // threads
         fits = used + size <= PARAMS_BYTES and ctas >= max(1, *(b.ctas for b in bodies))
-        if last and not (fits and not any(b.alone for b in bodies)):
+        if last and not fits:
             cuts.append(i)
             used, bodies = 0, (part.body,)
         used, last = used + size, bodies
@@ -209,11 +205,11 @@ def parameters(parts: Sequence[Part]) -> Any:
     return ctypes.create_string_buffer(data, len(data))
 
 
-def _together(parts: tuple[Part, ...], ordinal: int, overlaps: bool) -> cuda.Launch:
+def _together(parts: tuple[Part, ...], overlaps: bool) -> cuda.Launch:
     """One launch of several parts, each on its own CTAs."""
     bodies = tuple(p.body for p in parts)
     macros = tuple(sorted({m for p in parts for m in p.macros}))
-    function = _function(parts[0].compile_step, bodies, macros, ordinal)
+    function = _function(parts[0].compile_step, bodies, macros, parts[0].ordinal)
     return function.prepare(
         (sum(p.units for p in parts), 1, 1), (max(b.threads for b in bodies), 1, 1),
         max(b.smem_bytes for b in bodies), parameters(parts), overlaps,

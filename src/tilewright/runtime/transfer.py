@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tilewright import dtypes
 from tilewright.errors import ArgumentError
 from tilewright.runtime.view import describe_torch, view
 
@@ -69,3 +70,25 @@ def _torch_to_host(tensor: Any) -> np.ndarray:
     import torch
 
     return host.view(torch.int16).numpy().view(np.uint16)
+
+
+def as_float64(array: Any, at: Any = ()) -> np.ndarray:
+    """Any float array as float64 on the host; of a cache only the elements at the index `at`: the
+    rest may be large, and was perhaps never written."""
+    kind, is_torch = view(array).dtype, hasattr(array, "detach")
+    host = to_host(array.detach()[at]) if is_torch else to_host(array)[at]
+    if kind == dtypes.bfloat16 and host.dtype == np.uint16:
+        host = dtypes.bfloat16_values(host)
+    return np.asarray(host, np.float64)
+
+
+def write(array: Any, values: Any, waits: bool = True) -> None:
+    """Overwrites an array with a number, or values of NumPy, converted to its dtype. `waits`: as in
+    `DeviceArray.copy_from`."""
+    if hasattr(array, "copy_from"):
+        values = np.asarray(values, array.dtype.numpy)
+        array.copy_from(np.broadcast_to(values, array.shape), waits=waits)
+    elif hasattr(array, "detach"):  # bfloat16 among them
+        array.detach().copy_(sys.modules["torch"].as_tensor(values))
+    else:
+        array[...] = values

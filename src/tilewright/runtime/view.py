@@ -140,7 +140,7 @@ def allocator(like: object, shape: tuple[int, ...], dtype: DType) -> Callable[[A
         return lambda _: np.empty(shape, _numpy_type(dtype))
     from tilewright.runtime.cuda import DeviceArray
 
-    return lambda _: DeviceArray(shape, dtype, int(device.partition(":")[2]))
+    return lambda _: DeviceArray(shape, dtype, ordinal_of(device))
 
 
 def _empty_cupy(like: Any, shape: tuple[int, ...], dtype: DType) -> Any:
@@ -322,6 +322,11 @@ def element_strides(
         text = f"strides {steps} (bytes) are no multiples of the {itemsize}-byte element"
         raise ArgumentError("A104", text, hint="copy the array")
     return tuple(step // itemsize for step in steps)
+
+
+def ordinal_of(device: str) -> int:
+    """The number of a GPU: 0 for "cuda", 2 for "cuda:2"."""
+    return int(device.partition(":")[2] or 0)
 
 
 def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

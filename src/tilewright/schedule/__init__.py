@@ -70,7 +70,7 @@ class Schedule:
     @property
     def nests(self) -> tuple[Nest, ...]:
         """The nests of the lowered program, in order; `on(n)` selects by this number."""
-        return tuple(n for stage in self.lowered.program.stages for n in stage)
+        return self.lowered.program.nests
 
     @property
     def lowered(self) -> Schedule:

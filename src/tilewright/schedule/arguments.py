@@ -1,6 +1,6 @@
 """Rules for the arguments of the verbs, checked once: at the methods of `Schedule`.
 
-    @takes(loop=A_NAME, factor=whole(0, NEAR))
+    @takes(loop=A_NAME, factor=integer(0, NEAR))
     def unroll(self, loop, factor=0): ...
 
     s.unroll("b", "x")   [S102] unroll('b', 'x'): factor is 'x', not a whole number from 0 to 32768

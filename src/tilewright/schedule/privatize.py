@@ -1,6 +1,7 @@
 """`privatize`: an output with a copy for each group of units, added up in a fixed order."""
 
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 from tilewright import dtypes
@@ -19,10 +20,8 @@ def privatize(program: ir.Program, output: str, loop: str, copies: int) -> ir.Pr
     if tensor is None:
         known = ", ".join(t.name for t in program.outputs)
         raise unknown(f"no output {output!r}", f"outputs: {known}")
-    updates = [
-        c for stage in program.stages for n in stage for c in computes(n.body)
-        if c.out.buffer.name == output
-    ]  # fmt: skip
+    every = (c for n in program.nests for c in computes(n.body))
+    updates = [c for c in every if c.out.buffer.name == output]
     if tensor.kind == "state":
         why = f"{output} is a parameter that is updated: its copies would not start from it"
         raise illegal(why, "atomic(), or one unit")
@@ -102,13 +101,9 @@ class _Copies:
     def _join(self, op: str) -> ir.Nest:
         """The output from its copies, the first one first."""
         axes = [ir.Var(f"copy_{d}", self.copy.dtype) for d in range(len(self.output.dims))]
-        loads = [
-            ir.Load(self.buffer, (ir.Const(n, self.copy.dtype), *axes), self.buffer.dtype)
-            for n in range(self.copies)
-        ]
-        value: ir.Expr = loads[0]
-        for x in loads[1:]:
-            value = ir.Binary({"sum": "+", "prod": "*"}.get(op, op), value, x, value.dtype)
+        copies = (ir.Const(n, self.copy.dtype) for n in range(self.copies))
+        loads = (ir.Load(self.buffer, (n, *axes), self.buffer.dtype) for n in copies)
+        value = reduce(lambda a, b: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), loads)
         out = ir.Load(self.original, tuple(axes), self.original.dtype)
         body: ir.Stmt = ir.Compute(out, ir.cast(value, out.dtype))
         for var, size in reversed([*zip(axes, self.original.shape, strict=True)]):

@@ -378,12 +378,12 @@ class _Staging:
 
 def _part_of(e: ir.Expr, loops: dict[str, ir.For]) -> tuple[ir.For, ir.Expr] | None:
     """The fused loop of which `e` is the quotient or remainder, and the extent of that part."""
-    if not (isinstance(e, ir.Binary) and isinstance(e.a, ir.Var) and isinstance(e.b, ir.Const)):
-        return None
-    f = loops.get(e.a.name)
-    if f is None or f.extent is None or e.op not in ("//", "%"):
-        return None
-    return f, e.b if e.op == "%" else ir.Const(-(-f.extent // int(e.b.value)), e.dtype)
+    match e:
+        case ir.Binary("//" | "%" as op, ir.Var(name), ir.Const(n) as by):
+            f = loops.get(name)
+            if f is not None and f.extent is not None:
+                return f, by if op == "%" else ir.Const(-(-f.extent // int(n)), e.dtype)
+    return None
 
 
 def _copied(lines: list[ir.Stmt]) -> int:

@@ -10,8 +10,6 @@ Up to `knee` rows a GPU reads the weights in the time that their products take. 
 The constants are fitted by least squares of the relative error, none below zero.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -43,7 +41,7 @@ class Work(NamedTuple):
     reads: int = 0
     span: int = 0
 
-    def plus(self, start: int, tokens: int) -> Work:
+    def plus(self, start: int, tokens: int) -> "Work":
         """The same with a chunk of a prompt more, from position `start` on."""
         answers, context, prompt, reads, span = self
         reads += tokens * start + tokens * (tokens + 1) // 2
@@ -82,7 +80,7 @@ class CostModel:
     def is_fitted(self) -> bool:
         return self.seconds(Work(1, 1)) > 0
 
-    def corrected(self, work: Work, seconds: float) -> CostModel:
+    def corrected(self, work: Work, seconds: float) -> "CostModel":
         """The model after a step that took `seconds`: one factor follows by 1 / `SLOWNESS` of the
         difference. A step twice as slow as predicted, or slower, counts as twice as slow."""
         if not self.is_fitted:
@@ -96,7 +94,7 @@ class CostModel:
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], key: str | None) -> CostModel:
+    def load(cls, path: str | os.PathLike[str], key: str | None) -> "CostModel":
         """Reads a file of `save`. Raises ModelError[M108] for one that was measured on another
         device, model or version than `key` (None: any), or that is no such file."""
         try:

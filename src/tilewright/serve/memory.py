@@ -10,11 +10,14 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.runtime.cuda import DeviceArray, HostWords
+from tilewright.runtime.transfer import write
 from tilewright.target import Target
 
 
 class Memory:
     """Allocates, writes and reads arrays of one target."""
+
+    write = staticmethod(write)
 
     def __init__(self, target: Target) -> None:
         self.on_cuda = target.is_cuda
@@ -30,14 +33,6 @@ class Memory:
         if not self.on_cuda or not isinstance(array, np.ndarray):
             return array
         return DeviceArray.from_numpy(np.ascontiguousarray(array), dtype)
-
-    def write(self, array: Any, values: Any, waits: bool = True) -> None:
-        """Overwrites an array of the target. `waits`: as in `DeviceArray.copy_from`."""
-        if isinstance(array, np.ndarray):
-            array[...] = values
-        else:
-            values = np.asarray(values, array.dtype.numpy)
-            array.copy_from(np.broadcast_to(values, array.shape), waits=waits)
 
     def readback(self, array: Any) -> Callable[[], Callable[[], np.ndarray]]:
         """A function that begins to read an int32 array, and returns one that waits for the values.

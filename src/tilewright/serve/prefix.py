@@ -4,8 +4,6 @@ A node is a full page, its key the tokens of that page; a path from the root is 
 request holds the pages of its path, so what it reads is never evicted.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterator, Sequence
 
@@ -20,7 +18,7 @@ class Node:
 
     __slots__ = ("children", "depth", "key", "page", "parent", "used")
 
-    def __init__(self, key: Key, page: int, parent: Node | None, used: int) -> None:
+    def __init__(self, key: Key, page: int, parent: "Node | None", used: int) -> None:
         self.key, self.page, self.parent, self.used = key, page, parent, used
         self.depth = 0 if parent is None else parent.depth + 1
         self.children: dict[Key, Node] = {}

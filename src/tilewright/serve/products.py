@@ -1,8 +1,6 @@
 """Products of many rows by torch, which is cuBLAS on a GPU: they share memory with our kernels, and
 a recorded step captures them among its own launches. torch is optional."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -14,7 +12,7 @@ from tilewright.target import Target
 OWN_ROWS = 16  # up to so many rows our own layers keep the bits of each
 
 
-def products_of(file: ModelFile, target: Target) -> Products | None:
+def products_of(file: ModelFile, target: Target) -> "Products | None":
     """What computes products of many rows: None for our own layers, where torch has no GPU. In
     bfloat16, and in float32 where all weights are."""
     kinds = {w.kind for w in file.tensors.values() if len(w.shape) == 2}
@@ -46,22 +44,22 @@ class Products:
 
     def tensor(self, array: Any) -> Any:
         """An array as a tensor, the same memory; integers of 16 bits are bfloat16."""
-        made = self.torch.as_tensor(array, device=self.device)
-        return made if made.dtype.is_floating_point else made.view(self.torch.bfloat16)
+        tensor = self.torch.as_tensor(array, device=self.device)
+        return tensor if tensor.dtype.is_floating_point else tensor.view(self.torch.bfloat16)
 
     def __call__(self, *args: Any, out: Any) -> None:
         Product(self, args, out)()
 
-    def bind(self, *args: Any, out: Any) -> Product:
+    def bind(self, *args: Any, out: Any) -> "Product":
         """A product for a recorded step. What torch makes at the first of a shape is made now,
         which writes `out`."""
-        made, kinds = Product(self, args, out), [(a.shape, str(a.dtype)) for a in (*args, out)]
+        product, kinds = Product(self, args, out), [(a.shape, str(a.dtype)) for a in (*args, out)]
         if self.stream and (shape := tuple(kinds)) not in self._known:
             self.torch.cuda.synchronize(self.device)  # a step under way reads what this writes
-            made.run(0)
+            product.run(0)
             self.torch.cuda.synchronize(self.device)
             self._known.add(shape)
-        return made
+        return product
 
 
 class Product:

@@ -6,11 +6,11 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tilewright.attention.checks import is_integer, is_number
 from tilewright.errors import ModelError
 
 if TYPE_CHECKING:
@@ -30,14 +30,12 @@ MAX_BIASES = 1024
 
 def is_count(value: Any, least: int, most: float = inf) -> bool:
     """Whether an argument is an integer of Python or NumPy in a range."""
-    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-    return is_integer and least <= int(value) <= most
+    return is_integer(value) and least <= int(value) <= most
 
 
-def is_number(value: Any, least: float, most: float) -> bool:
+def is_within(value: Any, least: float, most: float) -> bool:
     """Whether an argument is a real number in a range."""
-    is_real = isinstance(value, Real) and not isinstance(value, bool)
-    return is_real and least <= value <= most  # pyright: ignore[reportOperatorIssue]
+    return is_number(value) and least <= value <= most
 
 
 def check_fields(value: Any, rules: Mapping[str, tuple[bool, str]]) -> None:
@@ -92,7 +90,7 @@ class Sampling:
         rules = {
             "max_tokens": (is_count(self.max_tokens, 1), "an integer from 1"),
             "top_k": (is_count(self.top_k, 0), "an integer from 0"),
-            "top_p": (is_number(self.top_p, 0, 1) and self.top_p > 0, "above 0, at most 1"),
+            "top_p": (is_within(self.top_p, 0, 1) and self.top_p > 0, "above 0, at most 1"),
             "logit_bias": (_is_bias(self.logit_bias), "tokens to numbers of -100…100"),
             "seed": (seed is None or is_count(seed, 0), "an integer from 0"),
             "stop": (_are_stops(self.stop), f"at most {MAX_STOPS} texts, none of them empty"),
@@ -104,7 +102,7 @@ class Sampling:
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             is_absent = value is None and name.endswith("_ms")
-            rules[name] = is_absent or is_number(value, least, most), f"{least:g}…{most:g}"
+            rules[name] = is_absent or is_within(value, least, most), f"{least:g}…{most:g}"
         check_fields(self, rules)
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
@@ -121,7 +119,7 @@ def _is_bias(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and len(value) <= MAX_BIASES
-        and all(is_count(k, 0) and is_number(v, -100, 100) for k, v in value.items())
+        and all(is_count(k, 0) and is_within(v, -100, 100) for k, v in value.items())
     )
 
 

@@ -11,8 +11,6 @@ With `invariant` the bits of a row depend on its own request only, and not on ho
 *The bits of an answer* in docs/design/serving.md has what that takes, and where it holds on GPUs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import call
@@ -48,7 +46,7 @@ class Logits:
     way: `wait` before anything is read. `drawn`: those that it samples; `left`: for the host;
     `groups`: of the answers, which of them share reads."""
 
-    def __init__(self, runner: Runner, chunks: Sequence[Chunk], rows: Any, drawn: Any) -> None:
+    def __init__(self, runner: "Runner", chunks: Sequence[Chunk], rows: Any, drawn: Any) -> None:
         self._runner, self._rows, self.groups = runner, rows, runner.groups
         self.requests = [c.request for c in chunks if c.wants_token]
         self._drawn = [int(r in drawn) for r in self.requests]

@@ -120,14 +120,14 @@ class Seats:
     def _write(self, i: int, seat: Any) -> None:
         memory, row, edits, held = self._memory, np.zeros((1, ROW.size), np.uint8), 0, None
         if seat:
-            how, found, logits = seat[0].sampling, _edits(seat[0]), self._logits
+            how, edited, logits = seat[0].sampling, _edits(seat[0]), self._logits
             # With penalties the step adds the tokens that it draws, also one computed in vain.
             counts = how.presence_penalty or how.frequency_penalty or how.repetition_penalty != 1
             room = min(how.max_tokens - seat[1], logits.shape[1]) + 2 if counts else 0
-            if edits := len(found) + room:
-                held = memory.put(np.pad(found.view(np.int32), (0, 4 * room)))
+            if edits := len(edited) + room:
+                held = memory.put(np.pad(edited.view(np.int32), (0, 4 * room)))
             at = view(held).pointer if edits else 0
-            _pack(row[0], seat[0], memory.rows(logits, i, i + 1), len(found), at)
+            _pack(row[0], seat[0], memory.rows(logits, i, i + 1), len(edited), at)
         memory.write(memory.rows(self._rows, i, i + 1), row)
         self._edits[i] = held
 

@@ -4,8 +4,6 @@
 steps. A pipe is between them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools
@@ -42,7 +40,7 @@ class Piece:
     cached: int = 0
     error: Exception | None = None
 
-    def __add__(self, later: Piece) -> Piece:
+    def __add__(self, later: "Piece") -> "Piece":
         text, logprobs = self.text + later.text, self.logprobs + later.logprobs
         return Piece(text, logprobs, later.finish, later.answered, later.cached, later.error)
 
@@ -152,7 +150,7 @@ class Worker:
         _, self.counts = first
 
     @classmethod
-    def process(cls, path: str, target: str, options: Options) -> Worker:
+    def process(cls, path: str, target: str, options: Options) -> "Worker":
         """An engine of a model file in a new process."""
         context = multiprocessing.get_context("spawn")
 

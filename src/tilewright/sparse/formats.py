@@ -10,8 +10,6 @@ Formats compare and hash by value; kernels are built for them and cached by them
 Reference: hyb(c, k) of SparseTIR (ASPLOS 2023, §4.2.1).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,10 @@ from tilewright.errors import FormatError
 from tilewright.ir.levels import Compressed, Dense, Fixed, Level, Ragged, Singleton, integer
 from tilewright.ir.levels.lists import lists_rows
 
+__all__ = [
+    "Composed", "Format", "Where", "bsr", "bucket", "coo", "csc", "csf", "csr", "dbsr", "dcsr",
+    "ell", "hyb", "ragged", "sr_bcrs",
+]  # fmt: skip
 MOST_PARTS = 1 << 16  # of a composed format: a row of its work table each
 Chosen = tuple["Format", np.ndarray | None, np.ndarray | None]  # format, entries, rows of a part
 
@@ -47,7 +49,7 @@ class Format:
         return 1 + max(level.dim for level in self.levels)
 
     @property
-    def formats(self) -> tuple[Format, ...]:
+    def formats(self) -> tuple["Format", ...]:
         """The formats of its parts: one, itself."""
         return (self,)
 
@@ -135,7 +137,7 @@ class Where:
         cols = f", columns {self.col_part}/{self.col_parts}" if self.col_parts > 1 else ""
         return f"rows of {self.shortest}…{top} entries{cols}"
 
-    def choose(self, entries: ByRow) -> tuple[np.ndarray, np.ndarray]:
+    def choose(self, entries: "ByRow") -> tuple[np.ndarray, np.ndarray]:
         """A bool mask of the selected rows, and the numbers of the selected entries."""
         numbers, length = entries.of_columns(self.col_part, self.col_parts)
         longest = entries.over_blocks(np.maximum, length)
@@ -485,7 +487,7 @@ def hyb(
 def _widths(of: str, buckets: Any) -> tuple[int, ...]:
     """The widths of the buckets of `of`: a tuple or list, ascending."""
     is_list = isinstance(buckets, tuple | list)
-    widths = tuple([integer(of, "buckets", w, 1) for w in buckets]) if is_list else ()
+    widths = tuple(integer(of, "buckets", w, 1) for w in (buckets if is_list else ()))
     if not widths or list(widths) != sorted(set(widths)):
         rule = f"{of}: buckets are widths, ascending"
         raise FormatError("F101", rule, where="buckets", hint="as (1, 2, 4, 8)")

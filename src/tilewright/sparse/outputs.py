@@ -1,7 +1,5 @@
 """Outputs, temporaries and updates of a traced program, and the checks of their statements."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,15 +25,15 @@ class Output:
     dtype: dtypes.DType | None = None
     structure_of: Tensor | None = None
 
-    def like(self, tensor: Tensor) -> Output:
+    def like(self, tensor: Tensor) -> "Output":
         if not tensor.is_sparse:
             raise refusal("P103", f"{tensor.name} is dense: it has no structure to share")
         return replace(self, structure_of=tensor)
 
-    def named(self, name: str) -> Output:
+    def named(self, name: str) -> "Output":
         return replace(self, name=name)
 
-    def typed(self, dtype: Any) -> Output:
+    def typed(self, dtype: Any) -> "Output":
         return replace(self, dtype=dtypes.dtype(dtype))
 
     def __getitem__(self, coords: Any) -> Callable[[Any], Tensor]:
@@ -59,11 +57,11 @@ class Update:
     op: str = ""
 
     @property
-    def append(self) -> Update:
+    def append(self) -> "Update":
         return replace(self, op="append")
 
     @property
-    def add(self) -> Update:
+    def add(self) -> "Update":
         return replace(self, op="sum")
 
     def __getitem__(self, coords: Any) -> Callable[..., Tensor]:

@@ -6,8 +6,6 @@ The slot of each entry is kept, so new values need one scatter (`repack_values`)
 structure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -134,7 +132,7 @@ class Packed:
         """The share of positions without an entry, from 0 to 1."""
         return self.structure.padding
 
-    def with_values(self, values: Any, *, dtype: Any = None) -> Packed:
+    def with_values(self, values: Any, *, dtype: Any = None) -> "Packed":
         """A tensor of the same structure with other values: (nnz,), in the order of the entries of
         the matrix that was packed (row-major where equal coordinates were added up). Raises
         FormatError[F107] when their number is not nnz, and as `pack` for other objects."""
@@ -171,7 +169,7 @@ class Packed:
         out[coords] = values
         return out
 
-    def to(self, device: str) -> Packed:
+    def to(self, device: str) -> "Packed":
         """The same tensor on another device (`"cuda"`, `"cuda:1"`): its structure and values are
         copied there. Raises ArgumentError[A105]."""
         device = str(device)

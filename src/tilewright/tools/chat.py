@@ -53,8 +53,8 @@ def add_arguments(names: Sequence[str], parser: argparse.ArgumentParser) -> None
 
 def engine_options(args: argparse.Namespace) -> Options:
     """The options of an engine, of those that a parser has."""
-    given = {n: x for n, x in vars(args).items() if n in Options.__dataclass_fields__}
-    return Options(invariant=not args.fast, **given)
+    options = {n: x for n, x in vars(args).items() if n in Options.__dataclass_fields__}
+    return Options(invariant=not args.fast, **options)
 
 
 demo_arguments = partial(add_arguments, ("question", "--model", *ANSWER))

@@ -75,10 +75,11 @@ def partial_floats(head_dim: int, blocks: int, ctas: int, rows: int = 0) -> tupl
     return 2 * ctas * blocks * 8 * (columns + 2), rows * (columns + 8)
 
 
-def shared_block(spec: Spec, pool: Pool | None, arch: str) -> int:
-    """Queries of an item of the launch in front that does shared keys on GPUs of `arch`: of the
-    Hopper family where that can run it (`pool`: None where it is not known), else of this one."""
-    can = not hopper.refuses(spec, 0, pool, arch)
+def shared_block(spec: Spec, pool: Pool | None, arch: str, tokens: int) -> int:
+    """Queries of an item of the launch in front that does shared keys on GPUs of `arch`, for at
+    most `tokens` of a batch: of the Hopper family where that can run it (`pool`: None where it is
+    not known) and one item of this family does not have them all, else of this one."""
+    can = tokens * spec.group > ROWS and not hopper.refuses(spec, 0, pool, arch)
     return (hopper.rows_of(spec) if can else ROWS) // spec.group
 
 

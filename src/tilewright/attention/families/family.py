@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import ordinal_of
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec, alone, launch_of
 from tilewright.errors import ArgumentError
 from tilewright.ir.body import Body
 from tilewright.runtime import cuda
-from tilewright.runtime.view import allocate, view
+from tilewright.runtime.view import allocate, ordinal_of, view
 
 if TYPE_CHECKING:
     from tilewright.attention.plan import Plan

@@ -5,13 +5,12 @@ the order of the plan."""
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import ordinal_of
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
@@ -20,18 +19,18 @@ from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, name
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
 from tilewright.attention.tracing import SCORE
-from tilewright.attention.variant import all_of, conditions
 from tilewright.errors import ArgumentError
 from tilewright.ir.body import Body
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Unary, Var, binary
-from tilewright.ir.rewrite import walk
+from tilewright.ir.rewrite import all_of, conjuncts, walk
 from tilewright.runtime import cuda
 from tilewright.runtime.cuda import tensor_map
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.view import view
+from tilewright.runtime.view import ordinal_of, view
 
 ARCH = "sm_90a"
 MAX_GROUP = 64
+SLOTS = 3  # segments of items that the scheduler passes on at once
 NARROW_ROWS = 8  # packed rows of a narrow item, at most: the columns of a tensor core's result
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
 _LISTS = ("items", "item_count", "narrow_count", "narrow_ctas")  # parameters of a plan's items
@@ -140,9 +139,9 @@ def smem_bytes(spec: Spec, narrow: bool = False) -> int:
     k, v = (-(-n // 64) * 128 for n in (spec.head_dim, spec.head_dim_vo))  # bytes of a row
     rows = tiles.q * rows_of(spec) * k + tiles.keys * (tiles.k * k + tiles.v * v)
     rows += rows_of(spec) * 128 * (tiles.q == 1)  # outputs on their way
-    barriers = 2 * tiles.k + 3 * tiles.v + 2 * tiles.q + 4
+    barriers = 2 * tiles.k + 3 * tiles.v + 2 * tiles.q + 2 * SLOTS
     rows += 8 * tiles.segment * bool(key_array(spec))  # extremes of its elements
-    return rows + 2 * (22 + tiles.segment) * 4 + barriers * 8 * (1 + narrow) + 1024
+    return rows + SLOTS * (22 + tiles.segment) * 4 + barriers * 8 * (1 + narrow) + 1024
 
 
 def params_struct(spec: Spec) -> Struct:
@@ -190,7 +189,7 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
         case Binary("*", a, Unary("tanh", Binary("/", x, b))):
             if x == SCORE and not _names(a) | _names(b):
                 e, outer, inner = x, a, b
-    for x in conditions(spec.traced.mask):
+    for x in conjuncts(spec.traced.mask):
         match x:
             case Binary("<=", Var("at.kv" | "at.key"), b) if lies and _KEYS.isdisjoint(_names(b)):
                 below.append(x)
@@ -303,11 +302,13 @@ def _prepare(call: Call) -> Prepared:
     work = {"qo_indptr": indptr.pointer, "items": items.pointer, "item_count": wide}
     work |= {"narrow_count": len(plan.items) - wide, "narrow_ctas": min(narrow, sms)}
     addresses = (view(x).pointer for x in memory)
-    made = _prepared(call, min(wide + narrow, sms), work, *addresses)
-    return replace(made, keep=(*made.keep, indptr, items, counters, partials))
+    keep = indptr, items, counters, partials
+    return _prepared(call, min(wide + narrow, sms), work, *addresses, keep=keep)
 
 
-def _prepared(call: Call, ctas: int, work: dict[str, int], *memory: int) -> Prepared:
+def _prepared(
+    call: Call, ctas: int, work: dict[str, int], *memory: int, keep: Any = ()
+) -> Prepared:
     """A launch of a call; `memory`: partial results, and counters."""
     spec, values, plan, struct = call.spec, call.values, call.plan, params_struct(call.spec)
     page_size, shared = values["page_size"], spec.table.shared > 0
@@ -320,7 +321,7 @@ def _prepared(call: Call, ctas: int, work: dict[str, int], *memory: int) -> Prep
     chunked = not isinstance(plan, Plan) or shared or plan.slots > 0
     narrow = work["narrow_ctas"] > 0
     b = body(spec, box_keys(spec, page_size), chunked, narrow)
-    return Prepared.on_gpu(b, call.ordinal, ctas, block, ())
+    return Prepared.on_gpu(b, call.ordinal, ctas, block, keep)
 
 
 def shared_launch(call: Call, ctas: int, work: dict[str, int]) -> Any:

@@ -1,28 +1,9 @@
 // The consumers of prefill_hopper.cuh, which includes this file and says what they do.
+#include "hopper_write.cuh"
 
 namespace attention {
 
-struct Rows {  // of one thread, two rows: maxima (times `factor`; see raise), sums of this thread's columns
-  float base[2], sum[2];
-  float slope[2], shift[2];  // where scores lean, log2: for each key, and of this thread's first key of a tile
-  int start[2];              // the distance of key 0
-};
-struct Ends {  // of one thread, two rows: the factor of the outputs, lse
-  float scale[2], lse[2];
-};
-constexpr bool EARLY_ENDS = !CHUNKED && !Variant::SINK && !SHARED;  // known before the last P·V, behind which they are computed
-// x, of which what depends on it is computed here, not in front of the loops, where it would hold registers.
-TW_INLINE int here(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-TW_INLINE float finite(float base) { return base == lowest() ? 0.0f : base; }
-
-struct Consumer {
-  const Params& p;
-  const Variant& variant;
-  const Shared& shared;
-  int group, warp, lane;     // the warpgroup, the warp in it
+struct Consumer : Writer {
   uint64_t q, k, v;          // descriptors of the first tile of Q, K and V
   float inner;               // BENDS: a product times this is the tanh's argument
   float factor;              // exp2 of factor · (score − row maximum) is a weight
@@ -83,7 +64,7 @@ struct Consumer {
   // −inf where the mask refuses. Logits that are not DIRECT are computed here too, times log2 e. Returns how many
   // blocks of 32 keys this warp sees any of; where it `skips`, those behind are left as they are.
   TW_INLINE int apply(const Slot& item, int entry, float (&s)[BN / 2], bool skips) const {
-    const int column = lane % 4 * 2, tile = entry & ~WHOLE;
+    const int column = here(lane) % 4 * 2, tile = entry & ~WHOLE;
     At at[2];
     uint32_t bits[2];  // of columns that are seen by comparisons, and of all that reads memory
 #pragma unroll
@@ -172,15 +153,6 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < BN / 4; ++i) weights[i] = tw::pack<Kind>(s[2 * i], s[2 * i + 1]);
   }
-  // The sums so far, under the maxima of `rows` instead of `old` ones.
-  TW_INLINE void rescale(float (&o)[DV / 2], Rows& rows, const Rows& old) const {
-    const float factors[2] = {tw::exp2(old.base[0] - finite(rows.base[0])), tw::exp2(old.base[1] - finite(rows.base[1]))};
-    rows.sum[0] *= factors[0];
-    rows.sum[1] *= factors[1];
-#pragma unroll
-    for (int i = 0; i < DV / 2; ++i) o[i] *= factors[i / 2 & 1];
-  }
-
   // Whether K of tile `done` and V of the tile before it have arrived; asked early, the answer costs nothing.
   TW_INLINE bool has_arrived(int done) const {
     return tw::barrier_test(shared.barrier(K_FULL + done % K_STAGES), done / K_STAGES & 1) &
@@ -234,223 +206,47 @@ struct Consumer {
     rows.sum[1] += sum[1];
   }
 
-  // The first tile of a segment: starts its scores, behind the outputs of the tile before, maybe of another
-  // item, which are there when this returns, as are its `ends`. Those of the scores are not.
-  TW_INLINE void join(int done, int buffer, bool arrived, bool& fresh, const Rows& rows, Ends& ends, float (&s)[BN / 2], float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
+  // Starts the outputs of the last tile of a segment, which are under way while the next one is found, and computes the
+  // `ends` of its item.
+  TW_INLINE void finish(int done, bool arrived, bool& fresh, const Rows& rows, Ends& ends, float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
     shared.trace(WAIT_TILE);
-    if (!arrived) arrive(done);
+    if (!arrived) tw::barrier_wait(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
     if (BY_ROWS) tw::fence_async();
     shared.trace(ISSUE);
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
     issue_outputs(o, weights, done % V_STAGES, fresh);
-    issue_scores(s, buffer, done % K_STAGES);
-    shared.trace(WAIT_OUTPUTS);
     if constexpr (EARLY_ENDS) {
       ends = ends_of(Work{}, rows);
       tw::tie(ends.scale);
       tw::tie(ends.lse);
     }
-    tw::wgmma_wait<1>();
-    tw::tie(o);
-    release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
   }
-
-  // The outputs of the last tile.
-  TW_INLINE void drain(int done, bool fresh, float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
-    tw::barrier_wait(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
-    if (BY_ROWS) tw::fence_async();
-    tw::tie(weights);
-    tw::tie(o);
-    tw::wgmma_fence();
-    issue_outputs(o, weights, done % V_STAGES, fresh);
+  // Waits for these.
+  TW_INLINE void wait_outputs(float (&o)[DV / 2]) const {
+    shared.trace(WAIT_OUTPUTS);
     tw::wgmma_wait<0>();
     tw::tie(o);
   }
 
-  // Leaves a chunk's part of this warp's rows in memory. The last warp to come merges all, in the order of
-  // the chunks, into `o` and `rows`, and only it is told so.
-  TW_INLINE bool merge(const Work& item, float (&o)[DV / 2], Rows& rows) const {
-    constexpr int WARPS = 4 * CONSUMERS, FLOATS = 32 * (DV / 2 + 4);  // of a warp: four for each lane in turn
-    const int number = group * 4 + warp, lane = here(this->lane);
-    float* parts = p.partials + (static_cast<int64_t>(item.slot) * WARPS + number) * FLOATS + lane * 4;
-    float4* mine = reinterpret_cast<float4*>(parts + static_cast<int64_t>(item.chunk) * WARPS * FLOATS);
-#pragma unroll
-    for (int i = 0; i < DV / 8; ++i) mine[i * 32] = make_float4(o[i * 4], o[i * 4 + 1], o[i * 4 + 2], o[i * 4 + 3]);
-    mine[DV / 8 * 32] = make_float4(rows.base[0], rows.base[1], rows.sum[0], rows.sum[1]);
-    __threadfence();
-    __syncwarp();
-    int before = 0;
-    if (lane == 0) before = tw::arrive(p.counters + item.counter * WARPS + number);
-    if (__shfl_sync(0xffffffffu, before, 0) != item.chunks - 1) return false;
-    if (lane == 0) p.counters[item.counter * WARPS + number] = 0;
-    __threadfence();
-    rows = Rows{{lowest(), lowest()}, {0.0f, 0.0f}};
-#pragma unroll
-    for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
-#pragma unroll 1
-    for (int chunk = 0; chunk < item.chunks; ++chunk) {
-      const float4* part = reinterpret_cast<const float4*>(parts + static_cast<int64_t>(chunk) * WARPS * FLOATS);
-      const float4 r = __ldcg(part + DV / 8 * 32);
-      const Rows old = rows;
-      rows.base[0] = fmaxf(old.base[0], r.x);
-      rows.base[1] = fmaxf(old.base[1], r.y);
-      rescale(o, rows, old);
-      const float factors[2] = {tw::exp2(r.x - finite(rows.base[0])), tw::exp2(r.y - finite(rows.base[1]))};
-      rows.sum[0] += r.z * factors[0];
-      rows.sum[1] += r.w * factors[1];
-#pragma unroll
-      for (int i = 0; i < DV / 8; ++i) {
-        const float4 x = __ldcg(part + i * 32);
-        o[i * 4] += x.x * factors[0];
-        o[i * 4 + 1] += x.y * factors[0];
-        o[i * 4 + 2] += x.z * factors[1];
-        o[i * 4 + 3] += x.w * factors[1];
-      }
-    }
-    return true;
-  }
-
-  // 64 columns of this warp's 16 rows to shared memory, as TMA has them.
-  TW_INLINE void stage(int at, int block, const float (&o)[DV / 2], int lane) const {
-    const int row = lane & 15;
-#pragma unroll
-    for (int j = 0; j < 8 && block * 8 + j < DV / 8; j += 2) {
-      const float* x = o + (block * 8 + j) * 4;
-      tw::store_matrices(shared.base + at + row * 128 + ((j + (lane >> 4) ^ (row & 7)) << 4), tw::pack<Kind>(x[0], x[1]), tw::pack<Kind>(x[2], x[3]),
-                         tw::pack<Kind>(x[4], x[5]), tw::pack<Kind>(x[6], x[7]));
-    }
-  }
-  // And from there to memory, the rows that the item has.
-  TW_INLINE void copy(const Work& item, int at, int block, int lane) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int r = i * 4 + lane / 8, packed = group * 64 + warp * 16 + r, column = block * 64 + lane % 8 * 8;
-      const uint4 x = *reinterpret_cast<const uint4*>(shared.memory + at + r * 128 + ((lane % 8 ^ (r & 7)) << 4));
-      if (packed < item.tokens * G && column < DV)
-        *reinterpret_cast<uint4*>(p.o + (static_cast<int64_t>(item.token + packed / G) * p.qo_heads + item.head * G + packed % G) * DV + column) = x;
-    }
-  }
-
-  // A row that sees nothing has o = 0 and lse = −inf. Sums are 0 or at least about 1, so no case needs a slow path.
-  TW_INLINE Ends ends_of(const Work& item, const Rows& rows) const {
-    constexpr float LN2 = 0.6931471805599453f;
-    Ends ends;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = rows.sum[half], keep = 1.0f, largest = rows.base[half] * LN2;
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if constexpr (Variant::SINK) keep = tw::add_sink(variant.sink(at_of(p, item, group * 64 + warp * 16 + half * 8 + here(lane) / 4, 0)), largest, sum);
-      ends.scale[half] = sum == 0.0f ? 0.0f : keep * tw::reciprocal_fast(sum);
-      ends.lse[half] = sum == 0.0f ? lowest() : largest + tw::log2_fast(sum) * LN2;
-    }
-    return ends;
-  }
-
-  // The state of each row of an item of shared keys: outputs not yet divided, maximum (log2), sum.
-  TW_INLINE void leave(const Work& item, const float (&o)[DV / 2], const Rows& rows) const {
-    const int lane = here(this->lane);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = group * 64 + warp * 16 + half * 8 + lane / 4;
-      float sum = rows.sum[half];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (row >= item.tokens * G) continue;
-      float* state = p.partials + (static_cast<int64_t>(item.slot + row / G) * p.qo_heads + item.head * G + row % G) * (DV + 8);
-#pragma unroll
-      for (int j = 0; j < DV / 8; ++j)
-        *reinterpret_cast<float2*>(state + lane % 4 * 2 + j * 8) = make_float2(o[j * 4 + half * 2], o[j * 4 + half * 2 + 1]);
-      if (lane % 4 == 0) *reinterpret_cast<float2*>(state + DV) = make_float2(rows.base[half], sum);
-    }
-  }
-
-  // The first packed row of this warp.
-  TW_INLINE int first_row() const { return group * 64 + warp * 16; }
-  // The rows of the outputs that this thread's two packed rows are, and whether the item has them.
-  TW_INLINE void find_rows(const Work& item, int lane, int64_t (&at)[2], bool (&exists)[2]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row() + half * 8 + lane / 4;
-      exists[half] = row < item.tokens * G;
-      at[half] = static_cast<int64_t>(item.token + row / G) * p.qo_heads + item.head * G + row % G;
-    }
-  }
-
-  // Outputs divided by the sums. Returns whether they lie in the item's tile of Q now, and `send` has to follow.
-  TW_INLINE bool write(const Work& item, int buffer, float (&o)[DV / 2], Rows& rows, Ends& ends) const {
-    if constexpr (SHARED) return leave(item, o, rows), false;
-    if (CHUNKED && item.chunks > 1 && !merge(item, o, rows)) return false;
-    if constexpr (!EARLY_ENDS) ends = ends_of(item, rows);
-    const int lane = here(this->lane);
-    int64_t at[2];
-    bool exists[2];
-    find_rows(item, lane, at, exists);
-#pragma unroll
-    for (int i = 0; i < DV / 2; ++i) o[i] *= ends.scale[i / 2 & 1];
-    if constexpr (STAGED) {
-#pragma unroll
-      for (int block = 0; block < V_BLOCKS; ++block) stage(Q_AT + buffer * Q_BYTES + first_row() * 128 + block * Q_BLOCK, block, o, lane);
-      return true;
-    } else if constexpr (sizeof(Out) == 2) {
-      const int tile = STAGE_AT + (group * 4 + warp) * 16 * 128;
-#pragma unroll
-      for (int block = 0; block < V_BLOCKS; ++block) {
-        stage(tile, block, o, lane);
-        __syncwarp();
-        copy(item, tile, block, lane);
-        __syncwarp();
-      }
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (exists[half])
-#pragma unroll
-          for (int j = 0; j < DV / 8; ++j)
-            *reinterpret_cast<float2*>(p.o + at[half] * DV + lane % 4 * 2 + j * 8) = make_float2(o[j * 4 + half * 2], o[j * 4 + half * 2 + 1]);
-    }
-    store_lse(at, exists, ends, lane);
-    return false;
-  }
-  TW_INLINE void store_lse(const int64_t (&at)[2], const bool (&exists)[2], const Ends& ends, int lane) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (lane % 4 == 0 && exists[half]) p.lse[at[half]] = ends.lse[half];
-  }
-  // The outputs that `write` left in shared memory, and lse, which comes behind the fence, for that would wait for it.
-  // Some work should lie between the two: the fence waits for the stores to shared memory as well.
-  TW_INLINE void send(const Work& item, int buffer, const Ends& ends) const {
-    const int tile = Q_AT + buffer * Q_BYTES + first_row() * 128, lane = here(this->lane);
-    tw::fence_async();
-    __syncwarp();
-    if (16 % G == 0 && first_row() + 16 <= item.tokens * G) {
-      if (tw::elect())
-#pragma unroll
-        for (int block = 0; block < V_BLOCKS; ++block)
-          tw::store_box(&p.o_map, shared.base + tile + block * Q_BLOCK, block * 64, item.head * G, item.token + first_row() / G);
-    } else {
-#pragma unroll 1
-      for (int block = 0; block < V_BLOCKS; ++block) copy(item, tile + block * Q_BLOCK, block, lane);
-      tw::fence_async();
-    }
-    int64_t at[2];
-    bool exists[2];
-    find_rows(item, lane, at, exists);
-    store_lse(at, exists, ends, lane);
-  }
-  // The item's tile of Q is free: its outputs, if they passed through it, have been read.
-  TW_INLINE void free_queries(int buffer) const {
-    if (STAGED) tw::stores_read();
-    release(shared.barrier(Q_EMPTY + buffer), lane);
+  // The first tile of a segment: starts its scores. The outputs of the tile before, maybe of another item, are there.
+  TW_INLINE void join(int done, int buffer, bool arrived, float (&s)[BN / 2], float (&o)[DV / 2]) const {
+    wait_outputs(o);
+    release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
+    shared.trace(WAIT_TILE);
+    if (!arrived) tw::barrier_wait(shared.barrier(K_FULL + done % K_STAGES), done / K_STAGES & 1);
+    if (BY_ROWS) tw::fence_async();
+    shared.trace(ISSUE);
+    tw::wgmma_fence();
+    issue_scores(s, buffer, done % K_STAGES);
   }
 };
 
 TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& shared, int group, int warp, int lane) {
   // outer · tanh(x) = |outer| · tanh(±x): with a factor above 0 the largest score stays the largest.
   const float outer = variant.outer(), factor = BENDS ? fmaxf(fabsf(outer), 1e-20f) * LOG2E : DIRECT ? p.sm_scale * LOG2E : 1.0f;
-  const Consumer consumer{p, variant, shared, group, warp, lane,
+  const Consumer consumer{{p, variant, shared, group, warp, lane},
                           tw::wgmma_descriptor(shared.base + Q_AT + group * 64 * 128, 0, 1024),
                           tw::wgmma_descriptor(shared.base + K_AT, 0, 1024),
                           tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024), copysignf(p.sm_scale, outer) / variant.inner(), factor};
@@ -463,6 +259,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   bool arrived = false, fresh = true;  // whether the next tile has, whether nothing of o is kept
   if (!STAGED) consumer.free_queries(0);
   for (int n = 0;; ++n) {
+    consumer.finish(done, arrived, fresh, rows, ends, o, weights);
     const Slot& item = next_item<Wide>(shared, n);
     if (item.tokens < 0) break;
     const int tiles = item.partial + item.full, applied = DIRECT ? item.partial : tiles;  // tiles that the variant is applied to
@@ -472,7 +269,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
       ++items;
     }
     const int buffer = items % Q_TILES, previous = (items + Q_TILES - 1) % Q_TILES;
-    consumer.join(done, buffer, arrived, fresh, rows, ends, s, o, weights);
+    consumer.join(done, buffer, arrived, s, o);
     bool sends = false;
     if (item.begins) {
       shared.trace(WRITE);
@@ -503,7 +300,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     consumer.weigh_blocks(s, rows, sum, blocks);
     consumer.pack(weights, s);
     if (STAGED && item.begins && Q_TILES > 2) consumer.free_queries(previous);
-    if (grew && !item.begins) consumer.rescale(o, rows, old);
+    if (grew && !item.begins) rescale(o, rows, old);
     rows.sum[0] += sum[0];
     rows.sum[1] += sum[1];
     if (!STAGED && item.ends && tiles == 1) consumer.free_queries(buffer);
@@ -512,12 +309,10 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     int i = 1;
     for (; i < applied; ++i, ++done) consumer.step<true>(item, DIRECT ? item.tiles[i] : tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, fresh, o, weights, rows);
     for (; DIRECT && i < tiles; ++i, ++done) consumer.step<false>(item, LEANS ? tile_at(item, i) : 0, done, buffer, item.ends && i + 1 == tiles, arrived, fresh, o, weights, rows);
-    release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
+    release(shared.barrier(ITEM_EMPTY + n % SLOTS), lane);
   }
-  shared.trace(WAIT_OUTPUTS);
-  consumer.drain(done, fresh, o, weights);
+  consumer.wait_outputs(o);
   shared.trace(WRITE);
-  if constexpr (EARLY_ENDS) ends = consumer.ends_of(current, rows);
   if (consumer.write(current, items % Q_TILES, o, rows, ends)) consumer.send(current, items % Q_TILES, ends);
   if (STAGED) consumer.free_queries(items % Q_TILES);
 }

@@ -1,7 +1,5 @@
 """What a level is: its declared properties, what loops ask it, and how its arrays are built."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,7 +92,7 @@ class Level:
                 hint = "True or False; inner=True for the remainder by a block"
                 raise FormatError("F101", rule, where=name, hint=hint)
 
-    def misfit(self, above: Sequence[Level]) -> str:
+    def misfit(self, above: Sequence["Level"]) -> str:
         """Why the level does not fit below these levels of a format; "" if it does."""
         return ""
 

@@ -4,8 +4,6 @@ A model is a Llama with differences, which are data: `FAMILIES`. Sources: the mo
 `transformers` of the same names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -132,7 +130,7 @@ class ModelConfig:
         layers = {f"layers.{i}.{k}": v for i in range(self.layers) for k, v in layer.items()}
         return {"embed": (self.vocab, dim), **layers, "norm": (dim,), "lm_head": (self.vocab, dim)}
 
-    def check(self, where: str) -> ModelConfig:
+    def check(self, where: str) -> "ModelConfig":
         """The configuration, if it is one. Raises ModelError[M101]."""
         for name, most in _LIMITS.items():
             value = getattr(self, name)

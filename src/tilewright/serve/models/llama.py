@@ -146,13 +146,13 @@ class Llama:
         if self.products is None:
             return [*parts, parts[0]]
         tensor, cat = self.products.tensor, self.products.torch.cat
-        whole = cat([p.wide for p in parts])
+        joined = cat([p.wide for p in parts])
         bias = (cat([tensor(p.bias[0]).flatten() for p in parts]),) if parts[0].bias else ()
-        rows = zip(parts, whole.split([p.rows for p in parts]), strict=True)
+        rows = zip(parts, joined.split([p.rows for p in parts]), strict=True)
         parts_of = [  # views of the joined matrix, so that it is in memory once
             replace(p, wide=r, arrays=(r,) if p.arrays[0] is p.wide else p.arrays) for p, r in rows
         ]
-        return [*parts_of, replace(parts[0], arrays=(), bias=bias, wide=whole)]
+        return [*parts_of, replace(parts[0], arrays=(), bias=bias, wide=joined)]
 
     def _tensor(self, name: str) -> Weight:
         """A weight; those of kinds that there are no products for become float16."""
@@ -244,8 +244,8 @@ class Llama:
                 for w, out in ((layer.q, q), (layer.k, k), (layer.v, v)):
                     self.linear(w, normed, out, b.few, do)
             if c.qk_norm:  # each head divided by its root mean square
-                for part, given, out in (("q", q, a["attended"]), ("k", k, a["k_normed"])):
-                    self._rmsnorm(given, layer.norms[f"attn.{part}_norm"], out, c.head_dim, do)
+                for part, heads, out in (("q", q, a["attended"]), ("k", k, a["k_normed"])):
+                    self._rmsnorm(heads, layer.norms[f"attn.{part}_norm"], out, c.head_dim, do)
                 q, k = a["attended"], a["k_normed"]
             rotated = self.pairs(a["rotated"], t, c.qo_heads)
             do(rope, self.pairs(q, t, c.qo_heads), *angles, out=rotated)
