@@ -252,6 +252,19 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Callable], dict[str, Any]]] = {
         },
         {"key_gate": tw.per_head("float32")},
     ),
+    "ends": (
+        {
+            "query": lambda self, q, at: turned(self, q, at, at.qo),
+            "output": lambda self, o, at: o[at.dim] * self.weight[at.dim] - o[at.dim + 3],
+        },
+        {
+            "query": lambda x, t: turned_rows(x, t.qo, t.values["freqs"]),
+            "output": lambda x, t: (
+                x * by_channel(t.values["weight"], x) - np.pad(x, ((0, 0), (0, 3)))[:, 3:]
+            ),
+        },
+        {"freqs": tw.per_channel(), "weight": tw.per_channel()},
+    ),
     "gated": (
         {
             "output": lambda self, o, at: (

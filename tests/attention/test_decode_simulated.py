@@ -106,6 +106,32 @@ def check(case: Case, workers: int) -> tw.Plan:
     return plan
 
 
+@pytest.mark.parametrize("rows", ["gated", "ends"])
+@pytest.mark.parametrize("number", range(4))
+def test_hooks_of_rows(rng, rows, number):
+    """Outputs of whole units, of parts that CTAs merge, of requests without keys; two blocks of
+    rows, also where a stage does not hold the outputs of both."""
+    shape, counts, lengths, workers = (
+        (SHAPES[0], [3, 0, 1], [130, 5, 400], 3),
+        (SHAPES[0], [1, 1, 1], [900, 0, 70], 40),
+        ((2, 3, 256, ml_dtypes.bfloat16, "causal", "scores", ""), [7, 1], [300, 64], 11),
+        ((12, 1, 72, np.float16, "window", "softcap", "per head"), [1, 1], [700, 33], 7),
+    )[number]
+    case = cascade(rng, shape, counts, [], lengths)
+    sizes = len(counts), len(case.q), 3000
+    values = oracle.draw_row_values(rng, oracle.ROWS[rows][2], case.heads, sizes)
+    check(replace(case, rows=rows, narrow=True, values=case.values | values), workers)
+
+
+def test_hooks_of_outputs_where_keys_are_shared(rng, monkeypatch):
+    """By what a launch in front leaves, too."""
+    monkeypatch.setattr(ranges, "APART_COST", 0)
+    case = cascade(rng, SHAPES[1], [1] * 9, [[0, 9]], [4300, *[30] * 9])
+    values = oracle.draw_row_values(rng, oracle.ROWS["gated"][2], case.heads, (9, 9, 3000))
+    plan = check(replace(case, rows="gated", values=case.values | values), 132)
+    assert plan.nodes["chunks"].max() > 0
+
+
 def test_flat(rng):
     check(cascade(rng, SHAPES[0], [3, 0, 1], [], [130, 5, 400]), 40)
 

@@ -49,10 +49,9 @@ def test_the_cases_cover_what_they_should():
 
 
 def test_the_oracle_knows_wrong_results():
-    """A small change of one output, of one lse or of the mask is found."""
-    case = next(
-        c for c in (oracle.draw(3, n) for n in range(100)) if c.mask == "causal" and c.q.size > 99
-    )
+    """A small change of one output, of one lse, of the mask or of a hook of rows is found."""
+    cases = [c for c in (oracle.draw(3, n) for n in range(100)) if c.q.size > 99]
+    case = next(c for c in cases if c.mask != "nothing" and c.softmax and not c.rows)
     o, lse, _ = oracle.oracle(case)
     oracle.compare(case, o, lse)
     row = np.argwhere(np.isfinite(lse))[0]
@@ -63,3 +62,11 @@ def test_the_oracle_knows_wrong_results():
             oracle.compare(case, *((wrong, lse) if array is o else (o, wrong)))
     with pytest.raises(AssertionError):
         oracle.compare(dataclasses.replace(case, mask="nothing"), o, lse)
+    for softmax in (True, False):
+        some = (c for c in cases if c.softmax == softmax and bool(c.rows) == softmax)
+        case, o = next((c, x) for c in some if (x := oracle.oracle(c)[0]).any())
+        lse = oracle.oracle(case)[1] if softmax else None
+        oracle.compare(case, o, lse)
+        o[np.unravel_index(np.abs(o).argmax(), o.shape)] *= 1.01
+        with pytest.raises(AssertionError):
+            oracle.compare(case, o, lse)

@@ -16,7 +16,7 @@ import tilewright as tw
 from tilewright import dtypes
 from tilewright.attention import families, reference
 from tilewright.attention import plan as plans
-from tilewright.attention.families import portable
+from tilewright.attention.families import decode, portable
 from tilewright.attention.plan import ITEMS
 from tilewright.attention.spec import Spec, alone, compile_cuda, params_struct
 from tilewright.attention.tracing import SAME_ROW
@@ -76,6 +76,14 @@ class Sigmoid(tw.Causal):
 
     def logits(self, s, at):
         return tw.sigmoid(s + self.shift)
+
+
+@tw.variant
+class Turned(tw.Causal):
+    """Neighbouring elements of a query swapped, and an offset that falls with its position."""
+
+    def query(self, q, at):
+        return q[at.dim ^ 1] + 1.0 / (at.qo + 2)
 
 
 FREQS = (10_000.0 ** (-np.arange(DIM // 2) / (DIM // 2))).astype(np.float32)
@@ -182,6 +190,31 @@ def test_on_a_gpu(rng, number, kind):
     assert (found.lse is None) == (variant.traced.softmax is False)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [DIM, 256])
+def test_decode_steps_in_a_workspace(rng, dim):
+    """Rows of queries and outputs in the decode kernel, planned on the GPU: one request is cut."""
+    from tilewright.runtime.cuda import DeviceArray
+
+    lengths = [9000, 0, 65, 1]
+    kv = paged(rng, lengths, (16, 2, dim), TYPES["bfloat16"])
+    q, indptr = queries(rng, [1] * 4, 6, dim, TYPES["bfloat16"])
+    there, attn = on_device(kv), tw.Attention(6, 2, dim, Turned() | Gated())
+    room = attn.reserve(4, kv=there)
+    room.plan(there.table)
+    values: dict[str, Any] = {"gate": DeviceArray.from_numpy(GATES)}
+    out = DeviceArray.from_numpy(np.full(q.shape, np.nan, np.float32))
+    found = attn.run(DeviceArray.from_numpy(_bits(q), "bfloat16"), there, room, out=out, **values)
+    room.check()
+    turn = q.astype(np.float64).reshape(4, 6, -1, 2)[..., ::-1].reshape(q.shape)
+    turn = turn + 1.0 / (np.array(lengths)[:, None, None] + 1)
+    turn = turn.astype(TYPES["bfloat16"])  # the operand of tensor cores
+    plain = reference.attention(turn, kv, indptr, tw.Causal())
+    wanted = plain.o / (1 + np.exp(-GATES.astype(np.float64)))[:, None] + 1
+    np.testing.assert_allclose(found.o.to_numpy(), wanted, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(found.lse.to_numpy(), plain.lse, rtol=1e-2, atol=1e-2)
+
+
 # ---------------------------------------------------------------------------- the portable kernel
 
 
@@ -195,6 +228,9 @@ def test_cubins_without_spills(arch):
     ):
         text = alone(portable.body(spec_of(4, dim, kind, kind, variant)))
         assert compile_cuda(text, arch).resources["stage0"].spill_bytes == 0
+    for variant, dim, blocks in ((Turned() | Gated(), 128, 1), (Turned() | Gated(), 256, 2)):
+        text = alone(decode.body(spec_of(4, dim, "bfloat16", "bfloat16", variant), 2, blocks))
+        assert compile_cuda(text, arch).resources["stage0"].spill_bytes <= 64 * (arch == "sm_80")
 
 
 @needs_compiler
@@ -234,9 +270,14 @@ def test_families_say_what_they_do_not_host():
     spec = spec_of(4, 128, "bfloat16", "bfloat16", Rotary() | Sigmoid())
     reasons = {f.name: f.reason(spec, 4, None) for f in families.FAMILIES}
     assert not reasons["portable"] and not reasons["cpu"]
-    for name in ("decode", "hopper", "tiles"):
+    for name in ("hopper", "tiles"):
         text = "a hook of query rows and a hook of key rows and no softmax"
         assert reasons[name] == f"the variant has {text}"
+    assert reasons["decode"] == "the variant has a hook of key rows and no softmax"
+    ends = spec_of(4, 128, "bfloat16", "bfloat16", Gated() | Turned())
+    assert not families.by_name("decode").reason(ends, 4, None)
+    ends = replace(ends, table=replace(ends.table, shared=1))
+    assert "query rows" in families.by_name("decode").reason(ends, 4, None)
     shared = replace(spec_of(4, 128, "float32", "float32", Normed()),
                      table=replace(spec.table, shared=1))  # fmt: skip
     assert "at.request" in families.by_name("cpu").reason(shared, 4, None)
@@ -245,9 +286,12 @@ def test_families_say_what_they_do_not_host():
 
 
 def test_a_workspace_refuses_them():
-    attn = tw.Attention(8, 2, 64, Gated())
-    with pytest.raises(ArgumentError, match=r"A103.*hook of output rows"):
-        attn.reserve(4)
+    with pytest.raises(ArgumentError, match=r"A103.*hook of key rows"):
+        tw.Attention(8, 2, 64, Rotary()).reserve(4)
+    with pytest.raises(ArgumentError, match=r"A103.*no softmax"):
+        tw.Attention(8, 2, 64, Sigmoid()).reserve(4)
+    with pytest.raises(ArgumentError, match=r"A103.*hook of query rows"):
+        tw.Attention(8, 2, 64, Turned()).reserve(4, shared=1)
 
 
 @needs_compiler

@@ -37,9 +37,10 @@ def test_kernels_of_the_model_families(arch: str):
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_kernels_of_a_bfloat16_cache(interleaved: bool, arch: str):
     of = f"cuda:{arch}", "bfloat16"
-    check(rope_kernel(interleaved, *of), arch)
-    check(rope_append_kernel(interleaved, *of), arch)
-    check(append_kernel(*of), arch)
+    for given, head_dim in (("float32", 0), ("float32", 72), ("bfloat16", 128)):
+        check(rope_kernel(interleaved, *of, given, head_dim), arch)
+        check(rope_append_kernel(interleaved, *of, given, head_dim), arch)
+        check(append_kernel(*of, given, head_dim), arch)
 
 
 def check(kernel: Any, arch: str) -> None:

@@ -116,6 +116,9 @@ def test_misuse_has_coded_errors(rng):
     batch, pages, table = inputs(rng)
     with pytest.raises(ArgumentError, match="A107"):
         torch_ops.operator("causal")
+    sums = tw.variant(type("Sums", (), {"softmax": False}))()
+    with pytest.raises(ArgumentError, match=r"A107.*no lse"):
+        torch_ops.operator(tw.Attention(4, 2, 24, sums))
     with pytest.raises(ArgumentError, match="A101"):
         torch_ops.operator(tw.Attention(4, 2, 24)).plan(table)
     with pytest.raises(ArgumentError, match="A103"):

@@ -313,7 +313,7 @@ def test_all_steps_share_partial_results_of_attention(tiny: ModelFile):
     assert len(steps) > 1 and len({len(s.keep) for s in steps.values()}) == 1
     assert all(len(boxes) == 1 for boxes in shared.values())
     addresses = [view(array).pointer for array in engine.runner.scratch.arrays]
-    assert shared[max(steps)] == {tuple((a, a + 1) for a in addresses)}
+    assert shared[max(steps)] == {tuple((a, a + 4) for a in addresses)}
 
 
 def interrupts(engine: Engine, requests: list[Any]) -> int:

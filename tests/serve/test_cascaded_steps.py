@@ -37,6 +37,7 @@ TARGETS = ["cpp", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.fixture(autouse=True)
 def pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cascade, "JOIN_BYTES", 0)
+    monkeypatch.setattr(cascade, "LAUNCH_BYTES", 0)
     monkeypatch.setattr(engine, "load_tokenizer", lambda file: Spelled())
     monkeypatch.setattr(engine, "cost_key", lambda *_: "")
 

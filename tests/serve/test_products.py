@@ -22,11 +22,12 @@ from tilewright.serve.weights import ModelFile, Weight, dequantize
 gguf = pytest.importorskip("gguf", reason="weights are quantised by it")
 torch = pytest.importorskip("torch", reason="the products are torch's")
 
+HALVES = "halves, a head of its own"
 MODELS = {
     "plain": CONFIG,
     "norms of heads": replace(CONFIG, qk_norm=True),
     "biases": replace(CONFIG, qkv_bias=True),
-    "halves, a head of its own": replace(CONFIG, rope_interleaved=False, kv_heads=2),
+    HALVES: replace(CONFIG, rope_interleaved=False, kv_heads=2),
     "as Gemma": replace(
         CONFIG, post_norms=True, gelu=True, scaled_embedding=True, qk_norm=True, score_cap=20.0,
         windowed=(True, False), window=12,
@@ -194,7 +195,7 @@ def test_answers_beside_prompts_are_sampled_there(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["norms of heads", "q8_0 norms of heads", "as Gemma"])
+@pytest.mark.parametrize("name", ["norms of heads", "q8_0 norms of heads", "as Gemma", HALVES])
 @pytest.mark.parametrize("kind", ["stored", "bf16"])
 @pytest.mark.parametrize("invariant", [True, False])
 def test_on_a_gpu(name: str, kind: str, invariant: bool):

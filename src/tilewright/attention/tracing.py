@@ -113,11 +113,11 @@ class Traced:
     output: ir.Expr = SAME_ROW
     softmax: bool | None = None
 
-    @property
-    def extras(self) -> str:
-        """The hooks that only some families of kernels host, "" where there are none."""
-        names = [f"a hook of {n} rows" for n in ROW_HOOKS if getattr(self, n) != SAME_ROW]
-        return " and ".join([*names, *["no softmax"] * (self.softmax is False)])
+    def extras(self, *hosted: str) -> str:
+        """The hooks that only some families of kernels host and that are not `hosted`, or ""."""
+        own = (n for n in ROW_HOOKS if getattr(self, n) != SAME_ROW and n not in hosted)
+        names = [*(f"a hook of {n} rows" for n in own), *["no softmax"] * (self.softmax is False)]
+        return " and ".join(names)
 
     def __str__(self) -> str:
         hooks = {name: getattr(self, name) for name in HOOKS} | {"softmax": self.softmax}

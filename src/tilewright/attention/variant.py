@@ -140,7 +140,7 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
     elif getattr(b, "by", "") == "&":
         text = f"{b} on the right of | would lose its masks"
         raise ProgramError("P101", text, hint="(a | b) & c: masks by &")
-    elif right.logits == SCORE and right.sink == NO_SINK and not right.extras:
+    elif right.logits == SCORE and right.sink == NO_SINK and not right.extras():
         hint = "a | b adds b's hooks; a & b counts scores that both masks count"
         raise ProgramError("P101", f"{b} has no hooks but a mask to add to {a}", hint=hint)
     if NO_SINK not in (left.sink, right.sink):

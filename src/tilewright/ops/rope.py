@@ -55,40 +55,55 @@ HEADS = 4  # of one CTA
 
 
 @named_recipe
-def by_token(s: Schedule) -> Schedule:
+def by_token(s: Schedule, width: int = 0) -> Schedule:
+    """Tokens in parallel; on a GPU heads too. `width`: of what neighbours in memory of a head, a
+    multiple of 4 of which a thread takes four; 0: any."""
     if not s.target.is_cuda:
         return s.parallel("t")
     inner = "d" if s.has("d") else "p"
+    s = s.specialize(inner, width) if width else s
     s = s.reorder("t", "h", "e", inner) if s.has("e") else s
-    s = s.bind("t", "cta.y").split("h", HEADS, into=("h_o", "h_y"))
+    s = s.bind("t", "cta.y").split("h", 2 * HEADS if width else HEADS, into=("h_o", "h_y"))
     s = s.bind("h_o", "cta.x").bind("h_y", "thread.y")
-    return s.split(inner, 32, into=("x_o", "x_i")).bind("x_i", "thread.x")
+    if width:
+        s = s.split(inner, 4, into=("x_i", "x_v")).vectorize("x_v")
+    else:
+        s = s.split(inner, 32, into=("x_o", "x_i"))
+    return s.bind("x_i", "thread.x")
 
 
-APPEND = append_plain.schedule(by_token)
+def _by_token(width: int) -> Any:
+    return by_token.of(width=0 if width % 4 else width)
 
 
 @cache
 def rope_kernel(
-    interleaved: bool, target: str = "cpp", dtype: str = "float32", stored: str = "float32"
-) -> Kernel:
+    interleaved: bool, target: str = "cpp", dtype: str = "float32", stored: str = "float32",
+    head_dim: int = 0,
+) -> Kernel:  # fmt: skip
     """X (t, h, p, 2) or (t, h, 2, p) in `stored`, C and S (positions, p), P (t,) → X rotated, in
-    `dtype`."""
-    return _program(not interleaved, False, dtype).typed(X=stored).schedule(by_token).build(target)
+    `dtype`. `head_dim`: of the kernel (0: any)."""
+    recipe = _by_token(0 if interleaved else head_dim // 2)
+    return _program(not interleaved, False, dtype).typed(X=stored).schedule(recipe).build(target)
 
 
 @cache
 def rope_append_kernel(
-    interleaved: bool, target: str = "cpp", dtype: str = "float32", stored: str = "float32"
-) -> Kernel:
+    interleaved: bool, target: str = "cpp", dtype: str = "float32", stored: str = "float32",
+    head_dim: int = 0,
+) -> Kernel:  # fmt: skip
     """Builds the kernel that rotates keys and writes that of token t to K[page[t], slot[t]]."""
-    return _program(not interleaved, True).typed(K=dtype, X=stored).schedule(by_token).build(target)
+    recipe = _by_token(0 if interleaved else head_dim // 2)
+    return _program(not interleaved, True).typed(K=dtype, X=stored).schedule(recipe).build(target)
 
 
 @cache
-def append_kernel(target: str = "cpp", dtype: str = "float32", stored: str = "float32") -> Kernel:
+def append_kernel(
+    target: str = "cpp", dtype: str = "float32", stored: str = "float32", head_dim: int = 0
+) -> Kernel:
     """Builds the kernel that writes values to `page[t], slot[t]` of the pages (g, f, h, d)."""
-    return APPEND.typed(V=dtype, X=stored).build(target)
+    recipe = _by_token(head_dim)
+    return append_plain.schedule(recipe).typed(V=dtype, X=stored).build(target)
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,7 @@ def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
     """A node for each launch of a kernel that has units."""
     boxes, frame, nodes = bound.boxes(), bound.frame, []
     for body, params, units in zip(launcher.bodies, frame.blocks, frame.units, strict=True):
-        how = frame.variants, launcher.compile_step, ordinal_of(frame)
+        how = frame.variants, launcher.compile_step, ordinal_of(frame.device)
         part = Part(body, params, units, *how)
         reads, writes = (
             tuple(box for name in names for box in boxes.get(name, boxes[""]))

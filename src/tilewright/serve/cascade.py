@@ -19,10 +19,10 @@ from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama
 from tilewright.serve.scheduler import Chunk
 
-JOIN_BYTES = 16 << 20
-"""Bytes of K and V of a layer that a group must save a row: of the kernel before shared keys had a
-launch in front, which joined a row in 1.4 to 2.6 µs. That of now pays at 8 MB too, 17 beside 34 µs
-at 16 × (2048 + 256) (*Shared keys* of docs/design/decode-attention.md), which is not used yet."""
+LAUNCH_BYTES, JOIN_BYTES = 30 << 20, 3 << 18
+"""Bytes of K and V of a layer that a step must save to pay for the launch over shared keys, and
+those that a group must save a row: fitted to twelve batches on an H200 (*Shared keys* of
+docs/design/decode-attention.md), of which it shares those that gain more than 5 %."""
 
 
 class Groups(NamedTuple):
@@ -40,22 +40,33 @@ def group(pages: Sequence[list[int]], full: Sequence[int], page_bytes: int) -> G
     """Groups of answers whose lists of `pages` begin alike, with as many pages as pay.
 
     Of the pages of answer i the first `full[i]` are full; no others are shared. `page_bytes`: of K
-    and V of a page in one layer. A group has to save more than it costs to join its rows, and all
-    groups more than it costs to join the rows of the step, since a cascade joins each."""
-    join, alike = JOIN_BYTES / page_bytes, dict[tuple[int, ...], list[int]]()
+    and V of a page in one layer. A group has to save more than its rows cost, and all groups more
+    than the rows of the step and the launch, since a cascade joins each row. Groups have one level:
+    of prefixes of several lengths, each twice the one before, those count that save most."""
+    join, best = JOIN_BYTES / page_bytes, Groups(range(len(pages)))
+    first, least = int(join) + 1, LAUNCH_BYTES / page_bytes + len(pages) * join
+    while first <= max(full, default=0):
+        found = _alike(pages, full, first, join)
+        if found.saved > max(best.saved, least):
+            best = found
+        first *= 2
+    return best
+
+
+def _alike(pages: Sequence[list[int]], full: Sequence[int], first: int, join: float) -> Groups:
+    """The groups of answers whose `first` pages are the same."""
+    alike = dict[tuple[int, ...], list[int]]()
     for i, own in enumerate(pages):
-        alike.setdefault(tuple(own[: int(join) + 1]) if full[i] > join else (-1 - i,), []).append(i)
+        alike.setdefault(tuple(own[:first]) if full[i] >= first else (-1 - i,), []).append(i)
     order, nodes, saved = list[int](), list[tuple[int, int, int]](), 0
     for rows in alike.values():
-        common, first = min([full[i] for i in rows]), pages[rows[0]]
+        common, some = min([full[i] for i in rows]), pages[rows[0]]
         for own in [pages[i] for i in rows]:
-            if own[:common] != first[:common]:
-                common = next(k for k in range(common) if own[k] != first[k])
+            if own[:common] != some[:common]:
+                common = next(k for k in range(common) if own[k] != some[k])
         if (more := (len(rows) - 1) * common) > len(rows) * join:
             nodes.append((len(order), len(order) + len(rows), common))
             order, saved = order + rows, saved + more
-    if saved <= len(pages) * join:
-        return Groups(range(len(pages)))
     shared, rest = len(order), sorted({*range(len(pages))} - {*order})
     nodes += [(shared, len(pages), 0)] if rest else []
     return Groups(order + rest, tuple(nodes), shared, saved)
@@ -77,9 +88,8 @@ class Cascade:
         rows = (part(self.arrays[i], self.nodes, height) for i in (0, 1, 3))
         self.block_table, self.base, self.own = rows
         self.attention = model.layers[0].attention
-        reasons = self.attention.resolve(self._views(0)[0]).families
-        can = self.memory.on_cuda and not any(model.config.windowed)
-        self.is_on = may and can and not all(reason for _, reason in reasons)
+        reasons = dict(self.attention.resolve(self._views(0)[0]).families)
+        self.is_on = may and not any(model.config.windowed) and reasons.get("decode") == ""
         self.steps: tuple[dict[int, Any], ...] = ({}, {})
         self.room, self.totals = None, np.zeros(2, np.int64)
         self.page_bytes = 2 * pools[0].k.strides[0] * pools[0].dtype.itemsize

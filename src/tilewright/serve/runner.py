@@ -12,7 +12,7 @@ With `invariant` the bits of a row depend on its own request only, and not on ho
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import call
 from typing import Any
 
@@ -68,6 +68,16 @@ class Logits:
         return cap * np.tanh(row / cap) if cap else row
 
 
+@dataclass(frozen=True, eq=False)
+class KnownKV(KV):
+    """A KV whose lengths the host knows: a plan of it copies nothing from the device."""
+
+    known: np.ndarray
+
+    def lengths(self) -> np.ndarray:
+        return self.known
+
+
 class Runner:
     """A model with the memory of its batches: activations, page tables and the KV cache, which is
     float32 on CPUs and bfloat16 on GPUs.
@@ -100,13 +110,12 @@ class Runner:
         self.last["token"] = model.memory.rows(chosen, 0, 1).reshape(most)
         on_gpu = model.memory.on_cuda and not config.logit_cap  # tanh has other bits there
         self.seats: Any = Seats(model.memory, self.last["logits"], chosen) if on_gpu else None
-        self.ints = new(4 * tokens, dtype="int32")  # of `Rows`, one behind the other
-        self.ends = new(most, dtype="int32")  # the rows of prompts that want a token
+        # Of `Rows`, one behind the other; and the rows whose logits are wanted.
+        self.ints = new(4 * tokens + most, dtype="int32")
         self.kv_len = put(np.zeros(most, np.int32))
         # Keys are divided as if every answer were as long as the context, and every prompt short.
         longest, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * TILE
-        self.longest = put(np.full(most, longest, np.int32))
-        self.short = put(np.full(most, min(short, longest), np.int32))
+        self.longest, self.short = (np.full(most, n) for n in (longest, min(short, longest)))
         self.table = np.zeros((most, self.width), np.int32)
         self._held: list[Any] = [(None,)] * most  # of each row: pages, how far known, how many
         self.cascade = Cascade(model, self.pools, self.table.shape, not limits.invariant)
@@ -120,6 +129,7 @@ class Runner:
         self._sampling: dict[int, Step] = {}
         self._parts: dict[tuple[int, int], list[Any]] = {}
         self._drawing: Any = None  # a step that samples behind prompts
+        self.plans: dict[Attention, Plan] = {}  # of the latest prompts
         self.rooms: list[Any] = []  # workspaces in which recorded steps plan
         self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
@@ -136,7 +146,9 @@ class Runner:
         joined = bool(prompts and answers and self.joins)  # one pass, in which each reads alone
         rows += -rows % BUCKET if joined else 0
         self.groups = Groups(groups.order) if joined else groups
-        stops = [c.stop + self._needs_row(c) for c in prompts]
+        # A row more where the last work item of a chunk would have one query: it is read as token
+        # 0, nobody sees its result, and its key is overwritten by the next token.
+        stops = [c.stop + ((c.stop - c.start) % self._qo_tile == 1) for c in prompts]
         lengths = [c.start + joined for c in answers] + [joined - 1] * (rows - len(answers)) + stops
         if self._lengths[: len(lengths)].tolist() != lengths:
             self._lengths[: len(lengths)] = lengths
@@ -169,32 +181,28 @@ class Runner:
         return Logits(self, chunks, [row for row, c in own if c.wants_token] + [*of_ends], drawn)
 
     def warm(self) -> None:
-        """Runs steps of all sizes that one prompt can have, so that none of those is recorded, and
-        no kernel compiled, while answers wait. Cascaded steps, and steps of several prompts that
-        are longer than the context, are recorded when they come. Overwrites the first page."""
+        """Runs steps of all sizes that one prompt, and one prefix of all answers, can have, so that
+        none of those is recorded, and no kernel compiled, while answers wait. Steps of several
+        prompts that are longer than the context come later. Overwrites the first page."""
         most, longest = self.limits.step_tokens, (self.width - 1) * PAGE_SIZE
 
         def step(answers: int, start: int = 0, size: int = 0, heat: float = 0.0) -> None:
-            lengths = [1] * answers + [start + size] * bool(size)
+            keys = 0 if size else start  # of the answers
+            lengths = [keys + 1] * answers + [start + size] * bool(size)
             requests = [Request(0, [0] * n, Sampling(temperature=heat)) for n in lengths]
             for i, request in enumerate(requests):
                 request.in_chunks, request.pages = (i >= answers) * lengths[i], [0] * self.width
-            starts = [0] * answers + [start]
-            self.run([Chunk(r, at, len(r.tokens)) for r, at in zip(requests, starts, strict=False)])
+            self.run([Chunk(r, start if r.in_chunks else keys, len(r.tokens)) for r in requests])
 
         for answers in range(1, self.limits.running + 1):
-            step(answers)
-            step(answers, heat=1.0)
+            for keys in (0, longest)[: 1 + self.cascade.is_on]:
+                step(answers, keys)
+                step(answers, keys, heat=1.0)
         for answers in range(0, self.limits.running if self.joins else 1, BUCKET):
             for size in (1, 2, 5, 16, *range(BUCKET, most - answers, BUCKET), most - answers - 1):
                 step(answers + self.joins, 0, min(size, longest))
                 step(0, longest - min(size, longest), min(size, longest))
         self.read_tokens()()  # waits
-
-    def _needs_row(self, chunk: Chunk) -> bool:
-        """Whether the last work item of a chunk of a prompt would have one query. The row behind it
-        is read as token 0; nobody sees its result, and its key is overwritten by the next token."""
-        return chunk.is_prompt and (chunk.stop - chunk.start) % self._qo_tile == 1
 
     def _write_table(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> None:
         """The rows of the page table that have changed, to memory of the target."""
@@ -215,18 +223,24 @@ class Runner:
         memory = self.model.memory
         memory.write(memory.rows(array, 0, len(values)), np.asarray(values, np.int32))
 
-    def _write(self, placed: Sequence[tuple[Chunk, int, int, int]], rows: int) -> None:
-        """Tokens, their positions, pages and slots, to memory of the target. `placed`: chunks, the
-        first row of each, its rows, and its row of the page table; other rows have no page."""
+    def _write(
+        self, answers: Sequence[Chunk], placed: Sequence[tuple[Chunk, int, int, int]], rows: int,
+        picked: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Tokens, their positions, pages and slots, to memory of the target, and the rows `picked`.
+        Answers have the first rows, also of the page table. `placed`: chunks of prompts, the first
+        row of each, its rows, and its row of the page table; other rows have no page."""
         columns = np.zeros((4, rows + -rows % BUCKET), np.int32)
-        columns[2] = -1
+        columns[2], ids, count = -1, columns[0], len(answers)
+        ids[:count] = [c.request.tokens[c.start] for c in answers]
+        columns[1, :count] = starts = np.array([c.start for c in answers], np.int32)
+        columns[2, :count] = self.table[np.arange(count), starts // PAGE_SIZE]
         for chunk, at, size, row in placed:
-            ids, position, page, _ = columns[:, at : at + size]
-            ids[: chunk.stop - chunk.start] = chunk.request.tokens[chunk.start : chunk.stop]
-            position[:] = np.arange(chunk.start, chunk.start + size)
-            page[:] = self.table[row, position // PAGE_SIZE]
+            ids[at : at + chunk.stop - chunk.start] = chunk.request.tokens[chunk.start : chunk.stop]
+            columns[1, at : at + size] = positions = np.arange(chunk.start, chunk.start + size)
+            columns[2, at : at + size] = self.table[row, positions // PAGE_SIZE]
         columns[3] = columns[1] % PAGE_SIZE
-        self._write_ints(self.ints, columns.reshape(-1))
+        self._write_ints(self.ints, np.append(columns.reshape(-1), picked))
 
     def _rows(self, tokens: int, few: bool) -> Rows:
         of = self.wide if self.model.is_wide(few) else self.activations
@@ -239,18 +253,15 @@ class Runner:
     def _kv(self, begin: int, end: int) -> list[KV]:
         """The KV of each layer for requests begin … end-1."""
         if (begin, end) not in self._views:
-            table = self._table(self.kv_len, begin, end)
+            rows = self.model.memory.rows
+            table = Table(rows(self.kv_len, begin, end), rows(self.block_table, begin, end))
             self._views[begin, end] = [KV(table, pool) for pool in self.pools]
         return self._views[begin, end]
-
-    def _table(self, lengths: Any, begin: int, end: int) -> Table:
-        rows = self.model.memory.rows
-        return Table(rows(lengths, begin, end), rows(self.block_table, begin, end))
 
     def _answer_plans(self, requests: int) -> dict[Attention, Plan]:
         """The plan of each attention for the first requests, which have one query each. On a GPU
         `share` SMs for each KV head cut the keys at equal places for any number of requests."""
-        to_plan = KV(self._table(self.longest, 0, requests), self.pools[0])
+        to_plan = KnownKV(self._kv(0, requests)[0].table, self.pools[0], self.longest[:requests])
         heads, most = self.model.config.kv_heads, len(self.table)
         share = max(1, min(8, 1024 // (heads * most)))  # partial results of more take much memory
         workers = requests * heads * share if self.model.memory.on_cuda else None
@@ -264,13 +275,11 @@ class Runner:
         front = first if answers else 0  # rows of answers, and those that fill them up
         sizes = [stop - c.start for c, stop in zip(chunks[answers:], stops, strict=True)]
         indptr = np.cumsum([0, *sizes], dtype=np.int32)
-        at = [*range(answers), *(front + indptr[:-1]).tolist()]
-        of = [*range(answers), *range(first, first + len(stops))]
-        placed = [*zip(chunks, at, [1] * answers + sizes, of, strict=True)]
+        at, of = (front + indptr[:-1]).tolist(), range(first, first + len(stops))
+        placed = [*zip(chunks[answers:], at, sizes, of, strict=True)]
         views, total = self._kv(first, first + len(stops)), front + int(indptr[-1])
-        ends = [n + c.stop - c.start - 1 for c, n, *_ in placed[answers:] if c.wants_token]
-        if picked := [*range(front), *ends]:
-            self._write_ints(self.ends, picked)
+        ends = [n + c.stop - c.start - 1 for c, n, *_ in placed if c.wants_token]
+        picked = [*range(front), *ends]
 
         bound: dict[Attention, Any] = {}  # whose other layers differ in their pages alone
 
@@ -284,28 +293,29 @@ class Runner:
             return one()
 
         count, parts = total + (-total % BUCKET if model.products else 0), []
-        self._write(placed, count)
+        self._write(chunks[:answers], placed, count, picked)
         b = self._rows(count, few=False)
         if model.products:
             if (front, count) not in self._parts:
                 self._parts[front, count] = self._record(front, count)
             part, *parts = self._parts[front, count]
             part()  # while the host plans
-        to_plan = views[0]
-        if not self.joins:
-            to_plan = KV(self._table(self.short, first, first + len(stops)), self.pools[0])
-        plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
+        known = (self._lengths if self.joins else self.short)[first : first + len(stops)]
+        to_plan = KnownKV(views[0].table, self.pools[0], known.astype(np.int64))
+        # Kept until the next: to free them waits for the GPU.
+        plans = self.plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
         if model.products:
             for part in parts:
                 attend(*part) if isinstance(part, tuple) else part()
         else:
             model.forward(b, (self.keys, self.values), attend, do=call)
         if picked:
-            count, begin, few = len(picked), first - front, len(picked) <= self.few
-            last = {name: rows(a, begin, begin + count) for name, a in self.last.items()}
+            end, begin, few = 4 * (count + -count % BUCKET), first - front, len(picked) <= self.few
+            last = {name: rows(a, begin, begin + len(picked)) for name, a in self.last.items()}
             if model.is_wide(few):
-                last["normed"] = rows(self.wide["normed"], 0, count)
-            embedding_kernel("f32", model.name)(rows(self.ends, 0, count), b.a["x"], out=last["x"])
+                last["normed"] = rows(self.wide["normed"], 0, len(picked))
+            wanted = rows(self.ints, end, end + len(picked))  # as `_write` put them there
+            embedding_kernel("f32", model.name)(wanted, b.a["x"], out=last["x"])
             model.finish(last, few, do=call)
 
     def _record(self, answers: int, count: int, samples: Any = 0, cascaded: Any = 0) -> Any:

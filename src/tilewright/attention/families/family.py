@@ -126,10 +126,11 @@ class Family:
         return max(1, self.rows(spec) // spec.group)
 
 
-def refusal(spec: Spec, _rows: int, pool: Pool | None, _arch: str = "") -> str:
-    """Why a kernel of 16-bit tiles, copied 16 bytes at a time, cannot run a call, or ""."""
-    if spec.traced.extras:
-        return f"the variant has {spec.traced.extras}"
+def refusal(spec: Spec, _rows: int, pool: Pool | None, _arch: str = "", *hosted: str) -> str:
+    """Why a kernel of 16-bit tiles, copied 16 bytes at a time, cannot run a call, or ""; `hosted`:
+    the hooks of rows that it has."""
+    if extras := spec.traced.extras(*hosted):
+        return f"the variant has {extras}"
     if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
         return "q, k and v are not all float16 or all bfloat16"
     if spec.head_dim % 8 or spec.head_dim_vo % 8 or max(spec.head_dim, spec.head_dim_vo) > 256:

@@ -31,10 +31,23 @@ struct SharedQuery {
   }
 };
 
+TW_INLINE float as_float(Element x, tw::float16_bits) { return tw::from_float16(x); }
+TW_INLINE float as_float(Element x, tw::bfloat16_bits) { return tw::from_bfloat16(x); }
+TW_INLINE At at_of(const Walk& w, const tw::Row* rows, int row, int key);
+static_assert(!Variant::QUERY || KIND == ALONE, "a launch in front does not know yet whose a row is");
+
 // Two elements of q, the same row of the unit and of the query; zeros where the columns of a row end.
 TW_INLINE uint32_t load_pair(const Params& p, const Walk& w, int own, int column) {
   const int row = own < w.rows ? own : 0;
   const Element* from = p.q + (w.token + row / G) * p.q_token + (w.head * G + row % G) * p.q_head;
+  if constexpr (Variant::QUERY) {
+    if (w.rows == 0 || column >= DK) return 0;
+    const Variant variant(p);
+    const At at = at_of(w, nullptr, row, 0);
+    const auto read = [&](int d) { return as_float(from[d], Kind()); };
+    const auto old = tw::elements_of<DK>(read);
+    return tw::pack<Kind>(variant.query(old, at, column), variant.query(old, at, column + 1));
+  }
   return w.rows > 0 && (DKP == DK || column < DK) ? *reinterpret_cast<const uint32_t*>(from + column) : 0u;
 }
 TW_INLINE void load_query(Query& q, const Params& p, const Walk& w, int lane) {

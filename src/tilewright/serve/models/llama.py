@@ -186,8 +186,7 @@ class Llama:
         return tuple(self.memory.put(a, dtype) for a in layout(w.kind, w.data))
 
     def _vector(self, name: str) -> Any:
-        offset = np.float32(self.config.norm_offset)
-        return self.memory.put(dequantize(self.file.tensors[name]) + offset)
+        return self.memory.put(dequantize(self.file.tensors[name]) + self.config.norm_offset)
 
     # -- the layers ------------------------------------------------------------------------------
 
@@ -224,8 +223,9 @@ class Llama:
         x, y = a["x"], a["y"]
         rotations = rope_kernel, rope_append_kernel
         kinds = self.kv_dtype, self.products.dtype if self.is_wide(b.few) else "float32"
-        rope, rope_append = (f(c.rope_interleaved, name, *kinds) for f in rotations)
-        append = append_kernel(name, *kinds)
+        fixed = c.head_dim if self.target.is_cuda else 0
+        rope, rope_append = (f(c.rope_interleaved, name, *kinds, fixed) for f in rotations)
+        append = append_kernel(name, *kinds, fixed)
         embedded = y if c.scaled_embedding else x
         if self.table_kind not in linear.STORED:
             embedded = embedded.reshape(t, c.dim // 32, 2, 16)  # as the kernel writes it
