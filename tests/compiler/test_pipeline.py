@@ -303,7 +303,7 @@ def test_an_address_serves_all_copies_of_an_operand(name):
     for x in copies:
         load, at = x.source
         carried, rest = parted(at, lambda t: isinstance(t, ir.Load))
-        assert carried.buffer in {s.buffer for s in steps}
+        assert isinstance(carried, ir.Load) and carried.buffer in {s.buffer for s in steps}
         assert carried.buffer.name.startswith(f"{load.buffer.name}.")
         assert all(is_generated(v, STRIDE) for v in free_vars(rest))  # a constant away
 

@@ -196,12 +196,13 @@ class CudaRenderer(MergeRenderer):
         """Neighbours that multiply by one tile b become one operation."""
         for b, group in groupby(s.body, lambda x: isinstance(x, ir.Mma) and not x.atom and x.b):
             lines = tuple(group)
-            if not b or len(lines) == 1:
+            products = [x for x in lines if isinstance(x, ir.Mma)]
+            if not isinstance(b, ir.Tile) or len(lines) == 1:
                 super().seq(ir.Seq(lines))
                 continue
             kind = operand_kind(b.buffer.dtype)
-            text = [self.fragment(b, f"b<{lines[0].shape[1]}>", kind)]
-            for x in lines:
+            text = [self.fragment(b, f"b<{products[0].shape[1]}>", kind)]
+            for x in products:
                 acc = f"{c_name(x.acc.name)}[{self.expr(x.slot)}]"
                 text += [acc, self.fragment(x.a, "a", kind)]
             self.line(f"tw::mma_column<{kind}>({', '.join(text)});")
