@@ -180,6 +180,8 @@ LAST = "the barrier after the last reduction over rows of a CTA: no later access
 FIRST = "the first of four unrolled steps of a loop always exists"
 ROWS_0, ROWS_1 = {"rows 0 barrier 1": LAST}, {"rows 1 barrier 1": LAST}
 NO_WAIT = "two iterations and four buffers: no wait is for a group that the loop starts"
+AGAIN = "the first of two buffers: what is written behind it is written again before it is read"
+SHORT = "no list of this input has entries for a third iteration, and so for a copy in the loop"
 # Mutants that are the same program, by kernel.
 EQUIVALENT: dict[str, dict[str, str]] = {
     "spmm csc f32 64": {"guard 2: i_p.1 < A.indptr1[j_cta * 16 + thread_y + 1]": FIRST},
@@ -193,6 +195,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "spmm by_length f32 1": ROWS_0 | ROWS_1,
     "rmsnorm_add": ROWS_0,
     "gemm bf16 512x256": {"barrier Commit 2": NO_WAIT},
+    "example 10 sddmm bsr": {"guard 0: (thread_y * 32 + thread_x) % 64 < 32": AGAIN},
+    "example 10 spmm sr_bcrs": {"guard 1: (thread_y * 32 + thread_x) % 64 < 32": SHORT},
     # two reductions in one body
     "argmax": ROWS_1,
 }

@@ -18,9 +18,10 @@ import tilewright as tw
 from tilewright.codegen.prelude_files import prelude
 from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import nodes as ir
-from tilewright.ir.affine import is_multiple, terms
+from tilewright.ir.affine import is_multiple, parted, terms
 from tilewright.ir.atoms import ATOMS, element
-from tilewright.ir.rewrite import map_bodies, rebuild, transform, walk
+from tilewright.ir.names import ADDRESS, STRIDE, is_generated
+from tilewright.ir.rewrite import free_vars, map_bodies, rebuild, transform, walk
 from tilewright.lower import AFTER_SCHEDULE, run_passes
 from tilewright.lower.pipelines import pipeline_loops
 from tilewright.ops.bsr_spmm import bsr_spmm_definition
@@ -234,7 +235,7 @@ def test_operands_are_loaded_a_step_ahead():
     kinds = [type(x).__name__ for x in loop.body.body]
     steps = "".join({"LoadTile": "l", "Mma": "m", "Sync": "s"}.get(k, "") for k in kinds)
     step = "l" * 8 + "m" * 16
-    assert steps == step + "s" + step
+    assert steps == 3 * step + "s" + step
     held = {x.tile.held: n for n, x in enumerate(loop.body.body) if isinstance(x, ir.LoadTile)}
     for n, x in enumerate(loop.body.body):
         for t in (x.a, x.b) if isinstance(x, ir.Mma) else ():
@@ -274,6 +275,55 @@ def test_loops_of_one_step_or_without_a_pipeline_stay(tile):
     program = run_passes(definition.scheduled("cuda").lowered.program, AFTER_SCHEDULE, "cuda")
     bodies = [n.body for n in program.stages[0]]
     assert not any(isinstance(x, ir.LoadTile) for b in bodies for x in walk(b))
+
+
+@pytest.mark.parametrize("arch, stages", [("sm_86", 2), ("sm_80", 3), ("sm_90a", 4)])
+def test_gemm_has_as_many_buffers_as_fit(arch, stages):
+    s = gemm_definition("float16", 128, 512, "large").scheduled(f"cuda:{arch}")
+    loops = [x for n in s.nests for x in walk(n.body, ir.For) if x.kind == "pipeline"]
+    assert [x.stages for x in loops] == [stages]
+
+
+# ---------------------------------------------------------------------------- addresses
+
+
+def copies_and_addresses(name: str) -> tuple[list[ir.CopyAsync], list[ir.Store]]:
+    """The copies of the loop of a pipeline, and what each iteration adds to addresses."""
+    program, _, _ = machine_case(name)
+    loops = [x for n in program.stages[-1] for x in walk(n.body, ir.For)]
+    loop = next(x for x in loops if x.unroll_hint == 1 and any(True for _ in walk(x, ir.Wait)))
+    steps = [x for x in walk(loop.body, ir.Store) if is_generated(x.buffer.name, ADDRESS)]
+    return list(walk(loop.body, ir.CopyAsync)), steps
+
+
+@pytest.mark.parametrize("name", ["large", "small", "few"])
+def test_an_address_serves_all_copies_of_an_operand(name):
+    copies, steps = copies_and_addresses(name)
+    assert len(copies) > len(steps) == 2 and all(x.op == "sum" for x in steps)
+    for x in copies:
+        load, at = x.source
+        carried, rest = parted(at, lambda t: isinstance(t, ir.Load))
+        assert carried.buffer in {s.buffer for s in steps}
+        assert carried.buffer.name.startswith(f"{load.buffer.name}.")
+        assert all(is_generated(v, STRIDE) for v in free_vars(rest))  # a constant away
+
+
+def test_what_an_iteration_looks_up_is_no_address_that_a_loop_carries():
+    copies, steps = copies_and_addresses("gathered")
+    assert copies and not [x for x in steps if x.buffer.name.startswith("X.")]
+
+
+@pytest.mark.parametrize("name", ["small", "few"])  # with more than one copy ahead
+def test_every_address_takes_its_steps(name):
+    program, _, _ = machine_case(name)
+    stores = [x for n in program.stages[-1] for x in walk(n.body, ir.Store)]
+    steps = [x for x in stores if is_generated(x.buffer.name, ADDRESS) and x.op]
+    assert len(steps) == 4  # of two operands, in the copies before the loop and in the loop
+    for step in steps:
+        mutant = map_bodies(
+            program, lambda b, s=step: transform(b, lambda x: ir.seq() if x is s else x)
+        )
+        assert "wrong values" in report(name, mutant), step
 
 
 # ---------------------------------------------------------------------------- refusals

@@ -9,10 +9,16 @@ from hypothesis import strategies as st
 
 from tilewright import dtypes
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, Var, binary, cast
-from tilewright.ir.rewrite import simplify, walk
+from tilewright.ir.rewrite import simplify, substitute, walk
 
 X = Var("x", dtypes.uint8)
 WIDE = cast(X, dtypes.int32)
+
+
+UFUNCS = {
+    "&": np.bitwise_and, ">>": np.right_shift, "<<": np.left_shift, "+": np.add,
+    "*": np.multiply, "//": np.floor_divide, "%": np.mod,
+}  # fmt: skip
 
 
 def value(e: Expr, x: int) -> int:
@@ -25,8 +31,7 @@ def value(e: Expr, x: int) -> int:
         return int(np.array(value(e.a, x)).astype(e.dtype.numpy))
     assert isinstance(e, Binary)
     a, b = (np.array(value(y, x), e.dtype.numpy) for y in (e.a, e.b))
-    op = {"&": np.bitwise_and, ">>": np.right_shift, "<<": np.left_shift, "+": np.add}[e.op]
-    return int(op(a, b))
+    return int(UFUNCS[e.op](a, b))
 
 
 @pytest.mark.parametrize(
@@ -65,3 +70,46 @@ def test_bits_keep_their_value(x, steps, narrow):
     small = simplify(e)
     assert value(small, x) == value(e, x)
     assert sum(1 for _ in walk(small)) <= sum(1 for _ in walk(e))
+
+
+I, J = Var("i"), Var("x")
+
+
+@pytest.mark.parametrize(
+    ("given_", "wanted"),
+    [
+        ((I * 32 + J) // 8, I * 4 + J // 8),
+        ((I * 32 + J) % 8, J % 8),
+        ((I * 32 + J % 32) // 64, I // 2),
+        ((I * 32 + J % 32) % 64, I % 2 * 32 + J % 32),
+        ((I * 32 + J % 32) // 32, I),
+        ((I * 128 + J % 128) // 4 // 16 % 4, I % 2 * 2 + J % 128 // 4 // 16),
+    ],
+    ids=str,
+)
+def test_digits_of_a_sum_are_those_of_its_parts(given_, wanted):
+    assert simplify(given_) == wanted
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [(I * 32 + J) // 64, (I * 32 + J) % 64, (I * 32 + J % 33) // 64, (I * 12 + J % 12) // 8],
+    ids=str,
+)
+def test_digits_of_a_sum_whose_parts_overlap_stay(kept):
+    assert simplify(kept) == kept
+
+
+DIGITS = st.lists(st.tuples(st.booleans(), st.integers(1, 48)), max_size=3)
+SIZE = st.integers(1, 40)
+
+
+@given(i=st.integers(-50, 50), x=st.integers(-300, 300), size=SIZE, low=SIZE, steps=DIGITS)
+def test_digits_keep_their_value(i, x, size, low, steps):
+    e = I * size + J % low
+    for is_quotient, n in steps:
+        e = e // n if is_quotient else e % n
+    number = i * size + x % low
+    for is_quotient, n in steps:
+        number = number // n if is_quotient else number % n
+    assert value(substitute(simplify(e), {"i": Const(i, dtypes.int32)}), x) == number

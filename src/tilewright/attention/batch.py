@@ -161,10 +161,9 @@ class Attention:
         heads = (self.kv_heads, self.group, self.head_dim)
         form, pool = (kv.table.form, kv.pool) if kv else (TableForm(shared=shared), None)
         spec = _spec_of(self, (kv.dtype if kv else dtypes.bfloat16,) * 3, form)
-        if extras := spec.traced.extras(*decode.hosted(spec)):
-            text = f"the decode kernels of a workspace do not take a variant with {extras}"
-            hint = "plan each batch with attn.plan"
-            raise ArgumentError("A103", text, where="variant", hint=hint)
+        if reason := decode.refuses(spec, 0, pool):
+            text = f"the decode kernels of a workspace cannot run this: {reason}"
+            raise ArgumentError("A103", text, where="kv", hint="plan each batch with attn.plan")
         block_of = functools.partial(decode.shared_block, spec, pool)
         room = Workspace(heads, max_requests, max_tokens, device, workers, shared, block_of)
         shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())

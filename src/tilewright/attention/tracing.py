@@ -112,10 +112,11 @@ class Traced:
     softmax: bool | None = None
 
     def extras(self, *hosted: str) -> str:
-        """The hooks that only some families of kernels host and that are not `hosted`, or ""."""
-        own = (n for n in ROW_HOOKS if getattr(self, n) != SAME_ROW and n not in hosted)
-        names = [*(f"a hook of {n} rows" for n in own), *["no softmax"] * (self.softmax is False)]
-        return " and ".join(names)
+        """What only some families of kernels host and is not among `hosted`, or ""; `softmax`: that
+        there is none."""
+        names = {n: f"a hook of {n} rows" for n in ROW_HOOKS if getattr(self, n) != SAME_ROW}
+        names |= {"softmax": "no softmax"} if self.softmax is False else {}
+        return " and ".join(text for name, text in names.items() if name not in hosted)
 
     def __str__(self) -> str:
         hooks = {name: getattr(self, name) for name in HOOKS} | {"softmax": self.softmax}

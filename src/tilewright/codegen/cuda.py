@@ -8,14 +8,15 @@ to find it, and another matrix changes only the number of CTAs of a launch.
 import math
 import struct
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 from tilewright.codegen.cfamily import atom_texts, has, operand_kind
 from tilewright.codegen.merge import MergeRenderer
 from tilewright.codegen.params import C_TYPES, Params, c_name
 from tilewright.ir import core as ir
-from tilewright.ir.affine import is_multiple, terms
+from tilewright.ir.affine import is_aligned, parted, terms
 from tilewright.ir.body import Body
-from tilewright.ir.names import STRIDE, is_generated
+from tilewright.ir.names import ADDRESS, is_generated, parse_name
 from tilewright.target import WARP
 
 RESIDENT = 1024  # threads of an SM that share its registers: 64 for each
@@ -52,16 +53,14 @@ class CudaRenderer(MergeRenderer):
         self.line(f"{f'__syncwarp(tw::group_mask<{s.lanes}>())' if s.lanes else barrier};")
 
     def copy_async(self, s: ir.CopyAsync) -> None:
-        cond, load = "", s.value
-        if isinstance(load, ir.Select):
-            cond, load = f", {self.expr(load.cond)}", load.a
-        assert isinstance(load, ir.Load)
-        at = (x.index[0] for x in (s, load))
-        to, source = (x.base if isinstance(x, ir.Ramp) else x for x in at)
-        kind = _vector_of(load.buffer, source, load.dtype.lanes)
-        start = ir.add(0, *terms(source))  # what no iteration changes is added up once, before them
-        addresses = f"{self.address(s.buffer, to)}, {self.address(load.buffer, start)}"
-        self.line(f"tw::copy_async<{kind}>({addresses}{cond});")
+        cond = f", {self.expr(s.value.cond)}" if isinstance(s.value, ir.Select) else ""
+        (to,), (load, at) = s.index, s.source
+        carried, rest = parted(at, _is_address)  # an address, if any, is aligned
+        start = f"{self.expr(carried)} + {self.expr(rest)}"
+        start = start if _is_address(carried) else self.address(load.buffer, rest)
+        kind = _vector_of(load.buffer, rest, load.dtype.lanes)
+        to = self.address(s.buffer, to.base if isinstance(to, ir.Ramp) else to)
+        self.line(f"tw::copy_async<{kind}>({to}, {start}{cond});")
 
     def commit(self, s: ir.Commit) -> None:
         self.line("tw::copy_async_commit();")
@@ -83,11 +82,11 @@ class CudaRenderer(MergeRenderer):
     def at(self, b: ir.Buffer, offset: ir.Expr) -> str:
         if not b.swizzled:
             return self.expr(offset)
-        parts = terms(offset)  # what a layout leaves alone is outside, and often known early
-        rows = [t for t in parts if _is_multiple(t, LINES * _row(b))]
-        rest = [t for t in parts if t not in rows]
-        outside, inside = (self.expr(ir.add(0, *x)) for x in (rows, rest))
-        return f"{outside} + {_layout(b)}::at({inside})"
+        # Behind what a thread decides, what the layout leaves alone and all threads share.
+        period = LINES * _row(b)
+        parts = parted(offset, lambda t: is_aligned(t, period) and not _by_thread(t))
+        outside, inside = map(self.expr, parts)
+        return f"{_layout(b)}::at({inside}) + {outside}"
 
     def load_scalar(self, b: ir.Buffer, element: str) -> str:
         verb = self.load_verb(b)
@@ -136,8 +135,18 @@ class CudaRenderer(MergeRenderer):
         args = f"{value}, smem, BARRIER, {self.threads[0]}, tx, ty"
         return f"tw::across_rows<{op}, {e.extent}>({args})"
 
+    def store(self, s: ir.Store) -> None:
+        of = parse_name(s.buffer.name)
+        if of is None or of.kind != ADDRESS or s.op:
+            super().store(s)
+            return
+        start = self.address(replace(s.buffer, name=of.owner, scope="global"), s.value)
+        self.line(f"const auto* {c_name(s.buffer.name)} = {start};")
+
     def alloc(self, s: ir.Alloc) -> None:
         b = s.buffer
+        if is_generated(b.name, ADDRESS):
+            return  # a pointer, which is declared where it is set
         if b.scope == "fragment":
             slots, _, *cols = map(self.expr, b.shape)
             kind = f"tw::fragment<{cols[0]}>" if cols else "tw::fragment_rows"
@@ -183,6 +192,20 @@ class CudaRenderer(MergeRenderer):
             return f"{c_name(b.name)}[{self.expr(index[0])}].v{lane}"
         return super().register(b, index)
 
+    def seq(self, s: ir.Seq) -> None:
+        """Neighbours that multiply by one tile b become one operation."""
+        for b, group in groupby(s.body, lambda x: isinstance(x, ir.Mma) and not x.atom and x.b):
+            lines = tuple(group)
+            if not b or len(lines) == 1:
+                super().seq(ir.Seq(lines))
+                continue
+            kind = operand_kind(b.buffer.dtype)
+            text = [self.fragment(b, f"b<{lines[0].shape[1]}>", kind)]
+            for x in lines:
+                acc = f"{c_name(x.acc.name)}[{self.expr(x.slot)}]"
+                text += [acc, self.fragment(x.a, "a", kind)]
+            self.line(f"tw::mma_column<{kind}>({', '.join(text)});")
+
     def mma(self, s: ir.Mma) -> None:
         kind = operand_kind(s.b.buffer.dtype)
         a, b = self.fragment(s.a, "a", kind), self.fragment(s.b, f"b<{s.shape[1]}>", kind)
@@ -223,12 +246,22 @@ class CudaRenderer(MergeRenderer):
         strides = ("rows", t.row_stride, t.col_stride), ("cols", t.col_stride, t.row_stride)
         for lines, across, along in strides:
             parts = _line_start(t.buffer, t.offset)
-            if ir.is_const(along, 1) and _is_multiple(across, chunk) and parts is not None:
-                start, first = (self.expr(x) for x in parts)
-                fields = f"{pointer}, {start}, {first}, {self.expr(across)}"
-                return f"tw::shared_{lines}<{kind}>{{{{{fields}}}}}"
+            if ir.is_const(along, 1) and is_aligned(across, chunk) and parts is not None:
+                own, rest = parted(parts[0], _by_thread)
+                known, start = parted(rest, ir.is_const)
+                own, *numbers = map(self.expr, (own, start, known, parts[1], across))
+                return f"tw::shared_{lines}<{kind}>{{{{{pointer} + {own}, {', '.join(numbers)}}}}}"
         fields = ", ".join(map(self.expr, (t.offset, t.row_stride, t.col_stride)))
         return f"tw::shared_window<{kind}>{{{pointer}, {fields}}}"
+
+
+def _is_address(e: ir.Expr) -> bool:
+    """Whether a term is an address that a loop carries: a pointer, in the text."""
+    return isinstance(e, ir.Load) and is_generated(e.buffer.name, ADDRESS)
+
+
+def _by_thread(e: ir.Expr) -> bool:
+    return bool(ir.free_vars(e) & {"thread_x", "thread_y"})
 
 
 def _row(b: ir.Buffer) -> int:
@@ -244,32 +277,18 @@ def _layout(b: ir.Buffer) -> str:
 def _line_start(b: ir.Buffer, offset: ir.Expr) -> tuple[ir.Expr, ir.Expr] | None:
     """The offset of a tile whose lines start at multiples of 16 bytes in two parts: one that the
     layout of the buffer leaves alone, and columns that it exchanges. None for other tiles."""
-    chunk = WIDE // b.dtype.itemsize
+    chunk, row = WIDE // b.dtype.itemsize, _row(b)
     if not b.swizzled:
-        return (offset, ir.as_expr(0)) if _is_multiple(offset, chunk) else None
-    row = _row(b)
-    start, first = ir.as_expr(0), ir.as_expr(0)
-    for term in terms(offset):
-        if not _is_multiple(term, LINES * row if _is_multiple(term, row) else chunk):
-            return None
-        if _is_multiple(term, LINES * chunk):
-            start = ir.add(start, term)
-        else:
-            first = ir.add(first, term)
-    return start, first
+        return (offset, ir.as_expr(0)) if is_aligned(offset, chunk) else None
+    rows = (is_aligned(t, LINES * row if is_aligned(t, row) else chunk) for t in terms(offset))
+    return parted(offset, lambda t: is_aligned(t, LINES * chunk)) if all(rows) else None
 
 
 def _vector_of(b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
     """Template arguments of a vector access. It is element by element where the offset is not known
     to be a multiple of the vector size."""
-    unaligned = "" if _is_multiple(base, lanes) else ", true"
+    unaligned = "" if is_aligned(base, lanes) else ", true"
     return f"{C_TYPES[b.dtype.name]}, {lanes}{unaligned}"
-
-
-def _is_multiple(e: ir.Expr, n: int) -> bool:
-    """Whether an offset is a multiple of n, strides of arrays being multiples of 16 bytes: arrays
-    for which that does not hold run the code that is compiled with TW_UNALIGNED."""
-    return is_multiple(e, n, lambda v: is_generated(v.name, STRIDE))
 
 
 def render(program: ir.Program, declarations: str, params: Params) -> tuple[Body, ...]:

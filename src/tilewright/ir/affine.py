@@ -5,6 +5,7 @@ from math import gcd
 from typing import NamedTuple
 
 from tilewright.dtypes import DType
+from tilewright.ir.names import STRIDE, is_generated
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, For, Var, binary, cast
 from tilewright.ir.rewrite import add, free_vars, mul, simplify
 
@@ -88,6 +89,18 @@ def is_multiple(e: Expr, n: int, known: Callable[[Var], bool] = lambda v: False)
         return is_multiple(e.a, n, known) or is_multiple(e.b, n, known)
     both = e.op in ("+", "-", "min", "max")
     return both and is_multiple(e.a, n, known) and is_multiple(e.b, n, known)
+
+
+def is_aligned(e: Expr, n: int) -> bool:
+    """Whether an offset is a multiple of n, strides of arrays being multiples of 16 bytes: arrays
+    for which that does not hold run the code that is compiled with TW_UNALIGNED."""
+    return is_multiple(e, n, lambda v: is_generated(v.name, STRIDE))
+
+
+def parted(e: Expr, belongs: Callable[[Expr], bool]) -> tuple[Expr, Expr]:
+    """An integer expression as two sums: of the terms that belong to the first, and the others."""
+    first = [t for t in terms(e) if belongs(t)]
+    return add(0, *first), add(0, *(t for t in terms(e) if t not in first))
 
 
 def terms(e: Expr) -> list[Expr]:

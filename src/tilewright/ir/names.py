@@ -12,6 +12,7 @@ from typing import NamedTuple
 SIZE, STRIDE, COUNT = "size", "stride", "count"  # numbers
 VALUES = "values"  # an array of one part; the others have the names that their levels give them
 ACCUMULATOR, TOTAL = "acc", "total"  # registers
+ADDRESS = "address"  # a register: where in an array a loop copies from
 COPIES = "copies"  # an array: of an output, one for each group of units
 PRIME = "'"  # j': the index of a reduction inside the scope of another j
 

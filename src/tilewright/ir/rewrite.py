@@ -357,12 +357,30 @@ def _simplify_binary(x: ir.Binary) -> ir.Expr:
         return a.b
     if op == "+":
         return _simplify_sum(x)
+    if op in ("//", "%") and isinstance(b, ir.Const) and isinstance(a, ir.Binary) and a.op == "+":
+        return _simplify_digit(x)
     if op in ("<<", ">>") and _number(b) == 0:
         return a
     if op == "&" and (mask := _number(b)) is not None and _keeps(mask, a):
         return a
     is_zero = (op == "*" and (is_const(a, 0) or is_const(b, 0))) or (op == "%" and is_const(b, 1))
     return ir.Const(0, x.dtype) if is_zero and x.dtype.lanes == 1 else x
+
+
+def _simplify_digit(x: ir.Binary) -> ir.Expr:
+    """(i * 32 + j) // 8 is i * 4 + j // 8, and where j is in 0:32 (i * 32 + j) // 64 is i // 2."""
+    high, low, by = x.a.a, x.a.b, int(x.b.value)  # type: ignore[attr-defined]
+    size = _number(high.b) if isinstance(high, ir.Binary) and high.op == "*" else None
+    if not size or size < 0 or by <= 0:
+        return x
+    bounds = interval(low)
+    if by % size == 0 and bounds.low >= 0 and bounds.high < size:
+        digit = _simplify_binary(ir.binary(x.op, high.a, by // size))  # type: ignore[arg-type]
+        return digit if x.op == "//" else add(mul(digit, size), low)
+    if size % by:
+        return x
+    low = _simplify_binary(ir.binary(x.op, low, by))  # type: ignore[arg-type]
+    return low if x.op == "%" else add(mul(high.a, size // by), low)
 
 
 def _number(e: ir.Expr) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tilewright import dtypes
 from tilewright.ir.atoms import Atom
-from tilewright.ir.expr import Access, Buffer, Const, Expr, Load, Tensor, Var, node
+from tilewright.ir.expr import Access, Buffer, Const, Expr, Load, Ramp, Select, Tensor, Var, node
 from tilewright.ir.text import program_text, stmt_text
 
 LoopKind = Literal[
@@ -187,6 +187,13 @@ class Store(Stmt):
 class CopyAsync(Store):
     """Loop level: starts a copy to shared memory, of a load or of zeros where its condition fails.
     The elements are written at any time until the thread waits for the group of the copy."""
+
+    @property
+    def source(self) -> tuple[Load, Expr]:
+        """What is copied where the condition holds, and the offset of its first element."""
+        load = self.value.a if isinstance(self.value, Select) else self.value
+        at = load.index[0]  # type: ignore[attr-defined]
+        return load, at.base if isinstance(at, Ramp) else at  # type: ignore[return-value]
 
 
 @node

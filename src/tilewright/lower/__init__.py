@@ -17,7 +17,7 @@ from tilewright.lower.blocks import materialize_blocks
 from tilewright.lower.flatten import flatten_addresses, inline_lets
 from tilewright.lower.hoist import hoist_reductions
 from tilewright.lower.narrow import narrow_loops
-from tilewright.lower.pipelines import load_operands_ahead, pipeline_loops
+from tilewright.lower.pipelines import carry_addresses, load_operands_ahead, pipeline_loops
 from tilewright.lower.positions import coordinates_to_positions
 from tilewright.lower.predicate import predicate_loads
 from tilewright.lower.reductions import check_threads, materialize_reductions
@@ -57,6 +57,7 @@ AFTER_SCHEDULE = (
     Pass(vectorize.unroll_loops),
     Pass(vectorize.split_registers),
     Pass(load_operands_ahead, only=("cuda",)),
+    Pass(carry_addresses, only=("cuda",)),
 )
 
 

@@ -225,6 +225,9 @@ def _distributed(s: ir.For, extents: dict[str, int]) -> ir.Stmt:
     rounds = -(-s.extent // (x * y))
     outer = ir.Var(f"{s.name}_o", dtype)
     body = ir.If(ir.binary("<", s.var, s.extent), s.body) if s.extent % (x * y) else s.body
-    body = ir.seq(ir.Let(s.var, ir.add(ir.mul(outer, x * y), thread)), body)
+    # Digits of the number are those of the round and of the thread, so that what a thread copies in
+    # other rounds is a constant further than in the first.
+    number = ir.add(ir.mul(outer, x * y), ir.binary("%", thread, x * y))
+    body = ir.substitute(body, {s.name: number})
     kind = "unroll" if rounds <= UNROLLED else "serial"
     return ir.For(outer, ir.Const(0, dtype), ir.Const(rounds, dtype), body, kind)

@@ -5,6 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.ir import core as ir
+from tilewright.ir.affine import affine, is_aligned, parted
+from tilewright.ir.names import ADDRESS, STRIDE, GeneratedName, is_generated
 
 
 def pipeline_loops(program: ir.Program) -> ir.Program:
@@ -130,3 +132,51 @@ def _ahead(f: Any) -> Any:
     new += [at(body[2:start], after), *steps[-1]]
     first = at((*body[:start], *loads[0]), f.begin)
     return ir.If(ir.binary("<", f.begin, f.end), ir.seq(first, replace(f, body=ir.seq(*new))))
+
+
+def carry_addresses(program: ir.Program) -> ir.Program:
+    """A pipeline has one address for all copies of an operand that are constants apart, to which an
+    iteration adds its step. Otherwise each copy computes its address anew, and has registers for
+    the parts of it that stay.
+
+    before: for k in a:b                             after: at = a*64 + thread
+              async S[…] = A[k*64 + thread]                 for k in a:b
+              async S[…] = A[k*64 + thread + 512]             async S[…] = A[at]
+              commit                                          async S[…] = A[at + 512]
+                                                              commit; at += 64
+    """
+    return ir.map_bodies(program, lambda body: ir.transform(body, _carried))
+
+
+def _carried(f: Any) -> Any:
+    if not (isinstance(f, ir.For) and isinstance(f.body, ir.Seq) and ir.Commit() in f.body.body):
+        return f
+    inside = {x.name for x in ir.statements(f.body, ir.For, ir.Let)}
+    registers: dict[tuple[str, ir.Expr], ir.Load] = {}
+    before: list[ir.Stmt] = []
+    steps: list[ir.Stmt] = []
+
+    def is_carried(term: ir.Expr) -> bool:
+        names = ir.free_vars(term)
+        known = all(is_generated(n, STRIDE) for n in names)
+        return not (known or names & inside or ir.contains(term, ir.Load))
+
+    def visit(s: Any) -> Any:
+        if not isinstance(s, ir.CopyAsync):
+            return s
+        load, at = s.source
+        start, rest = parted(at, is_carried)
+        form = affine(start, frozenset((f.name,)))
+        if form is None or not form.steps or not is_aligned(start, load.dtype.lanes):
+            return s
+        if (load.buffer.name, start) not in registers:
+            name = GeneratedName(load.buffer.name, ADDRESS, len(registers)).name
+            b = ir.Buffer(name, start.dtype, (), "register")
+            registers[load.buffer.name, start] = ir.Load(b, (), b.dtype)
+            before.extend((ir.Alloc(b), ir.Store(b, (), ir.substitute(start, {f.name: f.begin}))))
+            steps.append(ir.Store(b, (), form.steps[f.name], "sum"))
+        new = ir.add(registers[load.buffer.name, start], rest)
+        return replace(s, value=ir.transform(s.value, lambda x: new if x is at else x))
+
+    body = ir.seq(ir.transform(f.body, visit), *steps)
+    return ir.If(ir.binary("<", f.begin, f.end), ir.seq(*before, replace(f, body=body)))

@@ -25,9 +25,9 @@ HALVES = ("float16", "bfloat16")
 
 class Tile(NamedTuple):
     """A tile of C: of a CTA, of each of its warps, of a tile operation. `step`: elements of the sum
-    between two barriers; `stages`: buffers of A and B; 1: copies wait. `neighbours`: rows of tiles
-    that CTAs take before the next column of tiles. `cost`: measured time of an element of C, where
-    there are `least` CTAs; 0: of few rows, which choose the tile."""
+    between two barriers; `stages`: buffers of A and B, where they fit; 1: copies wait.
+    `neighbours`: rows of tiles that CTAs take before the next column of tiles. `cost`: measured
+    time of an element of C, where there are `least` CTAs; 0: of few rows, which choose the tile."""
 
     rows: int
     cols: int
@@ -43,8 +43,8 @@ class Tile(NamedTuple):
 
 TileName = Literal["large", "square", "small", "low", "few"]
 TILES: dict[TileName, Tile] = {
-    "large": Tile(256, 128, 64, 64, 16, 32, 4, cost=1.0, least=120),
-    "square": Tile(128, 128, 64, 64, 16, 32, 4, cost=0.99, least=264),
+    "large": Tile(256, 128, 64, 64, 16, 64, 4, cost=1.0, least=120),
+    "square": Tile(128, 128, 64, 64, 16, 32, 4, cost=1.07, least=264),
     "small": Tile(64, 64, 32, 32, 16, 64, 3, cost=1.45),
     "low": Tile(32, 64, 32, 16, 16, 128, 4, 4),  # many bytes under way: B is what is read
     "few": Tile(16, 32, 16, 8, 8, 128, 8, 1),
@@ -71,7 +71,9 @@ def recipe(
     if not s.target.is_cuda:
         return cpu_recipe(s)
     t = TILES[tile] if (n and k and n % LOAD == 0 and k % LOAD == 0) else ANY
-    return gpu_recipe(s, t._replace(cols=t.cols // products, warp_cols=t.warp_cols // products))
+    stages = min(t.stages, s.target.shared_bytes // (2 * t.step * (t.rows + t.cols)))
+    cols, warp_cols = t.cols // products, t.warp_cols // products
+    return gpu_recipe(s, t._replace(cols=cols, warp_cols=warp_cols, stages=stages))
 
 
 def cpu_recipe(s: Schedule) -> Schedule:
@@ -89,7 +91,7 @@ def gpu_recipe(s: Schedule, t: Tile) -> Schedule:
     s = s.split("k", t.step, into=("k_o", "k_r")).split("k_r", DEPTH, into=("k_u", "k_v"))
     s = _operations(s, t.wide).split("i_o", t.neighbours, into=("i_g", "i_n"))
     s = s.reorder(
-        "i_g", "j_o", "i_n", "k_o", "i_y", "j_y", "k_u", "i_u", "j_u", "i_v", "j_v", "k_v"
+        "i_g", "j_o", "i_n", "k_o", "i_y", "j_y", "k_u", "j_u", "i_u", "i_v", "j_v", "k_v"
     )
     s = s.unroll("k_u").mma("i_v", "j_v", "k_v").fuse("i_y", "j_y", into="warp")
     s = s.bind("i_g", "cta.x").bind("j_o", "cta.y").bind("i_n", "cta.x").bind("warp", "thread.y")

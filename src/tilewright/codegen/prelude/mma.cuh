@@ -43,17 +43,18 @@ struct swizzled {
 
 // Windows of shared memory, all of whose rows and columns are there: scratch holds 0 beyond limits.
 // In `shared_rows` the 16 bytes from a multiple of 16 on are neighbours in a row, in `shared_cols`
-// neighbours in a column. Such a line lies at p[start + line * across]; lines are counted from a
-// multiple of 8 and elements in a line from `first`, as the layout has it.
+// neighbours in a column. Such a line lies at p[start + known + line * across], `known` a constant;
+// lines are counted from a multiple of 8 and elements in a line from `first`, as the layout has it.
 TW_INLINE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 template <class T, class L> struct shared_lines {
   const T* p;
-  int start, first, across;
-  // The address in shared memory: what the lane decides, then what an iteration does. So a lane needs
-  // one register for many lines, which differ by a constant.
+  int start, known, first, across;
+  // The address in shared memory: what the thread decides (`p` too), then what an iteration does, the
+  // same for all threads, then the constant, which is part of the instruction. So a thread needs one
+  // register for many lines.
   TW_INLINE uint32_t at(int line, int c) const {
-    const int own = (line * across + L::exchanged(line, first + c)) * static_cast<int>(sizeof(T));
-    return (shared_address(p) + own) + start * static_cast<int>(sizeof(T));
+    constexpr int size = sizeof(T);
+    return ((shared_address(p) + (line * across + L::exchanged(line, first + c)) * size) + start * size) + known * size;
   }
 };
 template <class T, class L> struct shared_rows : shared_lines<T, L> {};
@@ -267,6 +268,30 @@ template <class Kind, int N>
 TW_INLINE void mma(fragment<N>& acc, const fragment_a& a, const fragment_b<N>& b) {
 #pragma unroll
   for (int n = 0; n < N / 8; ++n) mma<Kind>(acc.v[n], a.v, b.v[2 * n], b.v[2 * n + 1]);
+}
+
+// A column of tiles, acc += a · b for each pair (acc, a): for each eight columns of b all products, up
+// and down in turns, so that neighbours have an operand in common, which stays at the tensor core.
+template <class Kind, int N>
+TW_INLINE void mma_up(const fragment_b<N>&, int) {}
+template <class Kind, int N, class... Pairs>
+TW_INLINE void mma_up(const fragment_b<N>& b, int n, fragment<N>& acc, const fragment_a& a, Pairs&... below) {
+  mma<Kind>(acc.v[n], a.v, b.v[2 * n], b.v[2 * n + 1]);
+  mma_up<Kind>(b, n, below...);
+}
+template <class Kind, int N>
+TW_INLINE void mma_down(const fragment_b<N>&, int) {}
+template <class Kind, int N, class... Pairs>
+TW_INLINE void mma_down(const fragment_b<N>& b, int n, fragment<N>& acc, const fragment_a& a, Pairs&... below) {
+  mma_down<Kind>(b, n, below...);
+  mma<Kind>(acc.v[n], a.v, b.v[2 * n], b.v[2 * n + 1]);
+}
+template <class Kind, int N, class... Pairs>
+TW_INLINE void mma_column(const fragment_b<N>& b, Pairs&... pairs) {
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n) {
+    if (n % 2) mma_down<Kind>(b, n, pairs...); else mma_up<Kind>(b, n, pairs...);
+  }
 }
 
 }  // namespace tw
