@@ -1,14 +1,23 @@
-"""The picture of `bench --plot`: our speed over the best peer's, by input and width."""
+"""The picture of `bench --plot`: our speed over the best peer's, by input and width.
+
+    python -m bench.plot bench/results/h200/prefill.jsonl prefill.png --only causal append mixed
+
+draws rows that are kept.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tilewright.errors import ArgumentError, MissingExtra
+from tilewright.tools.cli import check_output, guarded
 
 _COLOURS = (
     "#4477aa",
@@ -63,7 +72,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     inputs = list(dict.fromkeys(r["input"] for r in ours))
     widths = sorted({r["width"] for r in ours})
     figure, axes = pyplot.subplots(
-        figsize=(max(6.0, 1.0 + 0.9 * len(inputs)), 4.2), layout="constrained"
+        figsize=(min(max(6.0, 1.0 + 0.9 * len(inputs)), 14.0), 4.2), layout="constrained"
     )
     bar = 0.8 / len(widths)
     for n, width in enumerate(widths):
@@ -99,7 +108,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.axhline(1, color="black", linewidth=1)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.set_xticks(range(len(inputs)), inputs, rotation=35, ha="right")
+    small = {"fontsize": 7} if len(inputs) > 16 else {}
+    axes.set_xticks(range(len(inputs)), inputs, rotation=35, ha="right", **small)
     axes.set_ylabel("best peer's time ÷ ours")
     first = ours[0]
     dots = "; dots: replayed from a graph" if any(r.get("graph_ratio") for r in ours) else ""
@@ -139,3 +149,25 @@ def _draw_served(pyplot: Any, rows: Sequence[dict[str, Any]], path: Path) -> Non
     figure.suptitle(f"{rows[0]['input']}, {rows[0]['dtype']}, {rows[0]['device']}", fontsize=10)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draws the rows of files, of each input the last ones."""
+    parser = argparse.ArgumentParser(prog="bench.plot", description="Draw rows that are kept.")
+    parser.add_argument("rows", type=Path, help="a file of rows, JSON lines")
+    parser.add_argument("picture", type=Path, help="PNG, SVG or what else matplotlib writes")
+    parser.add_argument("--only", nargs="*", default=[""], help="inputs that begin so")
+    parser.add_argument("--width", type=int, help="rows of this width")
+    args = parser.parse_args(argv)
+    check_output("picture", args.picture)
+    check(args.picture)
+    last = {}
+    for row in map(json.loads, args.rows.read_text(encoding="utf-8").splitlines()):
+        if row["input"].startswith(tuple(args.only)) and args.width in (None, row["width"]):
+            last[row["input"], row["width"], row["impl"]] = row
+    draw(list(last.values()), args.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

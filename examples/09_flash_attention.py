@@ -1,6 +1,7 @@
 """Lesson 9: flash attention, causal or full, as a tile program: one program, two schedules.
 
     python examples/09_flash_attention.py
+    tilewright show examples/09_flash_attention.py llama --target cuda:sm_90a --stages
 
 Each temporary is computed in the loop over keys, so that no score is ever stored: the softmax is
 the online one, whatever the schedule. `plain` runs a row after the other; `tiles` gives a CTA a
@@ -57,6 +58,9 @@ def tiles(s: tw.Schedule, *sizes: int, rows=128, warps=4, keys=48, stages=2) -> 
     s = s.cache("Q", "h", "shared").cache("K", "j_o", "shared").cache("V", "j_o", "shared")
     return s.pipeline("j_o", stages)
 
+
+halves = {"Q": "bfloat16", "K": "bfloat16", "V": "bfloat16"}
+llama = attention(4, causal=True).typed(**halves).schedule(lambda s: tiles(s, 32, 4, 128))
 
 if __name__ == "__main__":
     rng = np.random.default_rng(0)

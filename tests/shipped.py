@@ -22,7 +22,6 @@ from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
 from tilewright.ops.linear import linear_definition
 from tilewright.ops.paging import by_request, positions_program
-from tilewright.ops.rope import append_plain, by_token
 from tilewright.ops.rowwise import ARGMAX, BY_ROW, WITH_SUM, rmsnorm_add, silu_mul
 from tilewright.ops.sddmm import sddmm_definition
 from tilewright.ops.spgemm import spgemm_count, spgemm_fill
@@ -166,7 +165,7 @@ SHIPPED: dict[str, Shipped] = {
         for name in ("rope", "append")
         for kind in ("pairs", "halves")
     },
-    "append": Shipped(append_plain.schedule(by_token)),
+    "append": Shipped(rope.append_plain.schedule(rope.by_token)),
     "append 12": Shipped(rope.append_plain.schedule(rope.by_token.of(width=12)), CUDA),
     **{
         f"{name} halves 12": Shipped(

@@ -108,15 +108,12 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
     format_of = {t.structure: t.format for t in program.tensors if t.structure}
     stages = tuple(
         StageSpec(
-            f"stage{number}",
-            tuple(host_count(n.grid) for n in stage),
-            _rows(format_of.get(stage[0].structure)),
-            stage[0].structure,
-            any(is_ordered(n) for n in stage),
-            (cuda.stage_threads(stage), 1),
+            f"stage{number}", tuple(host_count(n.grid) for n in stage),
+            _rows(format_of.get(stage[0].structure)), stage[0].structure,
+            any(is_ordered(n) for n in stage), (cuda.stage_threads(stage), 1),
         )
         for number, stage in enumerate(program.stages)
-    )
+    )  # fmt: skip
     arrays = {b.name.removesuffix(".values") for b in program.buffers}
     # Generated code has strides as constants, beyond the last, which is 1.
     strides = ((t.name, d) for t in program.tensors for d in range(len(t.dims) - 1))

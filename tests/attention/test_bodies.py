@@ -28,7 +28,7 @@ from tilewright import dtypes
 from tilewright.attention import families, merge, planner, reference, select
 from tilewright.attention.families import decode, hopper, portable
 from tilewright.attention.plan import ITEMS
-from tilewright.attention.spec import loaded, params_struct
+from tilewright.attention.spec import KERNELS, loaded, params_struct
 from tilewright.attention.table import TableForm
 from tilewright.codegen import prelude_files, shell
 from tilewright.ir.body import Body
@@ -57,6 +57,12 @@ def portable_bodies() -> tuple[Body, ...]:
         merge.body(dtypes.float16, 80), merge.body(dtypes.float32, 64), select.body(),
         *(planner.body(form, 4, 32) for form in tables),
     )  # fmt: skip
+
+
+def test_kernels_take_threads_units_and_barriers_from_outside():
+    words = r"blockIdx|threadIdx|gridDim|blockDim|__syncthreads|__global__|bar_(?:sync|or)\(\d"
+    for file in KERNELS.glob("*.cuh"):
+        assert not re.findall(words, file.read_text(encoding="utf-8")), file.name
 
 
 @needs_nvrtc

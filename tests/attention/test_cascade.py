@@ -340,7 +340,8 @@ def close(case: Case, o: np.ndarray, lse: np.ndarray, text: str = "") -> None:
     size, off = (np.linalg.norm(x, axis=-1) for x in (wanted, o - wanted))
     bad = ~(off <= 8e-3 * size + 1e-6)
     assert not bad.any(), f"{text} {np.argwhere(bad)[:5].tolist()} of {bad.shape}: {case}"
-    np.testing.assert_allclose(lse, wanted_lse, rtol=2e-3, atol=4e-3, err_msg=f"{text} {case}")
+    if case.softmax:
+        np.testing.assert_allclose(lse, wanted_lse, rtol=2e-3, atol=4e-3, err_msg=f"{text} {case}")
 
 
 @pytest.mark.gpu

@@ -91,6 +91,7 @@ def simulated_result(case: Case) -> tuple[np.ndarray, np.ndarray]:
     lengths = kv.lengths()
     plan = plans.make(case.qo_indptr, lengths, shape, 7, table.tree(lengths))
     o, lse, numbers, _kept = simulated.arguments(case, attn, kv, plan.tokens, case.q.dtype)
+    numbers |= {} if case.softmax else {"lse": 0}
     assert plan.walks == bool(case.shared) and plans.Plan.load(plan.save()) == plan
     work = {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
     work |= {"nodes": plan.nodes.ctypes.data} if case.shared else {}
@@ -149,6 +150,19 @@ def test_plans_that_walk_shared_keys_are_checked(rng):
     plan = plans.make(case.qo_indptr, lengths, shape, 7, table.tree(lengths))
     with pytest.raises(ArgumentError, match="its work is not for cpu"):  # that divides nodes
         attn.run(case.q, kv, plan)
+
+
+@needs_compiler
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("rows", [name for name in oracle.ROWS if name])
+def test_hooks_of_rows_on_simulated_warps(rng, rows, softmax):
+    """Also where keys are shared."""
+    kind, dim, shared = (np.float16, 80, []) if softmax else (ml_dtypes.bfloat16, 128, [[0, 3]])
+    lengths = [70] * len(shared) + [170, 3, 40]
+    case = cascade(rng, (3, 2, dim, kind, "window", "scores", ""), [50, 1, 2], shared, lengths, 7)
+    values = oracle.draw_row_values(rng, oracle.ROWS[rows][2], case.heads, (3, 53, 3000))
+    case = replace(case, rows=rows, softmax=softmax, narrow=True, values=case.values | values)
+    close(case, *simulated_result(case))
 
 
 # ---------------------------------------------------------------------------- on a GPU

@@ -55,7 +55,6 @@ def result(case: Case, page_size: int, workers: int, seed: int) -> tuple[Any, An
     box = hopper.box_keys(spec, page_size)
     wide, narrow = hopper._lists(spec, plan)
     assert wide == 0 and narrow == plan.narrow > 0
-    ctas = narrow + 2 * (box >= 8)  # some help
     o, lse, numbers, _kept = simulated.arguments(case, attn, kv, plan.tokens)
     partials = np.full(max(plan.slots, 1) * 128 * (case.dims[1] + 8), np.nan, np.float32)
     counters = np.zeros(2 + 8 * plan.counters, np.int32)
@@ -66,15 +65,15 @@ def result(case: Case, page_size: int, workers: int, seed: int) -> tuple[Any, An
         qo_indptr=plan.qo_indptr.ctypes.data, items=plan.items.ctypes.data, item_count=wide,
         counter=counters.ctypes.data, counters=counters.ctypes.data + 8, narrow_ctas=narrow,
         narrow_count=len(plan.items), partials=partials.ctypes.data,
-        page_shift=page_size.bit_length() - 1, ctas=ctas,
+        page_shift=page_size.bit_length() - 1, ctas=narrow,
     )  # fmt: skip
     room = np.zeros(len(bytes(block)) + 64, np.uint8)  # the parameters are aligned to 64 bytes
     at = -room.ctypes.data % 64
     room[at : at + len(bytes(block))] = np.frombuffer(bytes(block), np.uint8)
     run = simulated.kernel(alone(hopper.body(spec, box, plan.slots > 0, True)))
-    order = np.random.default_rng(seed).permutation(ctas).astype(np.int32)
+    order = np.random.default_rng(seed).permutation(narrow).astype(np.int32)
     threads = hopper.threads(spec, box)
-    run(room.ctypes.data + at, threads, order.ctypes.data, ctas, seed)
+    run(room.ctypes.data + at, threads, order.ctypes.data, narrow, seed)
     assert not counters.any()
     return o, lse, plan
 

@@ -97,7 +97,7 @@ def test_workers_by_predicted_time_and_a_last_round_that_is_cut():
     plan = make([(2048, 16384)] + [(1, 4096)] * 64, 132, kv_heads=8, **HOPPER)
     wide = plan.items[plan.items["request"] == 0]
     items, rest = 64 * 8, 64 * 8 % (132 - plan.narrow)
-    assert 14 <= plan.narrow <= 22 and f"132 workers ({plan.narrow} narrow)" in str(plan)
+    assert plan.narrow == 18 and f"132 workers ({plan.narrow} narrow)" in str(plan)
     assert rest <= (wide["chunks"] > 1).sum() / wide["chunks"].max() < rest + 8
     assert (wide["chunk"] == 0).sum() == items
     assert (wide["chunks"][: items - rest - 8] == 1).all()

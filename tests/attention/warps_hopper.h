@@ -94,7 +94,6 @@ inline void barrier_init(uint32_t barrier, int arrivals) {
   b.count = b.pending = static_cast<int16_t>(arrivals);
   b.phase = b.bytes = 0;
 }
-inline void barrier_invalidate(uint32_t barrier) { if (simulated::mbarrier(barrier).bytes) abort(); }  // boxes are under way
 inline void barrier_init_done() {}
 inline void barrier_arrive(uint32_t barrier) {
   --simulated::mbarrier(barrier).pending;

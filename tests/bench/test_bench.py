@@ -425,3 +425,20 @@ def test_attention_on_a_gpu_is_all_of_its_suites(monkeypatch):
     args.peers = ["fa5"]
     with pytest.raises(ArgumentError, match=r"A109.*no peer fa5"):
         list(attention.attention(args))
+
+
+def test_kept_rows_are_drawn(tmp_path, monkeypatch):
+    """Of each input the last row, by the beginning of its name and its width."""
+    pytest.importorskip("matplotlib")
+    path, drawn = tmp_path / "rows.jsonl", []
+    row = {"impl": "tilewright", "op": "o", "dtype": "d", "device": "x"}
+    kept = [("a 1", 8, 2.0), ("b 1", 8, 3.0), ("a 1", 8, 1.5), ("a 2", 16, 1.0)]
+    rows = [row | {"input": name, "width": n, "ratio": ratio} for name, n, ratio in kept]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    assert plot.main([str(path), str(tmp_path / "x.png"), "--only", "a"]) == 0
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    monkeypatch.setattr(plot, "draw", lambda rows, path: drawn.append(rows))
+    plot.main([str(path), str(tmp_path / "x.png"), "--only", "a", "--width", "8"])
+    assert [(r["input"], r["ratio"]) for r in drawn[0]] == [("a 1", 1.5)]
+    with pytest.raises(ArgumentError, match="A109"):
+        plot.main([str(path), str(tmp_path / "missing" / "x.png")])

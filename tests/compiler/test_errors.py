@@ -139,6 +139,8 @@ def traced(body, **parameters):
 
 mean: Any = tw.mean  # takes arguments of wrong types here
 argmax: Any = tw.argmax
+misspelt: Any = "wieght"
+number: Any = 3
 A, X, D = tw.sparse("m n"), tw.dense("n d"), tw.dense("m n")
 
 
@@ -155,6 +157,9 @@ def twice(i, j, a):
 
 PROGRAMS = [
     ("P101", "x", traced(lambda x: x, x=3)),
+    ("P101", "wieght", lambda: tw.dense("n", kind=misspelt)),
+    ("P101", "wieght", lambda: tw.sparse("m n", kind=misspelt)),
+    ("P101", "3", lambda: tw.dense(number)),
     ("P101", "return", traced(lambda x: None, x=D)),
     ("P101", "truth", over(lambda i, j, a: 1 if a[i, j] > 0 else 0, a=D)),
     ("P101", "None", over(lambda i, j, a: tw.out[i, j](a[i, j] + None), a=D)),

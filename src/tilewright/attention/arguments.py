@@ -9,7 +9,6 @@ from tilewright import dtypes
 from tilewright.attention.checks import check_view, float_view, is_number, named_view
 from tilewright.attention.kv import KV
 from tilewright.attention.variant import Value, check_number, traced_of
-from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime.arguments import check_overlaps
 from tilewright.runtime.transfer import to_device
@@ -97,7 +96,7 @@ def values_of(
 
 
 @functools.cache
-def _constant(dtype: DType, number: float, device: str) -> Any:
+def _constant(dtype: dtypes.DType, number: float, device: str) -> Any:
     """A number that a variant fixes, on a GPU: one array for the process, so that no call copies it
     and a recorded graph can read it as long as it likes."""
     return to_device(np.full(1, number, dtype.numpy), device)

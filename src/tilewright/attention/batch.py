@@ -13,16 +13,8 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention import families, plan, reference, render
+from tilewright.attention import checks, families, plan, reference, render
 from tilewright.attention.arguments import check_kv, check_names, check_q, outputs, values_of
-from tilewright.attention.checks import (
-    FLOATS,
-    check_count,
-    float_view,
-    host_indptr,
-    is_number,
-    named_view,
-)
 from tilewright.attention.families import Call, Family, Scratch, decode
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
@@ -70,13 +62,13 @@ class Attention:
         for name in ("qo_heads", "kv_heads", "head_dim", "head_dim_vo"):
             value = self.head_dim if getattr(self, name) is None else getattr(self, name)
             most = MAX_HEAD_DIM if name.startswith("head_dim") else 2**31 - 1
-            object.__setattr__(self, name, check_count(name, value, most))
+            object.__setattr__(self, name, checks.check_count(name, value, most))
         if self.qo_heads % self.kv_heads or self.group > MAX_GROUP:
             text = f"{self.qo_heads} query heads cannot share {self.kv_heads} KV heads"
             hint = f"a multiple of kv_heads, at most {MAX_GROUP} times as many"
             raise ArgumentError("A103", text, where="qo_heads", hint=hint)
         sm_scale = self.sm_scale
-        if sm_scale is not None and not (is_number(sm_scale) and abs(sm_scale) <= MAX_SCALE):
+        if sm_scale is not None and not (checks.is_number(sm_scale) and abs(sm_scale) <= MAX_SCALE):
             text = f"sm_scale={sm_scale!r} is no number that float32 holds"
             raise ArgumentError("A102", text, where="sm_scale")
         traced_of(self.variant)
@@ -118,7 +110,7 @@ class Attention:
             check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         over = (kv, None) if isinstance(kv, Table) else (kv.table, kv.pool)
         check_names(self.variant, values)
-        indptr = host_indptr("qo_indptr", qo_indptr, kv.requests)
+        indptr = checks.host_indptr("qo_indptr", qo_indptr, kv.requests)
         if invariant not in (None, False, True):
             raise ArgumentError("A107", f"invariant={invariant!r} is no bool", where="invariant")
         return self._plan(indptr, kv.lengths(), over, q_dtype, workers, values, bool(invariant))
@@ -136,14 +128,14 @@ class Attention:
         gpu = None if family.device == "cpu" else cuda.device(ordinal_of(table.device))
         if workers is None:
             workers = gpu.sms if gpu else pools.wanted_threads()
-        workers = check_count("workers", workers, plan.MAX_WORKERS)
+        workers = checks.check_count("workers", workers, plan.MAX_WORKERS)
         size = (spec.head_dim + spec.head_dim_vo) * spec.kv.itemsize
         batch = Batch(lengths, size, reasons, gpu.name if gpu else "")
         block = 1
         if table.form.shared and gpu:
             block = decode.shared_block(spec, pool, gpu.arch, int(indptr[-1]))
-        numbers = tuple((n, v) for n, v in values.items() if is_number(v)), block, family.few(spec)
-        shape = _shape_of(self, family, family.qo_tile(spec), *numbers)
+        known = tuple((n, v) for n, v in values.items() if checks.is_number(v))
+        shape = _shape_of(self, family, family.qo_tile(spec), known, block, family.few(spec))
         if invariant:
             shape = replace(shape, splits="request" if shape.splits else "", few=0)
         result = plan.make(indptr, lengths, shape, workers, table.tree(lengths), batch)
@@ -169,10 +161,9 @@ class Attention:
         heads = (self.kv_heads, self.group, self.head_dim)
         form, pool = (kv.table.form, kv.pool) if kv else (TableForm(shared=shared), None)
         spec = _spec_of(self, (kv.dtype if kv else dtypes.bfloat16,) * 3, form)
-        if extras := spec.traced.extras(*decode.hosted(spec)):
-            text = f"the decode kernels of a workspace do not take a variant with {extras}"
-            hint = "plan each batch with attn.plan"
-            raise ArgumentError("A103", text, where="variant", hint=hint)
+        if reason := decode.refuses(spec, 0, pool):
+            text = f"the decode kernels of a workspace cannot run this: {reason}"
+            raise ArgumentError("A103", text, where="kv", hint="plan each batch with attn.plan")
         block_of = functools.partial(decode.shared_block, spec, pool)
         room = Workspace(heads, max_requests, max_tokens, device, workers, shared, block_of)
         shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())
@@ -189,7 +180,7 @@ class Attention:
         "cuda:sm_90a" also where there is no GPU (None: the one that has kv). Touches no array.
         Raises ArgumentError[A102, A103, A107], BuildError[B103]."""
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
-        qo_len = check_count("qo_len", qo_len, least=0)
+        qo_len = checks.check_count("qo_len", qo_len, least=0)
         q = _query_dtype(q_dtype, kv.dtype)
         spec = _spec_of(self, (q, kv.dtype, q), kv.table.form)
         machine = parse_target(kv.device.partition(":")[0] if target is None else target)
@@ -235,14 +226,17 @@ class Attention:
             text = "a workspace has memory of its own for partial results"
             raise ArgumentError("A101", text, where="scratch", hint="scratch= goes with a Plan")
         if plan is None:
-            indptr, kind = np.arange(kv.requests + 1, dtype=np.int32), float_view("q", q).dtype
+            indptr, kind = (
+                np.arange(kv.requests + 1, dtype=np.int32),
+                checks.float_view("q", q).dtype,
+            )
             lengths = kv.lengths() if kv.table.form.shared else kv.capacity()
             plan = self._plan(indptr, lengths, (kv.table, kv.pool), kind, None, values)
         _check_is_plan(plan)
         queries = check_q(q, kv, (plan.tokens, self.qo_heads, self.head_dim))
         o, lse = outputs(q, queries, kv, out, traced_of(self.variant).softmax is not False)
         results = ("out", o), ("lse", lse)
-        written = tuple(named_view(n, x) for n, x in results if x is not None)
+        written = tuple(checks.named_view(n, x) for n, x in results if x is not None)
         spec = _spec_of(self, (queries.dtype, kv.dtype, written[0].dtype), kv.table.form)
         family = self._family(plan, kv, spec)
         _check_not_capturing(plan, kv.device)
@@ -380,7 +374,7 @@ def _shape_of(
 ) -> plan.Shape:
     """What a planner must know, with the scalars that are fixed or among `values`; `rows`: the last
     two of `Shape`."""
-    known = {n: v for n, v in (*attn.variant.fixed, *values) if is_number(v)}
+    known = {n: v for n, v in (*attn.variant.fixed, *values) if checks.is_number(v)}
     ctas = family.ctas_per_sm(attn.head_dim) if family.ctas_per_sm else 0
     return plan.Shape(
         family.name, attn.kv_heads, attn.group, traced_of(attn.variant).mask, known, qo_tile,
@@ -391,7 +385,7 @@ def _shape_of(
 def _query_dtype(q_dtype: Any, kv: DType) -> DType:
     """The dtype of q and o, by default that of the cache. Raises ArgumentError[A102]."""
     kind = kv if q_dtype is None else dtypes.dtype(q_dtype)
-    if kind not in FLOATS:
+    if kind not in checks.FLOATS:
         raise ArgumentError("A102", f"q_dtype={kind}", where="q_dtype", hint="float32 or 16 bits")
     return kind
 

@@ -15,8 +15,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.attention.bounds import NAMES, bound
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import walk
+from tilewright.ir import core as ir
 
 MAX_RANGES = 3
 TILE = ("qo", "kv", "qo_head", "kv_head", "request", "key", "qo_len", "kv_len")
@@ -61,7 +60,7 @@ def ranges(mask: ir.Expr, ops: Any) -> list[Any]:
 
 
 def _reads_key(e: ir.Expr) -> bool:
-    return any(isinstance(x, ir.Var) and x.name in ("at.kv", "at.key") for x in walk(e))
+    return any(isinstance(x, ir.Var) and x.name in ("at.kv", "at.key") for x in ir.walk(e))
 
 
 def _compared(e: ir.Binary, ops: Any) -> Any:

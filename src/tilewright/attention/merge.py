@@ -15,7 +15,6 @@ from tilewright import dtypes
 from tilewright.attention.checks import check_count, check_view, named_view
 from tilewright.attention.spec import body_text, constants, launch_of, namespace
 from tilewright.codegen.params import C_TYPES
-from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.ir.body import Body
 from tilewright.runtime import cuda
@@ -168,7 +167,7 @@ def _on_host(states: Sequence[State], mask: Any, out: State) -> None:
 
 
 @functools.cache
-def _params_struct(o: DType) -> Struct:
+def _params_struct(o: dtypes.DType) -> Struct:
     c_type = C_TYPES[o.name]
     return Struct("Params", [
         *((f"o{i}", "ptr", f"const {c_type}*") for i in range(MAX_STATES)),
@@ -180,7 +179,7 @@ def _params_struct(o: DType) -> Struct:
 
 
 @functools.lru_cache(64)
-def body(o: DType, dim: int) -> Body:
+def body(o: dtypes.DType, dim: int) -> Body:
     """The merge of states of a dtype and head_dim: a warp a row."""
     kind = o.name
     load, store = ("x", "x") if kind == "float32" else (f"tw::from_{kind}(x)", f"tw::to_{kind}(x)")

@@ -21,7 +21,6 @@ from tilewright.attention import report as reports
 from tilewright.attention.checks import rises
 from tilewright.attention.planner import Shape
 from tilewright.attention.ranges import CUT
-from tilewright.attention.report import Batch, Report
 from tilewright.attention.table import NODE, of_requests
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
@@ -92,7 +91,7 @@ class Plan:
     group: int = 1
     block: int = 1
     narrow: int = 0
-    batch: Batch | None = field(default=None, repr=False)
+    batch: reports.Batch | None = field(default=None, repr=False)
     tensors: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
     longest: int = field(default=0, init=False, repr=False)
     planned: InitVar[bool] = False
@@ -128,7 +127,7 @@ class Plan:
         """Whether an item goes over the keys that its request shares with others too."""
         return bool(self.tree[0] and len(self.items) and (self.nodes["outer"] < 0).any())
 
-    def report(self) -> Report:
+    def report(self) -> reports.Report:
         """Balance, padding, bytes, predicted time, and why other families were refused. Raises
         ArgumentError[A103] for a plan that was loaded: it holds no lengths."""
         if self.batch is None:
@@ -204,7 +203,7 @@ class Plan:
 
 def make(
     qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int,
-    nodes: np.ndarray | None = None, batch: Batch | None = None,
+    nodes: np.ndarray | None = None, batch: reports.Batch | None = None,
 ) -> Plan:  # fmt: skip
     """Divide a batch among `workers`; `qo_indptr` (requests + 1), `kv_lengths` (nodes of the
     table), `nodes`: the tree where requests share keys; `batch`: for the plan's report.
@@ -247,15 +246,15 @@ def _items(
     cost = visible * ((end - begin) * shape.group + 4) + 4
     chunks = np.ones(len(node), np.int64)
     few = ((last_row - first_row) * shape.group <= shape.few)[node]
-    tiles = visible * np.where(few, _NARROW_COST, 1)
-    narrow = max(round(workers * tiles[few].sum() / max(tiles.sum(), 1)), int(few.any()))
-    narrow = min(narrow, int(few.sum()) * shape.kv_heads, -(-workers // 2))
+    narrow = 0
     if shape.splits == "batch":
         share = visible.sum() * shape.kv_heads / workers
         chunks = np.clip(visible / max(share, 1), 1, np.maximum(visible // _BATCH_CHUNK_TILES, 1))
         chunks = chunks.astype(np.int64)
-        if 0 < narrow < workers:
-            _cut_last(chunks, np.where(few, 0, visible), shape.kv_heads, workers - narrow)
+        if few.any():
+            narrow, last, pieces = _narrow(visible, chunks, few, shape.kv_heads, workers)
+            shortest = np.argsort(visible + few * (visible.max() + 1), kind="stable")
+            chunks[shortest[:last]] = pieces
     elif shape.splits:
         wanted = -(-_ITEMS_PER_REQUEST // (np.bincount(node)[node] * shape.kv_heads))
         chunks = np.clip(visible // CHUNK_TILES, 1, wanted)
@@ -270,14 +269,31 @@ def _items(
     }  # fmt: skip
 
 
-def _cut_last(chunks: np.ndarray, visible: np.ndarray, kv_heads: int, workers: int) -> None:
-    """Where workers have few items each, and alike, cut those of the last round, so that it ends
-    sooner. `visible`: 0 for items that others work on."""
-    own = np.flatnonzero(visible)
-    rounds, rest = divmod(len(own) * kv_heads, workers)
-    if rest and 0 < rounds < 8 and chunks.max() == 1 and visible.max() < 2 * visible[own].min():
-        pieces = min((1, 2, 3, 4), key=lambda n: -(-rest * n // workers) / n)
-        chunks[own[np.argsort(visible[own], kind="stable")][: -(-rest // kv_heads)]] = pieces
+def _narrow(
+    visible: np.ndarray, chunks: np.ndarray, few: np.ndarray, kv_heads: int, workers: int
+) -> tuple[int, int, int]:
+    """How many workers begin with the items of `few` rows, so that the longer of both lists ends
+    soonest: as many as these tiles are of all, or up to three more. Where the others have few items
+    each, and alike, also the tiles of rows of their last round, and its pieces of each."""
+    own, wide = visible[few] / chunks[few] * _NARROW_COST, visible[~few]
+    count, total = int(chunks[few].sum()) * kv_heads, float(wide.sum()) * kv_heads
+    sum_own = float(visible[few].sum()) * _NARROW_COST * kv_heads
+    most = min(count, -(-workers // 2))
+    share = min(max(round(workers * sum_own / max(sum_own + total, 1)), 1), most)
+    alike = len(wide) and chunks.max() == 1 and wide.max() < 2 * wide.min()
+
+    def way(narrow: int) -> tuple[float, int, int, int]:
+        first = max(-(-count // narrow) * float(own.min()), sum_own / narrow)
+        last, pieces, end = 0, 1, (total + narrow * first) / workers  # they join the others
+        rounds, rest = divmod(len(wide) * kv_heads, max(workers - narrow, 1))
+        if alike and 0 < rounds < 8:
+            last = -(-rest // kv_heads)
+            sizes = ((-(-last * kv_heads * n // (workers - narrow)) / n, n) for n in (1, 2, 3, 4))
+            part, pieces = min(sizes)
+            end = (rounds + part) * total / (len(wide) * kv_heads)
+        return max(first, end), narrow, last, pieces
+
+    return min(map(way, range(share, min(share + 3, most) + 1)))[1:]
 
 
 def _rows_of_nodes(

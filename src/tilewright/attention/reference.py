@@ -77,16 +77,12 @@ def attention(
         )
         for head in range(qo_heads if qo_len else 0):
             positions = {
-                "at.qo": first + np.arange(qo_len)[:, None],
-                "at.kv": base + stride * np.arange(kv_len)[None, :],
-                "at.qo_head": head,
-                "at.kv_head": head // group,
-                "at.request": request,
+                "at.qo": first + np.arange(qo_len)[:, None], "at.qo_len": qo_len,
+                "at.kv": base + stride * np.arange(kv_len)[None, :], "at.kv_len": kv_len,
+                "at.qo_head": head, "at.kv_head": head // group, "at.request": request,
                 "at.q_token": np.arange(rows.start, rows.stop)[:, None],
                 "at.key": np.arange(kv_len)[None, :],
-                "at.qo_len": qo_len,
-                "at.kv_len": kv_len,
-            }
+            }  # fmt: skip
             by_key = positions | {n: positions[n].T for n in ("at.kv", "at.key")}
             left = _changed(traced.query, queries[rows, head], positions, values)
             right = _changed(traced.key, keys[:, head // group], by_key, values)

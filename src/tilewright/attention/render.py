@@ -3,7 +3,6 @@
 On the CPU a vector of scores along the keys is one value; on a GPU each thread has one score.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -75,7 +74,7 @@ class _OnVectors(CppRenderer):
         return self.expr(e)
 
     def load(self, e: Load) -> str:
-        return _load(self, e, lambda at: f"*({at})")
+        return _load(self, e)
 
     def expr(self, e: Any) -> str:
         if isinstance(e, Broadcast) and e.dtype.kind == "b":
@@ -98,12 +97,11 @@ class _OnThreads(CudaRenderer):
         return "dim" if e.name == "at.dim" else e.name
 
     def load(self, e: Load) -> str:
-        return _load(self, e, lambda at: f"*({at})")
+        return _load(self, e)
 
 
-def _load(renderer: CppRenderer | CudaRenderer, e: Load, read: Callable[[str], str]) -> str:
-    """Code that reads a scalar or element of a variant, or of the row that a hook changes; `read`
-    turns an address into a load."""
+def _load(renderer: CppRenderer | CudaRenderer, e: Load) -> str:
+    """Code that reads a scalar or element of a variant, or of the row that a hook changes."""
     if e.buffer == ROW:
         return f"row[{renderer.expr(e.index[0])}]"
     name = f"v_{e.buffer.name}"
@@ -111,7 +109,7 @@ def _load(renderer: CppRenderer | CudaRenderer, e: Load, read: Callable[[str], s
         return name
     first, *rest = (renderer.expr(i) for i in e.index)
     if first in ("at.qo_head", "at.kv_head"):
-        return read(f"{name} + {first}")
+        return f"*({name} + {first})"
     if e.dtype.lanes > 1:
         return f"flash::elements<{e.dtype.lanes}>({name}, {first}, {rest[0]})"
     return f"{name}.at({first}, {rest[0] if rest else 0})"
@@ -126,30 +124,22 @@ def cpp_variant(traced: Traced, lanes: int) -> str:
         f"{score} logits({score} s, {keys})": widened(traced.logits, lanes),
         f"{position} mask({keys})": widened(traced.mask, lanes),
     }
-    return _struct(traced, renderer, methods, lambda v: f"*p.v_{v.name}")
+    return _struct(traced, renderer, methods)
 
 
 def cuda_variant(traced: Traced, more: dict[str, Expr]) -> str:
     """The struct for a GPU: `logits` and `mask` of one score, and `more` methods."""
     renderer = _OnThreads(_NOTHING, Params((), ()))
-    methods = {
-        **more,
-        "float logits(float s, const At& at)": traced.logits,
-        "bool mask(const At& at)": traced.mask,
-    }
-    return _struct(traced, renderer, methods, lambda v: f"*p.v_{v.name}")
+    own = {"float logits(float s, const At& at)": traced.logits}
+    own["bool mask(const At& at)"] = traced.mask
+    return _struct(traced, renderer, more | own)
 
 
-def _struct(
-    traced: Traced, renderer: CppRenderer | CudaRenderer, methods: dict[str, Expr],
-    read: Callable[[Value], str],
-) -> str:  # fmt: skip
+def _struct(traced: Traced, renderer: CppRenderer | CudaRenderer, methods: dict[str, Expr]) -> str:
     text = Text()
     ranges = extents.ranges(traced.mask, text)
-    members, starts = [], []
-    for v in traced.values:
-        members.append(f"  {_member(v)};")
-        starts.append(f"v_{v.name}{{{_start(v, read)}}}")
+    members = [f"  {_member(v)};" for v in traced.values]
+    starts = [f"v_{v.name}{{{_start(v)}}}" for v in traced.values]
     methods = methods | {"float sink(const At& at)": traced.sink}
     flags = {"SOFTMAX": traced.softmax is not False, "SINK": traced.sink != NO_SINK}
     rows = {name: getattr(traced, name) for name in ROW_HOOKS}
@@ -189,11 +179,9 @@ def _struct(
     )
 
 
-def _start(v: Value, read: Callable[[Value], str]) -> str:
-    if not v.by:
-        return read(v)
+def _start(v: Value) -> str:
     name = f"p.v_{v.name}"
-    return f"{name}, {name}_rows, {name}_columns" if is_array(v) else name
+    return f"{name}, {name}_rows, {name}_columns" if is_array(v) else name if v.by else f"*{name}"
 
 
 def _member(v: Value) -> str:

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import ProgramError, TilewrightError
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.names import size_name
-from tilewright.ir.rewrite import substitute, transform, walk
 from tilewright.sparse.trace import Declared
 
 POSITIONS = (
@@ -48,7 +46,7 @@ class At:
 class Tensor:
     """A run-time tensor of a variant; `by`: what it may be read by, see `Value`."""
 
-    dtype: DType
+    dtype: dtypes.DType
     by: tuple[str, ...]
 
 
@@ -91,7 +89,7 @@ class Value:
     kv_head, request, q_token, key (of a request), bit (of a row of q) or dim (of a row)."""
 
     name: str
-    dtype: DType
+    dtype: dtypes.DType
     default: float | None = None
     by: str = ""
 
@@ -114,10 +112,11 @@ class Traced:
     softmax: bool | None = None
 
     def extras(self, *hosted: str) -> str:
-        """The hooks that only some families of kernels host and that are not `hosted`, or ""."""
-        own = (n for n in ROW_HOOKS if getattr(self, n) != SAME_ROW and n not in hosted)
-        names = [*(f"a hook of {n} rows" for n in own), *["no softmax"] * (self.softmax is False)]
-        return " and ".join(names)
+        """What only some families of kernels host and is not among `hosted`, or ""; `softmax`: that
+        there is none."""
+        names = {n: f"a hook of {n} rows" for n in ROW_HOOKS if getattr(self, n) != SAME_ROW}
+        names |= {"softmax": "no softmax"} if self.softmax is False else {}
+        return " and ".join(text for name, text in names.items() if name not in hosted)
 
     def __str__(self) -> str:
         hooks = {name: getattr(self, name) for name in HOOKS} | {"softmax": self.softmax}
@@ -262,9 +261,9 @@ def chained(first: Traced, then: Traced) -> dict[str, ir.Expr]:
     def over(old: ir.Expr, new: ir.Expr) -> ir.Expr:
         def visit(x: Any) -> Any:
             own = isinstance(x, ir.Load) and x.buffer == ROW
-            return substitute(old, {"at.dim": x.index[0]}) if own else x
+            return ir.substitute(old, {"at.dim": x.index[0]}) if own else x
 
-        return transform(new, visit)
+        return ir.transform(new, visit)
 
     return {name: over(getattr(first, name), getattr(then, name)) for name in ROW_HOOKS}
 
@@ -348,7 +347,7 @@ def _check(cls: type, name: str, hook: ir.Expr) -> None:
         text = f"{name} of {cls.__name__} is {hook.dtype}"
         hint = "return a comparison, as at.kv <= at.qo" if name == "mask" else "return a number"
         raise ProgramError("P106", text, where=str(hook), hint=hint)
-    for x in walk(hook):
+    for x in ir.walk(hook):
         if not isinstance(x, (ir.Const, ir.Var, ir.Load, ir.Binary, ir.Unary, ir.Select, ir.Cast)):
             text = f"{type(x).__name__} cannot stand in variant {cls.__name__}"
             hint = "a variant computes with s, at and its own values"

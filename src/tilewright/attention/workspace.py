@@ -18,7 +18,6 @@ from tilewright.attention import planner, ranges
 from tilewright.attention.checks import check_count, integer_view
 from tilewright.attention.families import decode, hopper
 from tilewright.attention.plan import MAX_WORKERS
-from tilewright.attention.ranges import CUT
 from tilewright.attention.spec import Spec, alone, loaded, partial_params
 from tilewright.attention.table import MAX_KEYS, NODE, Table, TableForm
 from tilewright.errors import ArgumentError
@@ -76,7 +75,7 @@ class Workspace:
         rows = shared * tokens + self.block * self.front // heads[0] + 1  # chunks fill the CTAs
         rows *= heads[0] * heads[1] * bool(shared)
         self._slots, states = decode.partial_floats(heads[2], blocks, self.ctas, rows)
-        self._cuts = words("int32", (self.limit + 1) * (CUT.size // 4))
+        self._cuts = words("int32", (self.limit + 1) * (ranges.CUT.size // 4))
         self._partials = words("float32", self._slots + states)
         self._counters = words("int32", self.ctas + 1)
         self._indptr = words("int32", max_requests + 1 if max_tokens else 0)

@@ -12,7 +12,6 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.codegen.params import C_TYPES, STORED_AS_BITS, Params, c_name
-from tilewright.dtypes import DType
 from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import core as ir
 
@@ -45,7 +44,7 @@ class Renderer:
 
     # -- types -----------------------------------------------------------------------------------
 
-    def type(self, t: DType) -> str:
+    def type(self, t: dtypes.DType) -> str:
         return C_TYPES[t.name] if t.lanes == 1 else f"tw::vec<{_lanes_of(t)}>"
 
     # -- statements ------------------------------------------------------------------------------
@@ -141,14 +140,14 @@ class Renderer:
                 value = self.combine(s.op, old, value, s.value.dtype)
             self.line(f"tw::scatter<{kind}>({pointer}, {index}, {value});")
 
-    def combine(self, op: str, old: str, value: str, dtype: DType) -> str:
+    def combine(self, op: str, old: str, value: str, dtype: dtypes.DType) -> str:
         if not op:
             return value
         if op in ("sum", "prod"):
             return f"{old} {'+' if op == 'sum' else '*'} {value}"
         return self.call_minmax(op, old, value, dtype)
 
-    def call_minmax(self, op: str, a: str, b: str, dtype: DType) -> str:
+    def call_minmax(self, op: str, a: str, b: str, dtype: dtypes.DType) -> str:
         if dtype.lanes > 1:
             return f"tw::v{op}<{_lanes_of(dtype)}>({a}, {b})"
         return f"tw::{op}<{C_TYPES[dtype.name]}>({a}, {b})"
@@ -326,7 +325,7 @@ class Renderer:
             return f"tw::select({a}, {ones}, {self.type(to)}{{}})"
         return self.convert(a, to)
 
-    def convert(self, text: str, to: DType) -> str:
+    def convert(self, text: str, to: dtypes.DType) -> str:
         if to.kind == "b" and to.lanes > 1:
             return self.mask(text, to.lanes)
         if to.lanes > 1:
@@ -384,7 +383,7 @@ def atom_texts(program: ir.Program, target: str) -> list[str]:
     return list(dict.fromkeys(getattr(atom, target) for atom in atoms))
 
 
-def operand_kind(t: DType) -> str:
+def operand_kind(t: dtypes.DType) -> str:
     """How a tile operation reads the elements of its operands."""
     return "tw::tf32_bits" if t.name == "float32" else f"tw::{t.name}_bits"
 
@@ -410,7 +409,7 @@ def _within_width(e: ir.Binary) -> bool:
     return isinstance(count, ir.Const) and 0 <= count.value < e.dtype.bits
 
 
-def _integer(value: int, dtype: DType) -> str:
+def _integer(value: int, dtype: dtypes.DType) -> str:
     """An integer literal of the type that C gives to a narrower one, or of its own."""
     if abs(value) < 2**31:
         return str(value)
@@ -421,6 +420,6 @@ def _integer(value: int, dtype: DType) -> str:
     return f"INT64_C({value})"
 
 
-def _lanes_of(t: DType) -> str:
+def _lanes_of(t: dtypes.DType) -> str:
     """The template arguments of a vector type: its element and the number of lanes."""
     return f"{C_TYPES[t.name]}, {t.lanes}"

@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any, Literal
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.ir.atoms import Atom
 from tilewright.ir.expr import Access, Buffer, Const, Expr, Load, Ramp, Select, Tensor, Var, node
 from tilewright.ir.text import program_text, stmt_text
@@ -318,7 +317,7 @@ class Program:
     merged: tuple[str, ...] = ()
     placed: tuple[tuple[str, str, str, int], ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
-    index: DType = dtypes.int32
+    index: dtypes.DType = dtypes.int32
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:

@@ -4,8 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import FOLD
+from tilewright.ir import core as ir
 
 
 def constant(e: ir.Expr, read: Callable[[ir.Access | ir.Stored], Any]) -> Any:
@@ -45,7 +44,7 @@ def _binary(op: str, a: Any, b: Any) -> Any:
             return op == "&"
         if op == "/":
             return a / b if b != 0 else None
-        return FOLD[op](a, b) if op in FOLD and not (op in ("//", "%") and b == 0) else None
+        return ir.FOLD[op](a, b) if op in ir.FOLD and not (op in ("//", "%") and b == 0) else None
     if op in ("*", "/") and a == 0:
         return a
     if op == "*" and b == 0:

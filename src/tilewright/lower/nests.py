@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tilewright.errors import ProgramError
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.levels import Compressed, Level, may_miss
-from tilewright.ir.rewrite import add, indices_of, mul, transform, walk
 from tilewright.lower.drivers import Iteration, driver_of, drivers_read, iteration, outer_driver
 from tilewright.lower.epilogues import Fused, fused, values_of
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
@@ -101,13 +100,13 @@ class NestBuilder:
         if is_placed or self._names_of(t, axes=False) <= self._names_of(self.root, axes=False):
             return self.root.out.tensor.name
         for reader in (*self.temps, self.root):
-            for x in (x for value in values_of(reader) for x in walk(value)):
+            for x in (x for value in values_of(reader) for x in ir.walk(value)):
                 if isinstance(x, ir.Access) and x.tensor.name == t.out.tensor.name:
                     return reader.out.tensor.name
         raise AssertionError(f"nobody reads {t.out}")
 
     def _names_of(self, st: Statement, *, axes: bool = True) -> set[str]:
-        return {x.name for x in (*indices_of(st.out), *(st.axes if axes else ()))}
+        return {x.name for x in (*ir.indices_of(st.out), *(st.axes if axes else ()))}
 
     def _temporary(self, t: Statement, scope: Scope) -> ir.Stmt:
         """The loops of a temporary inside those of another statement; none over an axis in whose
@@ -287,7 +286,7 @@ class NestBuilder:
         outer, inner = (scope.block_parts.get(BlockPart(name, block, x)) for x in (False, True))
         if outer is not None and inner is not None:
             joined = self.tables.variable(name)
-            lets.append(ir.Let(joined, add(mul(outer, block), inner)))
+            lets.append(ir.Let(joined, ir.add(ir.mul(outer, block), inner)))
             size = self.tables.size(s.axis.dim)
             if not (isinstance(size, ir.Const) and size.value % block == 0):
                 guards.append(ir.binary("<", joined, size))
@@ -375,7 +374,7 @@ class NestBuilder:
             is_total = isinstance(x, ir.Load) and x.buffer.name in totals
             return ir.Load(totals[x.buffer.name], (), x.dtype) if is_total else x
 
-        return reductions, transform(reader.expr(st.epilogue), scalar)
+        return reductions, ir.transform(reader.expr(st.epilogue), scalar)
 
     def _stored_guard(self, st: Statement, scope: Scope, lets: list[ir.Stmt]) -> list[ir.Expr]:
         """The test that an entry is stored, for a reduction whose last level is searched, not

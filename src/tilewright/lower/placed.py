@@ -8,9 +8,8 @@ from math import prod
 from typing import Any
 
 from tilewright.errors import ScheduleError, illegal
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.affine import affine
-from tilewright.ir.rewrite import indices_of, rebuild, simplify, transform, walk
 from tilewright.lower.epilogues import values_of
 from tilewright.lower.scope import Scope
 from tilewright.lower.tables import Driver, Statement, Tables, names_read
@@ -46,7 +45,7 @@ def check(t: Statement, placed: dict[str, str], emitted: set[str], around: set[s
     name, loop = t.out.tensor.name, placed.get(t.out.tensor.name, "")
     for late in sorted((names_read(*values_of(t)) & placed.keys()) - emitted - {name}):
         raise refuse(late, f"{name} reads it first", f"compute_at {name} further in")
-    for again in sorted(around - {loop, *(x.name for x in indices_of(t.out))}) if loop else ():
+    for again in sorted(around - {loop, *(x.name for x in ir.indices_of(t.out))}) if loop else ():
         hint = f"order_axes the statement that reads it, {loop} before {again}"
         raise refuse(name, f"loop {again} is around loop {loop}, and would repeat it", hint)
 
@@ -67,14 +66,14 @@ class Row:
     def of(cls, tables: Tables, out: ir.Access, scope: Scope) -> "Row":
         """That of a temporary whose loops are inside those of a scope."""
         first = len(out.stored_coords) if out.tensor.is_sparse else 0
-        own = list(enumerate(indices_of(out)))[first:]
+        own = list(enumerate(ir.indices_of(out)))[first:]
         free = [(n, tables.size(x.dim)) for n, x in own if x.name not in scope.coordinates]
         tensor = tables.tensors[out.tensor.name]
         return cls(tensor, tuple(n for n, _ in free), tuple(size for _, size in free))
 
     @property
     def extents(self) -> tuple[ir.Expr, ...]:
-        lengths = (simplify(ir.binary("-", end, begin)) for _, begin, end in self.levels)
+        lengths = (ir.simplify(ir.binary("-", end, begin)) for _, begin, end in self.levels)
         return (*lengths, *self.sizes)
 
     @property
@@ -96,20 +95,20 @@ class Row:
         if len(inner) + 1 < len(self.levels):
             raise refuse(tensor.name, "its rows have rows of their own", 'scope="global"')
         first = len(out.stored_coords) if tensor.is_sparse else 0
-        own = indices_of(*out.coords)[first:]
+        own = ir.indices_of(*out.coords)[first:]
         at = [scope.coordinates.get(x.name, ir.Const(0, tables.index)) for x in own]
         array, along, steps = tables.buffer(tensor), self.dims, [ir.as_expr(1) for _ in self.dims]
         if tensor.is_sparse:
             start, last = scope.copy(), len(tables.levels(tensor.structure)) - 1
-            walk = start.walks[tensor.structure]
+            ir.walk = start.walks[tensor.structure]
             names = {d: ir.Var(f"at{d}", tables.index) for d, *_ in self.levels}
-            walk.variables |= names
+            ir.walk.variables |= names
             position = start.position(tensor.structure, last)
             form = affine(position, frozenset(map(str, names.values())))
             if form is None:
                 raise refuse(tensor.name, "its rows are not side by side", 'scope="global"')
             steps = [*(form.steps.get(x.name, ir.as_expr(0)) for x in names.values()), *steps]
-            walk.variables |= {d: begin for d, begin, _ in self.levels}
+            ir.walk.variables |= {d: begin for d, begin, _ in self.levels}
             at.insert(0, start.position(tensor.structure, last))
             array = tables.values(tensor)
             along = (*(0 for _ in names), *(n - first + 1 for n in self.dims))
@@ -147,7 +146,7 @@ def online(body: ir.Stmt) -> ir.Stmt:
         is_read = isinstance(x, ir.Compute) and x.out.buffer.name in rewriter.registers
         return replace(x, online=rewriter.registers[x.out.buffer.name]) if is_read else x
 
-    return transform(body, mark)
+    return ir.transform(body, mark)
 
 
 class _Online:
@@ -162,7 +161,7 @@ class _Online:
         if isinstance(s, ir.Compute):
             return self.compute(s, axes)
         within = axes | frozenset(s.axes) if isinstance(s, ir.For) else axes
-        return rebuild(s, lambda x: self.visit(x, within) if isinstance(x, ir.Stmt) else x)
+        return ir.rebuild(s, lambda x: self.visit(x, within) if isinstance(x, ir.Stmt) else x)
 
     def compute(self, c: ir.Compute, axes: frozenset[str]) -> ir.Compute:
         name = c.out.buffer.name
@@ -206,10 +205,10 @@ class _Online:
                     weight, factor = (ir.Buffer(kind, x.dtype, (), "register") for kind in kinds)
                     self.registers[top] = weight, factor
                     return ir.Load(weight, (), x.dtype)
-            return rebuild(x, visit)
+            return ir.rebuild(x, visit)
 
         e = visit(e)
-        for x in walk(e):
+        for x in ir.walk(e):
             if isinstance(x, ir.Load) and x.buffer.name in inside and x.buffer.name != name:
                 hint = f"only exp(x - {x.buffer.name}) of the terms x is read in its own loop"
                 raise refuse(x.buffer.name, f"{name} reads it before it is complete", hint)

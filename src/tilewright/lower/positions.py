@@ -9,13 +9,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import core as ir
-from tilewright.lower.drivers import (
-    check_reduction,
-    driver_of,
-    drivers_read,
-    list_key,
-    outer_driver,
-)
+from tilewright.lower import drivers
 from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.joins import JoinBuilder, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
@@ -59,8 +53,8 @@ def _roots(
     roots = [a for a in program.body if a.out.tensor.name not in inline]
     while roots:
         root, also = roots.pop(0), []
-        key = list_key(Statement.of(root))
-        while key and roots and list_key(Statement.of(roots[0])) == key:
+        key = drivers.list_key(Statement.of(root))
+        while key and roots and drivers.list_key(Statement.of(roots[0])) == key:
             also.append(roots.pop(0))
         read = (t for a in (root, *also) for t in _read_by(a, [*inline.values()]))
         named = {t.out.tensor.name: t for t in read}
@@ -95,16 +89,16 @@ class _Builder:
         parts = [{structure: f} for f in fmt.formats] if structure else [{}]
         composed = fmt if hasattr(fmt, "parts") else None
         for st in (statement, *also, *temps):
-            check_reduction(st, self.tensors)
+            drivers.check_reduction(st, self.tensors)
         placed = [t for t in temps if t.out.tensor.name in self.placed]
         is_like = root.out.tensor.structure == structure and not placed
         shared = composed is not None and not _keeps_rows(composed, root.out, around, is_like)
-        in_parts = shared or bool(drivers_read(statement))
+        in_parts = shared or bool(drivers.drivers_read(statement))
         pieces = [t for t in temps if self._is_in_pieces(t, around, in_parts)]
         if pieces or (placed and shared):
             if placed or not all(self._is_separable(t, statement, temps) for t in pieces):
                 t = (pieces or placed)[0]
-                structure = (driver_of(t) or around).structure
+                structure = (drivers.driver_of(t) or around).structure
                 raise _shares_rows(statement, t, self.tensors[structure].format)
             return self._separate(root, inline, pieces, also)
 
@@ -143,7 +137,7 @@ class _Builder:
         """Whether a reduction inside loops that follow `around` would see a piece of a row only:
         the loops, or other parts of its format, come to the row again. `shared`: other parts have
         entries of the rows of `around`."""
-        driver, reduced = driver_of(t), {a.name for a in t.axes}
+        driver, reduced = drivers.driver_of(t), {a.name for a in t.axes}
         if driver is None:
             return False
         fmt = self.tensors[driver.structure].format
@@ -195,7 +189,11 @@ class _Builder:
         at their own rows only."""
         structure = driver.structure if driver else ""
         composed = bool(structure) and hasattr(self.tensors[structure].format, "parts")
-        own = [t for t in temps if driver and t.op and driver in (driver_of(t), outer_driver(t))]
+        own = [
+            t
+            for t in temps
+            if driver and t.op and driver in (drivers.driver_of(t), drivers.outer_driver(t))
+        ]
         followers = {t.out.tensor.name: ir.identity_of(t.op, t.out.dtype) for t in own}
 
         def visit(e: Any) -> Any:
@@ -207,7 +205,7 @@ class _Builder:
                 return ir.cast(ir.Const(e.tensor.fill, dtypes.float64), e.dtype)
             return ir.rebuild(e, visit)
 
-        if st.op and driver_of(st):
+        if st.op and drivers.driver_of(st):
             value = ir.cast(ir.identity_of(st.op, st.value.dtype), st.out.dtype)
             plain, rest = Statement(st.out, "", (), value), []
         else:
@@ -236,7 +234,11 @@ def _keeps_rows(fmt: Any, out: ir.Access, around: Driver, is_like: bool) -> bool
 def _root_driver(st: Statement, temps: list[Statement]) -> Driver:
     """The structure that the loops of a root statement follow, and its indices; or nothing."""
     axes = {x.name for x in ir.indices_of(st.out)}
-    return driver_of(st) or next(
-        (d for d in (*drivers_read(st), *map(outer_driver, temps)) if d and axes & set(d.indices)),
+    return drivers.driver_of(st) or next(
+        (
+            d
+            for d in (*drivers.drivers_read(st), *map(drivers.outer_driver, temps))
+            if d and axes & set(d.indices)
+        ),
         Driver("", ()),
     )

@@ -15,7 +15,6 @@ from tilewright.ops.recipes import fixed_width
 from tilewright.ops.spmm import check_packed, last_size
 from tilewright.schedule import Schedule
 from tilewright.sparse import formats, trace
-from tilewright.sparse.formats import Format
 from tilewright.sparse.pack import Packed
 from tilewright.sparse.trace import dense, indices, out, sparse
 
@@ -34,7 +33,7 @@ def bsr_spmm_program(A=sparse("m n"), X=dense("n d")):
 
 def block_of(fmt: Any) -> int:
     """The block size of a BSR format if it is a multiple of the tile, else 0."""
-    block = fmt.levels[0].block if isinstance(fmt, Format) else 0
+    block = fmt.levels[0].block if isinstance(fmt, formats.Format) else 0
     return block if block and block % ROWS == 0 and fmt == formats.bsr(block) else 0
 
 

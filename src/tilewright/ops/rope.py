@@ -7,7 +7,7 @@ and sines are computed once, in float64. Source: Su et al., RoFormer (2021), §3
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -79,22 +79,17 @@ def _by_token(width: int) -> Any:
 @cache
 def rope_kernel(
     interleaved: bool, target: str = "cpp", dtype: str = "float32", stored: str = "float32",
-    head_dim: int = 0,
+    head_dim: int = 0, append: bool = False,
 ) -> Kernel:  # fmt: skip
     """X (t, h, p, 2) or (t, h, 2, p) in `stored`, C and S (positions, p), P (t,) → X rotated, in
-    `dtype`. `head_dim`: of the kernel (0: any)."""
-    recipe = _by_token(0 if interleaved else head_dim // 2)
-    return _program(not interleaved, False, dtype).typed(X=stored).schedule(recipe).build(target)
+    `dtype`; with `append` that of token t goes to K[page[t], slot[t]] of the pages. `head_dim`: of
+    the kernel (0: any)."""
+    made = _program(not interleaved, append, "float32" if append else dtype).typed(X=stored)
+    made = made.typed(K=dtype) if append else made
+    return made.schedule(_by_token(0 if interleaved else head_dim // 2)).build(target)
 
 
-@cache
-def rope_append_kernel(
-    interleaved: bool, target: str = "cpp", dtype: str = "float32", stored: str = "float32",
-    head_dim: int = 0,
-) -> Kernel:  # fmt: skip
-    """Builds the kernel that rotates keys and writes that of token t to K[page[t], slot[t]]."""
-    recipe = _by_token(0 if interleaved else head_dim // 2)
-    return _program(not interleaved, True).typed(K=dtype, X=stored).schedule(recipe).build(target)
+rope_append_kernel = partial(rope_kernel, append=True)
 
 
 @cache

@@ -15,7 +15,6 @@ from tilewright.ops import recipes
 from tilewright.ops.spmm import check_packed, last_size, operand_dtype
 from tilewright.schedule import Schedule
 from tilewright.sparse import formats, trace
-from tilewright.sparse.formats import Format
 from tilewright.sparse.pack import Packed
 from tilewright.sparse.trace import dense, indices, out, sparse
 from tilewright.target import target as parse_target
@@ -83,7 +82,7 @@ def sddmm(A: Packed, P: Any, Q: Any, out: Any = None) -> Packed:
     Kernels are built for the format and the width at first use and cached. Raises ArgumentError.
     """
     check_packed(
-        A, lambda fmt: isinstance(fmt, Format) and fmt.name in FORMATS,
+        A, lambda fmt: isinstance(fmt, formats.Format) and fmt.name in FORMATS,
         f"pack it as one of: {', '.join(FORMATS)}",
     )  # fmt: skip
     width = recipes.fixed_width(last_size(Q), A.device)

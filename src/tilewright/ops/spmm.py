@@ -9,6 +9,7 @@ Reference: SparseTIR (ASPLOS 2023, §4.2), its SpMM on hyb(c, k).
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -237,16 +238,12 @@ def by_length(widths: tuple[int, ...], giant: int = 1024) -> Composed:
     """A format that groups rows by length: padded buckets of these widths, a CTA for each longer
     row, several CTAs, a few features each, for a row of more than `giant` entries. Every row is in
     one part, so sums need no atomics."""
-    lows = [1, *(w + 1 for w in widths[:-1])]
+    buckets = [(Where(low + 1, w), formats.bucket(w)) for low, w in pairwise((0, *widths))]
     giant = max(giant, widths[-1])
     parts: list[tuple[Where, Format]] = [(Where(giant + 1), formats.dcsr(GIANT))]
     if giant > widths[-1]:
         parts.append((Where(widths[-1] + 1, giant), formats.dcsr(TALL)))
-    parts += [
-        (Where(low, w), formats.bucket(w))
-        for low, w in zip(reversed(lows), reversed(widths), strict=True)
-    ]
-    parts.append((Where(0, 0), formats.bucket(0)))
+    parts += [*reversed(buckets), (Where(0, 0), formats.bucket(0))]
     name = f"by_length({', '.join(map(str, widths))})"
     return Composed(name, tuple(parts), disjoint_rows=True, covers_rows=True)
 

@@ -29,9 +29,8 @@ import numpy as np
 
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.names import parse_name
-from tilewright.ir.rewrite import driving, free_vars, indices_of
 from tilewright.reference.ops_table import UFUNCS, computed, decode, encode, operation
 
 LIMIT_BYTES = 64 << 20  # of one array of intermediate values, where cutting the output can keep it
@@ -185,7 +184,7 @@ class _Evaluator:
         values = np.empty([x.stop for x in full], array.dtype)
         for part in pieces(full, LIMIT_BYTES // 8 // max(self.points_below(s.value), 1)):
             values[part] = encode(self.expr(s.value, scope_of(box, part)), t.dtype, array.dtype)
-        if t.is_sparse or (not s.op and tuple(s.out.coords) == tuple(indices_of(s.out))):
+        if t.is_sparse or (not s.op and tuple(s.out.coords) == tuple(ir.indices_of(s.out))):
             array[...] = values
         else:
             at, inside = self.coordinates(s.out, scope_of(box, full))
@@ -215,7 +214,7 @@ class _Evaluator:
 
     def box_of(self, out: ir.Access) -> Box:
         """The box of an output: a dimension for each index; one for all stored coordinates."""
-        inner, box = indices_of(out), []
+        inner, box = ir.indices_of(out), []
         if out.tensor.is_sparse:
             coords = self.stored[out.tensor.structure].coords
             pairs = zip(out.stored_coords, coords, strict=True)
@@ -299,7 +298,7 @@ class _Evaluator:
     def driver(self, e: ir.Reduce) -> tuple[str, tuple[str, ...]] | None:
         """The structure whose stored coordinates a reduction ranges over, and the names of its
         indices: that of the one sparse operand that has one of the axes."""
-        found = driving(e.body, frozenset(a.name for a in e.axes))
+        found = ir.driving(e.body, frozenset(a.name for a in e.axes))
         return next(iter(found)) if len(found) == 1 else None
 
     def reduction(self, e: ir.Reduce, scope: Scope) -> np.ndarray:
@@ -309,7 +308,7 @@ class _Evaluator:
         if driver is None:
             return self.folded(e, scope, axes_of(e))
         (structure, names), own = driver, {a.name for a in e.axes}
-        outer = {n: c for n, c in scope.index.items() if n in free_vars(e.body) - own}
+        outer = {n: c for n, c in scope.index.items() if n in ir.free_vars(e.body) - own}
         shape = np.broadcast_shapes((1,) * scope.rank, *(c.shape for c in outer.values()))
         outer = {n: np.broadcast_to(c, shape).reshape(-1) for n, c in outer.items()}
         bound = {d: outer[name] for d, name in enumerate(names) if name not in own}

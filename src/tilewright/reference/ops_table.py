@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels.stored import BINARY
@@ -45,19 +44,19 @@ def operation(e: Any, exact: bool = False) -> Callable[..., Any]:
     raise InternalError("I101", f"{type(e).__name__} has no operation on values")
 
 
-def computed(dtype: DType, exact: bool = False) -> np.dtype:
+def computed(dtype: dtypes.DType, exact: bool = False) -> np.dtype:
     """The NumPy type in which values of a dtype are computed; `exact`: all floats in float64."""
     if dtype.is_float and (exact or dtype.name == "bfloat16"):
         return np.dtype(np.float64 if exact else np.float32)
     return dtype.numpy
 
 
-def constant(value: Any, dtype: DType, exact: bool = False) -> Any:
+def constant(value: Any, dtype: dtypes.DType, exact: bool = False) -> Any:
     """A number as a NumPy scalar."""
     return cast(computed(dtype, exact).type(value), dtype, exact)
 
 
-def cast(x: Any, to: DType, exact: bool = False) -> Any:
+def cast(x: Any, to: dtypes.DType, exact: bool = False) -> Any:
     """Values as another dtype has them."""
     if to.is_int and x.dtype.kind == "f":
         return to_integer(x, to)
@@ -66,7 +65,7 @@ def cast(x: Any, to: DType, exact: bool = False) -> Any:
     return x.astype(computed(to, exact), copy=False)
 
 
-def to_integer(x: Any, to: DType) -> Any:
+def to_integer(x: Any, to: dtypes.DType) -> Any:
     """Floats as integers: the fraction is cut off, what is out of range becomes the nearest
     integer of the type, NaN becomes 0."""
     truncated = np.trunc(x, dtype=np.float64)
@@ -76,14 +75,14 @@ def to_integer(x: Any, to: DType) -> Any:
     return np.where(low, least, np.where(high, most, inside))[()]
 
 
-def decode(raw: Any, dtype: DType) -> Any:
+def decode(raw: Any, dtype: dtypes.DType) -> Any:
     """Values as an array holds them, as numbers: bits of bfloat16 become float32."""
     if dtype.name != "bfloat16":
         return raw
     return dtypes.bfloat16_values(raw) if raw.dtype == np.uint16 else raw.astype(np.float32)
 
 
-def encode(values: Any, dtype: DType, to: np.dtype) -> Any:
+def encode(values: Any, dtype: dtypes.DType, to: np.dtype) -> Any:
     """Numbers as an array in the storage type of `to`, rounded to nearest even."""
     if dtype.name == "bfloat16" and to == np.uint16:
         return dtypes.bfloat16_bits(values.astype(np.float32)).reshape(values.shape)

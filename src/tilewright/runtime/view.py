@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime import host_allocator
 
@@ -31,7 +30,7 @@ class View:
     """
 
     pointer: int
-    dtype: DType
+    dtype: dtypes.DType
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     device: str
@@ -107,7 +106,7 @@ def byte_span(v: View) -> tuple[int, int]:
     return v.pointer + low, v.pointer + high
 
 
-def allocate(like: object, shape: tuple[int, ...], dtype: DType) -> Any:
+def allocate(like: object, shape: tuple[int, ...], dtype: dtypes.DType) -> Any:
     """An uninitialised row-major array of the same framework and device as `like`.
 
     bfloat16 and 8-bit floats in NumPy are those of `ml_dtypes` where it is imported, else bits.
@@ -115,7 +114,7 @@ def allocate(like: object, shape: tuple[int, ...], dtype: DType) -> Any:
     return allocator(like, shape, dtype)(like)
 
 
-def allocator(like: object, shape: tuple[int, ...], dtype: DType) -> Callable[[Any], Any]:
+def allocator(like: object, shape: tuple[int, ...], dtype: dtypes.DType) -> Callable[[Any], Any]:
     """A function that allocates an array of this shape and dtype; its argument is an array with the
     layout of `like`."""
     if isinstance(like, np.ndarray):
@@ -143,7 +142,7 @@ def allocator(like: object, shape: tuple[int, ...], dtype: DType) -> Callable[[A
     return lambda _: DeviceArray(shape, dtype, ordinal_of(device))
 
 
-def _empty_cupy(like: Any, shape: tuple[int, ...], dtype: DType) -> Any:
+def _empty_cupy(like: Any, shape: tuple[int, ...], dtype: dtypes.DType) -> Any:
     with like.device:
         return sys.modules["cupy"].empty(shape, _numpy_type(dtype))
 
@@ -195,7 +194,7 @@ def _choose_address() -> Callable[[np.ndarray], int]:
 _address = _choose_address()
 
 
-def _numpy_type(dtype: DType) -> np.dtype:
+def _numpy_type(dtype: dtypes.DType) -> np.dtype:
     extensions = sys.modules.get("ml_dtypes") if dtype.ml_dtypes else None
     return np.dtype(getattr(extensions, dtype.ml_dtypes)) if extensions else dtype.numpy
 

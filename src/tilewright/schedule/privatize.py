@@ -6,9 +6,8 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import illegal
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.names import COPIES, GeneratedName, stride_name
-from tilewright.ir.rewrite import add, ceil_div, mul, simplify, transform
 from tilewright.schedule.tree import computes, matches, unknown
 
 MOST_COPIES = 64  # of an output
@@ -87,10 +86,10 @@ class _Copies:
             raise unknown(why, f"the outermost is {getattr(top, 'name', 'none')}")
         if top.kind != "serial":
             raise illegal(f"loop {top.name} is marked {top.kind}", "privatize it first")
-        share = ceil_div(simplify(ir.binary("-", top.end, top.begin)), self.copies)
-        first = add(top.begin, mul(self.copy, share))
+        share = ir.ceil_div(ir.simplify(ir.binary("-", top.end, top.begin)), self.copies)
+        first = ir.add(top.begin, ir.mul(self.copy, share))
         begin = ir.binary("min", top.end, first)  # none runs backwards
-        end = ir.binary("min", top.end, add(begin, share))
+        end = ir.binary("min", top.end, ir.add(begin, share))
         body = self._each(top.body, lambda c: replace(c, out=self._at(self.copy, c), atomic=False))
         groups = ir.For(
             self.copy, ir.as_expr(0), ir.as_expr(self.copies),
@@ -116,7 +115,7 @@ class _Copies:
 
     def _each(self, s: Any, f: Any) -> Any:
         """`s` with `f` applied to each statement of the output."""
-        return transform(s, lambda x: f(x) if self._is_update(x) else x)
+        return ir.transform(s, lambda x: f(x) if self._is_update(x) else x)
 
     def _is_update(self, x: Any) -> bool:
         return isinstance(x, ir.Compute) and x.out.buffer.name == self.output.name

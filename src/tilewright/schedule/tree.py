@@ -11,9 +11,8 @@ from functools import wraps
 from typing import Any
 
 from tilewright.errors import ScheduleError, illegal
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.names import is_users
-from tilewright.ir.rewrite import free_vars, loads, rebuild, statements
 
 
 def unknown(why: str, hint: str) -> ScheduleError:
@@ -70,12 +69,12 @@ def in_the_way(chain: Chain, loop: str) -> tuple[str, str]:
 
 def has_loop(s: ir.Stmt, loop: str) -> bool:
     """Whether there is a loop of that name below `s`."""
-    return any(isinstance(x, ir.For) and matches(x, loop) for x in statements(s))
+    return any(isinstance(x, ir.For) and matches(x, loop) for x in ir.statements(s))
 
 
 def _named(s: ir.Stmt) -> str:
     """A statement in words: the loop, or what it computes, copies or prefetches."""
-    if stored := next(statements(s, ir.Store), None):
+    if stored := next(ir.statements(s, ir.Store), None):
         return f"the copy to {stored.buffer.name}"
     if isinstance(s, ir.Prefetch):
         return f"the prefetch of {s.element.buffer.name}"
@@ -86,7 +85,7 @@ def _named(s: ir.Stmt) -> str:
 
 
 def _instead(s: ir.Stmt) -> str:
-    if isinstance(s, ir.Prefetch) or any(isinstance(x, ir.Store) for x in statements(s)):
+    if isinstance(s, ir.Prefetch) or any(isinstance(x, ir.Store) for x in ir.statements(s)):
         return "call cache and prefetch after the verbs that move loops"
     if any(c.out.buffer.scope == "register" for c in computes(s)):
         return "make that reduction a statement of its own, tw.temp[…](…)"
@@ -109,7 +108,7 @@ def _below(
     bound: frozenset[str],
 ) -> ir.Stmt:  # fmt: skip
     def ready(*parts: Any) -> bool:
-        return all(name in bound or name not in own for e in parts for name in free_vars(e))
+        return all(name in bound or name not in own for e in parts for name in ir.free_vars(e))
 
     def rank(x: Any) -> int:  # plain names, then guards, then loads
         return 1 if not isinstance(x, ir.Let) else 2 if reads_memory(x.value) else 0
@@ -135,7 +134,7 @@ def _below(
 
 def reads_memory(e: ir.Expr) -> bool:
     """Whether an expression loads or searches."""
-    return any(True for _ in loads(e))
+    return any(True for _ in ir.loads(e))
 
 
 def clash(s: Any, taken: frozenset[str]) -> str | None:
@@ -185,7 +184,7 @@ def rewrite_loops(
                 raise illegal(why, "schedule the loops around it")
             count += 1
             return f(x)
-        return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
+        return ir.rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
 
     return visit(s), count
 
@@ -201,4 +200,4 @@ def on_loops(f: Callable[..., ir.Stmt]) -> Callable[..., tuple[ir.Stmt, int]]:
 
 
 def computes(s: ir.Stmt) -> list[ir.Compute]:
-    return list(statements(s, ir.Compute))
+    return list(ir.statements(s, ir.Compute))

@@ -186,22 +186,25 @@ class Runner:
         prompts that are longer than the context come later. Overwrites the first page."""
         most, longest = self.limits.step_tokens, (self.width - 1) * PAGE_SIZE
 
-        def step(answers: int, start: int = 0, size: int = 0, heat: float = 0.0) -> None:
-            keys = 0 if size else start  # of the answers
-            lengths = [keys + 1] * answers + [start + size] * bool(size)
-            requests = [Request(0, [0] * n, Sampling(temperature=heat)) for n in lengths]
+        def step(answers: int, *prompts: tuple[int, int], keys: int = 0, heat: float = 0.0) -> None:
+            ranges = [(keys, 1)] * answers + [*prompts]  # the first key and the rows of each
+            requests = [Request(0, [0] * sum(x), Sampling(temperature=heat)) for x in ranges]
             for i, request in enumerate(requests):
-                request.in_chunks, request.pages = (i >= answers) * lengths[i], [0] * self.width
-            self.run([Chunk(r, start if r.in_chunks else keys, len(r.tokens)) for r in requests])
+                request.in_chunks = (i >= answers) * len(request.tokens)
+                request.pages = [0] * self.width
+            starts = [(r, start) for r, (start, _) in zip(requests, ranges, strict=True)]
+            self.run([Chunk(r, start, len(r.tokens)) for r, start in starts])
 
         for answers in range(1, self.limits.running + 1):
             for keys in (0, longest)[: 1 + self.cascade.is_on]:
-                step(answers, keys)
-                step(answers, keys, heat=1.0)
+                step(answers, keys=keys)
+                step(answers, keys=keys, heat=1.0)
         for answers in range(0, self.limits.running if self.joins else 1, BUCKET):
             for size in (1, 2, 5, 16, *range(BUCKET, most - answers, BUCKET), most - answers - 1):
-                step(answers + self.joins, 0, min(size, longest))
-                step(0, longest - min(size, longest), min(size, longest))
+                step(answers + self.joins, (0, min(size, longest)))
+                step(0, (longest - min(size, longest), min(size, longest)))
+        for start in (0, longest - 16):
+            step(0, (start, 16), (0, 1))  # a prompt of few rows beside another
         self.read_tokens()()  # waits
 
     def _write_table(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> None:
@@ -223,22 +226,20 @@ class Runner:
         memory = self.model.memory
         memory.write(memory.rows(array, 0, len(values)), np.asarray(values, np.int32))
 
-    def _write(
-        self, answers: Sequence[Chunk], placed: Sequence[tuple[Chunk, int, int, int]], rows: int,
-        picked: Sequence[int],
-    ) -> None:  # fmt: skip
+    def _write(self, placed: Any, rows: int, picked: Sequence[int]) -> None:
         """Tokens, their positions, pages and slots, to memory of the target, and the rows `picked`.
-        Answers have the first rows, also of the page table. `placed`: chunks of prompts, the first
-        row of each, its rows, and its row of the page table; other rows have no page."""
+        `placed`: chunks, the first row of each, its rows, and its row of the page table; other rows
+        have no page, and a row more than a chunk has tokens token 0."""
         columns = np.zeros((4, rows + -rows % BUCKET), np.int32)
-        columns[2], ids, count = -1, columns[0], len(answers)
-        ids[:count] = [c.request.tokens[c.start] for c in answers]
-        columns[1, :count] = starts = np.array([c.start for c in answers], np.int32)
-        columns[2, :count] = self.table[np.arange(count), starts // PAGE_SIZE]
-        for chunk, at, size, row in placed:
-            ids[at : at + chunk.stop - chunk.start] = chunk.request.tokens[chunk.start : chunk.stop]
-            columns[1, at : at + size] = positions = np.arange(chunk.start, chunk.start + size)
-            columns[2, at : at + size] = self.table[row, positions // PAGE_SIZE]
+        chunks, *numbers = zip(*placed, strict=True)
+        at, sizes, of = map(np.array, numbers)
+        which = np.repeat(np.arange(len(chunks)), sizes)
+        within = np.arange(len(which)) - (np.cumsum(sizes) - sizes)[which]
+        positions = np.array([c.start for c in chunks])[which] + within
+        at, tokens = at[which] + within, ((*c.request.tokens[c.start : c.stop], 0) for c in chunks)
+        columns[0, at] = [t for own, n in zip(tokens, sizes, strict=True) for t in own[:n]]
+        columns[1, at], columns[2] = positions, -1
+        columns[2, at] = self.table[of[which], positions // PAGE_SIZE]
         columns[3] = columns[1] % PAGE_SIZE
         self._write_ints(self.ints, np.append(columns.reshape(-1), picked))
 
@@ -275,10 +276,11 @@ class Runner:
         front = first if answers else 0  # rows of answers, and those that fill them up
         sizes = [stop - c.start for c, stop in zip(chunks[answers:], stops, strict=True)]
         indptr = np.cumsum([0, *sizes], dtype=np.int32)
-        at, of = (front + indptr[:-1]).tolist(), range(first, first + len(stops))
-        placed = [*zip(chunks[answers:], at, sizes, of, strict=True)]
+        at = [*range(answers), *(front + indptr[:-1]).tolist()]
+        of = [*range(answers), *range(first, first + len(stops))]
+        placed = [*zip(chunks, at, [1] * answers + sizes, of, strict=True)]
         views, total = self._kv(first, first + len(stops)), front + int(indptr[-1])
-        ends = [n + c.stop - c.start - 1 for c, n, *_ in placed if c.wants_token]
+        ends = [n + c.stop - c.start - 1 for c, n, *_ in placed[answers:] if c.wants_token]
         picked = [*range(front), *ends]
 
         bound: dict[Attention, Any] = {}  # whose other layers differ in their pages alone
@@ -293,7 +295,7 @@ class Runner:
             return one()
 
         count, parts = total + (-total % BUCKET if model.products else 0), []
-        self._write(chunks[:answers], placed, count, picked)
+        self._write(placed, count, picked)
         b = self._rows(count, few=False)
         if model.products:
             if (front, count) not in self._parts:

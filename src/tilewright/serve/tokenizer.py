@@ -48,12 +48,9 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        library: tokenizers.Tokenizer,
-        pieces: Sequence[bytes],
-        special: Mapping[str, int],
+        self, library: tokenizers.Tokenizer, pieces: Sequence[bytes], special: Mapping[str, int],
         control: Iterable[int],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.library, self.pieces, self.special = library, tuple(pieces), dict(special)
         self.control = frozenset(control)
         self.bos: int | None = None
@@ -202,12 +199,9 @@ def _numbers(metadata: Mapping[str, Value], key: str, count: int, kinds: str, de
 
 
 def _tokenizer(
-    tokens: Sequence[str],
-    types: Sequence[int],
-    merges: Sequence[Any],
-    spelled: Callable[[str], bytes],
-    **options: Any,
-) -> Tokenizer:
+    tokens: Sequence[str], types: Sequence[int], merges: Sequence[Any],
+    spelled: Callable[[str], bytes], **options: Any,
+) -> Tokenizer:  # fmt: skip
     """A tokenizer around the library's BPE of the ordinary tokens. No control token is among them,
     so that no merge can make one; of equal spellings the first counts."""
     marked = {i for i, kind in enumerate(types) if kind in (_CONTROL, _USER_DEFINED)}

@@ -132,34 +132,27 @@ def _assembled(
 
 _NUMBER = re.compile(r"\.\d+\.")  # of a layer, in a tensor's name
 _NAMES = {
-    "token_embd.weight": "embed",
-    "output_norm.weight": "norm",
-    "output.weight": "lm_head",
-    "blk.attn_norm.weight": "attn_norm",
+    "token_embd.weight": "embed", "output_norm.weight": "norm", "output.weight": "lm_head",
+    "blk.attn_norm.weight": "attn_norm", "blk.attn_output.weight": "attn.o",
     **{f"blk.attn_{x}.weight": f"attn.{x}" for x in "qkv"},
     **{f"blk.attn_{x}.bias": f"attn.{x}.bias" for x in "qkv"},
     **{f"blk.attn_{x}_norm.weight": f"attn.{x}_norm" for x in "qk"},
-    "blk.attn_output.weight": "attn.o",
-    "blk.post_attention_norm.weight": "attn_post_norm",
-    "blk.ffn_norm.weight": "ffn_norm",
+    "blk.post_attention_norm.weight": "attn_post_norm", "blk.ffn_norm.weight": "ffn_norm",
     **{f"blk.ffn_{x}.weight": f"ffn.{x}" for x in ("gate", "up", "down")},
     "blk.post_ffw_norm.weight": "ffn_post_norm",
-}
+}  # fmt: skip
 
 # GGUF
 
 _GGUF_KEYS = {  # by the key of a config.json that says the same
-    "model_type": "general.architecture",
-    "num_hidden_layers": "llama.block_count",
-    "hidden_size": "llama.embedding_length",
-    "intermediate_size": "llama.feed_forward_length",
+    "model_type": "general.architecture", "num_hidden_layers": "llama.block_count",
+    "hidden_size": "llama.embedding_length", "intermediate_size": "llama.feed_forward_length",
     "num_attention_heads": "llama.attention.head_count",
     "num_key_value_heads": "llama.attention.head_count_kv",
-    "head_dim": "llama.attention.key_length",
-    "max_position_embeddings": "llama.context_length",
+    "head_dim": "llama.attention.key_length", "max_position_embeddings": "llama.context_length",
     "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
     "rope_theta": "llama.rope.freq_base",
-}
+}  # fmt: skip
 
 
 def _open_gguf(path: Path, header: Header) -> ModelFile:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError, FormatError, TilewrightError
 
 MATRICES = (
@@ -31,7 +30,7 @@ class Entries:
 
     coords: tuple[np.ndarray, ...]
     values: np.ndarray
-    dtype: DType
+    dtype: dtypes.DType
     shape: tuple[int, ...]
     order: np.ndarray | None
 
@@ -264,7 +263,7 @@ def array_of(x: Any, name: str) -> np.ndarray:
     return a
 
 
-def values_of(x: Any, name: str) -> tuple[np.ndarray, DType]:
+def values_of(x: Any, name: str) -> tuple[np.ndarray, dtypes.DType]:
     """An array as it is stored, and its dtype. Raises FormatError[F102], ArgumentError[A102]."""
     a = array_of(x, name)
     if a.ndim == 0:
@@ -274,17 +273,17 @@ def values_of(x: Any, name: str) -> tuple[np.ndarray, DType]:
     return stored(a, kind), kind
 
 
-def stored(x: Any, kind: DType) -> np.ndarray:
+def stored(x: Any, kind: dtypes.DType) -> np.ndarray:
     """Values of `kind` as NumPy stores them: those that it does not know are bits."""
     a = array_of(x, "values")
     return a.view(kind.numpy) if _is_bits(kind) else a.astype(kind.numpy, copy=False)
 
 
-def _is_bits(kind: DType) -> bool:
+def _is_bits(kind: dtypes.DType) -> bool:
     return kind.is_float and kind.numpy.kind == "u"
 
 
-def converted(values: np.ndarray, kind: DType, to: DType) -> np.ndarray:
+def converted(values: np.ndarray, kind: dtypes.DType, to: dtypes.DType) -> np.ndarray:
     """Stored values of `kind` as those of `to`; unsigned integers of its width are its bits. Raises
     ArgumentError A109 where a value is out of range, A102 where nothing converts them."""
     if kind == to or (_is_bits(to) and kind.is_int and values.dtype == to.numpy):
@@ -319,7 +318,7 @@ def _lost(numbers: np.ndarray, result: np.ndarray) -> np.ndarray:
     return ~((truncated >= float(limits.min)) & (truncated < float(limits.max + 1)))
 
 
-def filling(fill: float, kind: DType) -> np.ndarray:
+def filling(fill: float, kind: dtypes.DType) -> np.ndarray:
     if fill == 0:  # all bits 0 in every dtype, also in those that nothing here converts
         return np.zeros(1, kind.numpy)
     return converted(np.array([fill], np.float64), dtypes.float64, kind)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -468,15 +469,15 @@ def hyb(
         raise FormatError("F101", f"long_rows={long_rows!r}", where="long_rows", hint="csr, split")
     cuts_rows = long_rows == "split"
     disjoint = col_parts == 1 and not cuts_rows
-    lows = (1, *(w + 1 for w in buckets[:-1]))
     parts: list[tuple[Where, Format]] = []
     for c in range(col_parts):
         here = {"col_part": c, "col_parts": col_parts}
         if not cuts_rows:
             parts.append((Where(buckets[-1] + 1, None, **here), dcsr()))
-        for low, width in reversed(list(zip(lows, buckets, strict=True))):
+        for low, width in reversed([*pairwise((0, *buckets))]):
             split = cuts_rows and width == buckets[-1]
-            parts.append((Where(low, None if split else width, **here), bucket(width, split=split)))
+            rows = Where(low + 1, None if split else width, **here)
+            parts.append((rows, bucket(width, split=split)))
     if disjoint:
         parts.append((Where(0, 0), bucket(0)))
     name = f"hyb({col_parts}; {', '.join(map(str, buckets))}{'; split' if cuts_rows else ''})"

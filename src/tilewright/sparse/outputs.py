@@ -5,9 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.ir import nodes as ir
-from tilewright.ir.nodes import Access, Expr, Index, Tensor, as_expr
-from tilewright.ir.rewrite import free_indices, free_vars, rename_reductions, walk, zero_unless
+from tilewright.ir import core as ir
 from tilewright.sparse.expressions import condition_of
 from tilewright.sparse.tracing import checked_name, current, refusal
 
@@ -23,9 +21,9 @@ class Output:
     role: ir.Role
     name: str = ""
     dtype: dtypes.DType | None = None
-    structure_of: Tensor | None = None
+    structure_of: ir.Tensor | None = None
 
-    def like(self, tensor: Tensor) -> "Output":
+    def like(self, tensor: ir.Tensor) -> "Output":
         if not tensor.is_sparse:
             raise refusal("P103", f"{tensor.name} is dense: it has no structure to share")
         return replace(self, structure_of=tensor)
@@ -36,9 +34,9 @@ class Output:
     def typed(self, dtype: Any) -> "Output":
         return replace(self, dtype=dtypes.dtype(dtype))
 
-    def __getitem__(self, coords: Any) -> Callable[[Any], Tensor]:
+    def __getitem__(self, coords: Any) -> Callable[[Any], ir.Tensor]:
         coords = coords if isinstance(coords, tuple) else (coords,)
-        return lambda value: _assign(self, coords, as_expr(value))
+        return lambda value: _assign(self, coords, ir.as_expr(value))
 
 
 out, temp = Output("output"), Output("temp")
@@ -53,7 +51,7 @@ class Update:
     coordinates j, ascending, at which the condition holds, one behind the other from start[i] on:
     how a sparse output is filled. The condition is made of `stored`."""
 
-    tensor: Tensor
+    tensor: ir.Tensor
     op: str = ""
 
     @property
@@ -64,20 +62,20 @@ class Update:
     def add(self) -> "Update":
         return replace(self, op="sum")
 
-    def __getitem__(self, coords: Any) -> Callable[..., Tensor]:
+    def __getitem__(self, coords: Any) -> Callable[..., ir.Tensor]:
         access = self.tensor[coords]
         if self.op == "append":
-            return lambda value, over, where: self._append(access, as_expr(value), over, where)
-        return lambda value: self._assign(access, as_expr(value))
+            return lambda value, over, where: self._append(access, ir.as_expr(value), over, where)
+        return lambda value: self._assign(access, ir.as_expr(value))
 
-    def _append(self, to: Access, value: Expr, over: Index, where: Expr) -> Tensor:
-        if len(to.coords) != 1 or not isinstance(over, Index):
+    def _append(self, to: ir.Access, value: ir.Expr, over: ir.Index, where: ir.Expr) -> ir.Tensor:
+        if len(to.coords) != 1 or not isinstance(over, ir.Index):
             rule = f"append to {to} over {over!r}: a list has one dimension, and `over` one index"
             raise refusal("P104", rule, hint="tw.update(C).append[at[i]](value, over=j, where=…)")
-        body = zero_unless(condition_of("append", where), ir.cast(value, self.tensor.dtype))
+        body = ir.zero_unless(condition_of("append", where), ir.cast(value, self.tensor.dtype))
         return replace(self, op="")._assign(to, ir.Reduce("append", (over,), body, body.dtype))
 
-    def _assign(self, to: Access, value: Expr) -> Tensor:
+    def _assign(self, to: ir.Access, value: ir.Expr) -> ir.Tensor:
         trace, written = current(), replace(self.tensor, role="output", kind="state")
         if self.op and written.dtype not in ir.ATOMIC[self.op]:
             kinds = ", ".join(t.name for t in ir.ATOMIC[self.op])
@@ -86,29 +84,29 @@ class Update:
         trace.tensors[written.name] = written
         _check_bound(to.coords, value)
         _check_reads_of_updated(to, value, self.op)
-        trace.body.append(_statement(Access(written, to.coords, written.dtype), value, self.op))
+        trace.body.append(_statement(ir.Access(written, to.coords, written.dtype), value, self.op))
         return written
 
 
-def update(tensor: Tensor) -> Update:
+def update(tensor: ir.Tensor) -> Update:
     """Writes into a parameter: see `Update`."""
     return Update(tensor)
 
 
-def _check_reads_of_updated(to: Access, value: Expr, op: str) -> None:
+def _check_reads_of_updated(to: ir.Access, value: ir.Expr, op: str) -> None:
     """Refuses reads of an updated tensor at other coordinates than those of the update: updates
     run in no fixed order, so such a read could see either value."""
-    plain = all(isinstance(c, Index) for c in to.coords)
-    for x in walk(value, Access):
+    plain = all(isinstance(c, ir.Index) for c in to.coords)
+    for x in ir.walk(value, ir.Access):
         if x.tensor.name == to.tensor.name and (x.coords != to.coords or not plain or op):
             rule = f"{to} is updated from {x}, which another update may have changed"
             hint = f"tw.update({to.tensor.name}).add[…](value) to add; else write to an output"
             raise refusal("P103", rule, hint=hint)
 
 
-def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
+def _assign(output: Output, coords: tuple[Any, ...], value: ir.Expr) -> ir.Tensor:
     trace = current()
-    if not all(isinstance(c, Index) for c in coords):
+    if not all(isinstance(c, ir.Index) for c in coords):
         hint = "update() writes elsewhere"
         raise refusal("P103", f"an {output.role} is written at plain indices", hint=hint)
     if len({c.name for c in coords}) != len(coords):
@@ -129,44 +127,44 @@ def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
         rule = f"{name} has the structure of {like.name} but other dimensions"
         hint = "those of the structure, then dense ones: tw.temp.like(A)[i, j, head]"
         raise refusal("P103", rule, hint=hint)
-    tensor = Tensor(name, tuple(c.dim for c in coords), dtype, output.role)
+    tensor = ir.Tensor(name, tuple(c.dim for c in coords), dtype, output.role)
     if like is not None:
         inner = len(coords) - own
         tensor = replace(tensor, structure=like.structure, format=like.format, inner=inner)
     trace.tensors[name] = tensor
-    trace.body.append(_statement(Access(tensor, coords, dtype), value))
+    trace.body.append(_statement(ir.Access(tensor, coords, dtype), value))
     return tensor
 
 
-def _statement(to: Access, value: Expr, op: str = "") -> ir.Assign:
+def _statement(to: ir.Access, value: ir.Expr, op: str = "") -> ir.Assign:
     """`to = value`, or `to += value` with op "sum". No reduction in it binds an index that the
     coordinates or a reduction around it bind."""
-    bound = frozenset().union(*(free_vars(c) for c in to.coords))
-    return ir.Assign(to, ir.cast(rename_reductions(value, bound), to.dtype), op)
+    bound = frozenset().union(*(ir.free_vars(c) for c in to.coords))
+    return ir.Assign(to, ir.cast(ir.rename_reductions(value, bound), to.dtype), op)
 
 
-def _output_dtype(value: Expr) -> dtypes.DType:
+def _output_dtype(value: ir.Expr) -> dtypes.DType:
     """A float result takes the dtype of the last dense float activation, as a matrix product
     does."""
     if not value.dtype.is_float:
         return value.dtype
-    read = [x.tensor for x in walk(value, Access) if x.tensor.dims and not x.tensor.is_sparse]
+    read = [x.tensor for x in ir.walk(value, ir.Access) if x.tensor.dims and not x.tensor.is_sparse]
     own = [t.dtype for t in read if t.kind == "activation" and t.role != "temp"]
     floats = [t for t in own if t.is_float]
     return floats[-1] if floats and floats[-1].bits <= value.dtype.bits else value.dtype
 
 
-def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
+def _check_bound(coords: tuple[ir.Expr, ...], value: ir.Expr) -> None:
     """Every index is in the coordinates or under a reduction, and runs over one dimension."""
-    for x in walk(value, Access):
+    for x in ir.walk(value, ir.Access):
         for c, dim in zip(x.coords, x.tensor.dims, strict=True):
-            if isinstance(c, Index) and c.dim != dim:
+            if isinstance(c, ir.Index) and c.dim != dim:
                 rule = f"{c.name} runs over {c.dim} but means {dim} in {x}"
                 hint = "give the index and the tensor the same dimension name"
                 raise refusal("P102", rule, hint=hint)
-        if not all(isinstance(c, Index) for c in x.coords[len(x.stored_coords) :]):
+        if not all(isinstance(c, ir.Index) for c in x.coords[len(x.stored_coords) :]):
             raise refusal("P103", f"{x}: the dense dimensions of a structure are read at indices")
-    loose = sorted(free_indices(value).keys() - set().union(*map(free_indices, coords)))
+    loose = sorted(ir.free_indices(value).keys() - set().union(*map(ir.free_indices, coords)))
     if loose:
         rule = f"index {', '.join(loose)} is neither in the output nor under a reduction"
         raise refusal("P104", rule, hint=f"write sum(…, over={loose[0]})")

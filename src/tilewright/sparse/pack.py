@@ -8,13 +8,11 @@ structure.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError, FormatError
 from tilewright.ir.levels import Compressed, Parents, coordinates, lists_rows, row_major
 from tilewright.sparse import entries
@@ -22,7 +20,6 @@ from tilewright.sparse.entries import Entries
 from tilewright.sparse.formats import Composed, Format, csr
 
 ROUNDED_UP = 1 << 20  # units of the last CTA may count this far beyond the last entry
-FEW = 1 << 20  # numbers of entries that small results share
 MOST_POSITIONS = 1 << 40  # of a level: beyond the memory of any machine, within an int64
 
 
@@ -66,7 +63,7 @@ class Structure:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     nnz: int
-    index_dtype: DType
+    index_dtype: dtypes.DType
     device: str = "cpu"
 
     @property
@@ -107,7 +104,7 @@ class Packed:
 
     structure: Structure
     values: tuple[Any, ...]
-    dtype: DType
+    dtype: dtypes.DType
     fill: float = 0.0
     inner: tuple[int, ...] = ()
 
@@ -252,7 +249,7 @@ def _pack(
     return Packed(structure, arrays, wanted, float(fill))
 
 
-def _index_type(index: Any, largest: int) -> DType:
+def _index_type(index: Any, largest: int) -> dtypes.DType:
     """The type of coordinates and positions: the one asked for, or the narrower one that counts to
     `largest`, which padded and dense positions belong to as entries do."""
     fits = largest < 2**31 - ROUNDED_UP
@@ -306,7 +303,7 @@ def _pack_part(
     return Part(fmt, tuple(arrays), tuple(counts), numbers, q)
 
 
-def _scatter(part: Part, values: np.ndarray, dtype: DType, fill: float) -> np.ndarray:
+def _scatter(part: Part, values: np.ndarray, dtype: dtypes.DType, fill: float) -> np.ndarray:
     out = np.full(part.size, entries.filling(fill, dtype), dtype.numpy)
     out[part.slots] = values[part.entries]
     return out
@@ -333,21 +330,15 @@ def _on_device(arrays: tuple[np.ndarray, ...], device: str) -> tuple[Any, ...]:
 _CSR = csr()
 
 
-@cache
-def _numbers() -> np.ndarray:
-    return np.arange(FEW)
-
-
 def of_rows(
     indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, shape: tuple[int, int],
-    dtype: DType,
+    dtype: dtypes.DType,
 ) -> Packed:  # fmt: skip
     """The CSR tensor of arrays that an operator computed. They are not checked: the columns of each
     row ascend."""
     nnz, index = len(indices), _index_type(None, max(len(indices), *shape))
-    both = {"indptr": indptr, "indices": indices}
+    both, numbers = {"indptr": indptr, "indices": indices}, np.arange(nnz)
     arrays = {name: array.astype(index.numpy, copy=False) for name, array in both.items()}
-    numbers = _numbers()[:nnz] if nnz <= FEW else np.arange(nnz)
     part = Part(_CSR, ({}, arrays), (shape[0], nnz), numbers, numbers)
     structure = Structure(part.format, shape, (part,), nnz, index)
     return Packed(structure, (values,), dtype)

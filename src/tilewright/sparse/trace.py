@@ -15,7 +15,7 @@ tensor's fill. Nothing is executed here: `A[i, j]` is a node.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
@@ -41,7 +41,10 @@ class Declared:
     default: float | None = None
 
 
-def _dims(text: str) -> tuple[str | int, ...]:
+def _dims(text: str, kind: Kind = "activation") -> tuple[str | int, ...]:
+    if not isinstance(text, str) or kind not in get_args(Kind):
+        hint = f'names, as "m n", and one of {", ".join(get_args(Kind))}'
+        raise refusal("P101", f"a parameter of dimensions {text!r} and kind {kind!r}", hint=hint)
     parts: list[str | int] = []
     for d in text.split():
         parts.append(int(d) if d.isdecimal() else checked_name(d, "a dimension"))
@@ -54,9 +57,10 @@ def dense(dims: str, dtype: Any = None, *, kind: Kind = "activation", strided: b
     """A dense parameter over named dimensions or sizes: `dense("n d")`, `dense("n 16")`.
 
     The last dimension is contiguous unless `strided`. `dtype` None: float32 until `typed` says
-    otherwise."""
+    otherwise. `kind` says how a GPU reads it: a `"weight"` is not written while kernels run. Raises
+    ProgramError[P101]."""
     kind_ = dtypes.dtype(dtype) if dtype is not None else None
-    return Declared(_dims(dims), kind_, kind=kind, strided=strided)
+    return Declared(_dims(dims, kind), kind_, kind=kind, strided=strided)
 
 
 def sparse(
@@ -64,9 +68,10 @@ def sparse(
 ) -> Any:
     """A sparse parameter; its format is chosen by `decompose` (CSR otherwise).
 
-    `like="A"` shares the structure of parameter A; `fill` is what a missing coordinate reads."""
+    `like="A"` shares the structure of parameter A; `fill` is what a missing coordinate reads; the
+    rest as for `dense`."""
     kind_ = dtypes.dtype(dtype) if dtype is not None else None
-    return Declared(_dims(dims), kind_, True, like, fill, kind)
+    return Declared(_dims(dims, kind), kind_, True, like, fill, kind)
 
 
 def scalar(dtype: Any = "float32", default: float | None = None) -> Any:

@@ -11,7 +11,6 @@ from tilewright.attention import spec as specs
 from tilewright.attention.families.family import Call, Family, Prepared
 from tilewright.attention.plan import CHUNK_TILES, ITEM, ITEMS, Plan
 from tilewright.attention.ranges import TILE
-from tilewright.attention.spec import Spec
 from tilewright.codegen import prelude_files
 from tilewright.ir.rewrite import free_vars
 from tilewright.runtime import pool
@@ -28,12 +27,12 @@ TW_INLINE tw::vec<V, L> elements(const tw::Array<V>&, int32_t, tw::vec<int32_t, 
 }  // namespace flash"""
 
 
-def rows(spec: Spec) -> int:
+def rows(spec: specs.Spec) -> int:
     """Packed rows of an item."""
     return _ROWS if max(spec.head_dim, spec.head_dim_vo) <= 128 else _ROWS // 2
 
 
-def refuses(spec: Spec, *_: Any) -> str:
+def refuses(spec: specs.Spec, *_: Any) -> str:
     """Why the kernel cannot run a call, or ""."""
     if spec.table.shared and free_vars(spec.traced.key) & {"at.request", "at.kv_len"}:
         return "keys are shared, and the hook of key rows reads at.request or at.kv_len"
@@ -41,7 +40,7 @@ def refuses(spec: Spec, *_: Any) -> str:
 
 
 @functools.lru_cache(256)
-def source(spec: Spec, vector_bits: int) -> str:
+def source(spec: specs.Spec, vector_bits: int) -> str:
     """The C++ of one kernel for vectors of this width."""
     lanes = vector_bits // 32
     wide = vector_bits >= 512  # 32 vector registers instead of 16

@@ -31,14 +31,10 @@ THREADS = WARPS * 32
 ALONE, BEHIND, FRONT = range(3)  # kinds of launches where requests share keys (decode.cuh)
 
 
-def hosted(spec: Spec) -> tuple[str, ...]:
-    """The hooks of rows that the kernels have; those in front of others have none of queries."""
-    return ("output",) if spec.table.shared else ("query", "output")
-
-
 def refuses(spec: Spec, rows: int, pool: Pool | None, _arch: str = "") -> str:
     """Why the kernel cannot run a call, or "" where it can."""
-    if reason := refusal(spec, rows, pool, "", *hosted(spec)):
+    own = () if spec.table.shared else ("query",)  # a launch in front has none
+    if reason := refusal(spec, rows, pool, "", "output", *own):
         return reason
     if spec.head_dim_vo > spec.head_dim:
         return "rows of V are longer than those of K"

@@ -128,7 +128,7 @@ class Family:
 
 def refusal(spec: Spec, _rows: int, pool: Pool | None, _arch: str = "", *hosted: str) -> str:
     """Why a kernel of 16-bit tiles, copied 16 bytes at a time, cannot run a call, or ""; `hosted`:
-    the hooks of rows that it has."""
+    see `Traced.extras`."""
     if extras := spec.traced.extras(*hosted):
         return f"the variant has {extras}"
     if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):

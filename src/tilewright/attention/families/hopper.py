@@ -30,7 +30,6 @@ from tilewright.runtime.view import ordinal_of, view
 
 ARCH = "sm_90a"
 MAX_GROUP = 64
-SLOTS = 3  # segments of items that the scheduler passes on at once
 NARROW_ROWS = 8  # packed rows of a narrow item, at most: the columns of a tensor core's result
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
 _LISTS = ("items", "item_count", "narrow_count", "narrow_ctas")  # parameters of a plan's items
@@ -139,9 +138,9 @@ def smem_bytes(spec: Spec, narrow: bool = False) -> int:
     k, v = (-(-n // 64) * 128 for n in (spec.head_dim, spec.head_dim_vo))  # bytes of a row
     rows = tiles.q * rows_of(spec) * k + tiles.keys * (tiles.k * k + tiles.v * v)
     rows += rows_of(spec) * 128 * (tiles.q == 1)  # outputs on their way
-    barriers = 2 * tiles.k + 3 * tiles.v + 2 * tiles.q + 2 * SLOTS
+    barriers = 2 * tiles.k + 3 * tiles.v + 2 * tiles.q + 4
     rows += 8 * tiles.segment * bool(key_array(spec))  # extremes of its elements
-    return rows + SLOTS * (22 + tiles.segment) * 4 + barriers * 8 * (1 + narrow) + 1024
+    return rows + 2 * (22 + tiles.segment) * 4 + barriers * 8 * (1 + narrow) + 1024
 
 
 def params_struct(spec: Spec) -> Struct:

@@ -5,8 +5,10 @@ CUDA cores in float32 for any dtype and any head_dim."""
 
 import functools
 
+from tilewright import dtypes
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment, refusal
 from tilewright.attention.plan import ITEM, ITEMS, Plan
+from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec, cuda_text, flash_constants, params_struct
 from tilewright.attention.tracing import SCORE
 from tilewright.ir.body import Body
@@ -19,6 +21,14 @@ ROWS = 8  # ROWS of flash_portable.cuh
 def tiles_of(spec: Spec) -> tuple[int, int]:
     """Packed rows of an item of tensor cores, and keys of a tile: what the registers hold."""
     return 128 if spec.head_dim_vo <= 128 else 64, 64 if spec.head_dim <= 64 else 32
+
+
+def _refuses(spec: Spec, rows: int, pool: Pool | None, arch: str = "") -> str:
+    """Why the kernel of tensor cores cannot run a call, or "": without a softmax weights may be
+    beyond float16; for a hook eight rows of outputs fit into the shared memory of a warp."""
+    fits = smem_bytes(spec, True) // 64 * 4 >= 8 * (-(-spec.head_dim_vo // 16) * 16)
+    hosted = ["output"] * fits + ["softmax"] * (spec.kv == dtypes.bfloat16)
+    return refusal(spec, rows, pool, arch, "query", "key", *hosted)
 
 
 @functools.lru_cache(256)
@@ -65,5 +75,5 @@ FAMILY = Family(
     "portable", "cuda", lambda spec: ROWS, "", None, lambda *_: "", _prepare, shares=True
 )
 TILES = Family(
-    "tiles", "cuda", lambda spec: tiles_of(spec)[0], "", None, refusal, _prepare, shares=True
+    "tiles", "cuda", lambda spec: tiles_of(spec)[0], "", None, _refuses, _prepare, shares=True
 )

@@ -69,6 +69,9 @@ TW_INLINE void start(Rows& rows) {
   }
 }
 
+TW_INLINE float as_float(Element x, tw::float16_bits) { return tw::from_float16(x); }
+TW_INLINE float as_float(Element x, tw::bfloat16_bits) { return tw::from_bfloat16(x); }
+
 // Where the keys lie that a warp copies: of key lane % OWN in each lane.
 struct Source { int64_t k, v; };
 TW_INLINE Source locate(const Params& p, const tw::Pages& pages, int kv_head, int kv0, int warp, int lane) {
@@ -98,8 +101,30 @@ TW_INLINE void copy_rows(Element* to, const Element* from, int64_t at, int keys,
   tw::copy_async_commit();
 }
 
-// The queries to shared memory; zeros behind their last row. They may lie at any address.
-TW_INLINE void copy_queries(const Params& p, const Work& w, Element* to, int thread) {
+// The keys of a tile that the lanes of a warp have copied become those of the variant, rounded to their type.
+TW_INLINE void change_keys(const Variant& variant, const Work& w, const tw::Pages& pages, int kv0, Element* k, int warp, int lane) {
+#pragma unroll 1
+  for (int row = warp * OWN; row < warp * OWN + OWN && kv0 + row < pages.length; ++row) {
+    constexpr int EACH = (DK / 2 + 31) / 32;  // pairs of a lane
+    Element* own = k + row * PITCH<DK>;
+    const auto read = [&](int d) { return as_float(own[d], Kind()); };
+    const auto old = tw::elements_of<DK>(read);
+    const At at = at_of(w, pages, 0, kv0 + row);
+    uint32_t changed[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int d = (i * 32 + lane) * 2;
+      if (d < DK) changed[i] = tw::pack<Kind>(variant.key(old, at, d), variant.key(old, at, d + 1));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < EACH; ++i)
+      if ((i * 32 + lane) * 2 < DK) *reinterpret_cast<uint32_t*>(own + (i * 32 + lane) * 2) = changed[i];
+  }
+}
+
+// The queries to shared memory, as the variant changes them; zeros behind their last row. They may lie at any address.
+TW_INLINE void copy_queries(const Params& p, const Variant& variant, const Work& w, const tw::Pages& pages, Element* to, int thread) {
   const uint64_t strides = static_cast<uint64_t>(p.q_token) | static_cast<uint64_t>(p.q_head);
   const bool aligned = ((reinterpret_cast<uint64_t>(p.q) | strides * sizeof(Element)) & 15) == 0;
   for (int i = thread; i < ROWS * (DKP / 8); i += THREADS) {
@@ -107,7 +132,14 @@ TW_INLINE void copy_queries(const Params& p, const Work& w, Element* to, int thr
     const bool exists = row < w.rows && column < DK;
     const int64_t at = (w.token + row / G) * p.q_token + (w.kv_head * G + row % G) * p.q_head + column;
     Element* here = to + row * PITCH<DK> + column;
-    if (aligned) {
+    if constexpr (Variant::QUERY) {
+      const auto read = [&](int d) { return as_float(p.q[at - column + d], Kind()); };
+      const auto old = tw::elements_of<DK>(read);
+      const At where = at_of(w, pages, row, 0);
+#pragma unroll 1
+      for (int c = 0; c < 8; c += 2)
+        *reinterpret_cast<uint32_t*>(here + c) = exists ? tw::pack<Kind>(variant.query(old, where, column + c), variant.query(old, where, column + c + 1)) : 0u;
+    } else if (aligned) {
       tw::copy_async_16(here, p.q + (exists ? at : 0), exists ? 16 : 0);
     } else {
       for (int c = 0; c < 8; ++c) here[c] = exists ? p.q[at + c] : Element(0);
@@ -147,7 +179,8 @@ TW_INLINE void score(float (&s)[BLOCKS][KEYS / 8][4], const Element* q, const El
 // `visible` has a bit for each key that rows of this lane see.
 template <bool MASKED>
 TW_INLINE void weigh(const Params& p, const Variant& variant, const Work& w, const tw::Pages& pages, int kv0, int warp_row, float (&s)[BLOCKS][KEYS / 8][4], uint32_t& visible, Rows& rows, int lane) {
-  const float factor = p.sm_scale * LOG2E;
+  constexpr float UNIT = Variant::SOFTMAX ? LOG2E : 1.0f;
+  const float factor = p.sm_scale * UNIT;
   float rescale[BLOCKS][2];
   bool rescales = false;
 #pragma unroll
@@ -162,14 +195,15 @@ TW_INLINE void weigh(const Params& p, const Variant& variant, const Work& w, con
         for (int i = 0; i < 2; ++i) {
           float& x = s[m][n][half * 2 + i];
           const int key = kv0 + n * 8 + (lane & 3) * 2 + i;
-          x = DIRECT ? x * factor : variant.logits(x * p.sm_scale, at_of(w, pages, row, key)) * LOG2E;
+          x = DIRECT ? x * factor : variant.logits(x * p.sm_scale, at_of(w, pages, row, key)) * UNIT;
           if constexpr (MASKED) {
             const bool seen = r < w.rows && key < pages.length && variant.mask(at_of(w, pages, row, key));
             visible |= static_cast<uint32_t>(seen) << (n * 2 + i);
-            x = seen ? x : lowest();
+            x = seen ? x : Variant::SOFTMAX ? lowest() : 0.0f;
           }
           top = fmaxf(top, x);
         }
+      if constexpr (!Variant::SOFTMAX) continue;
 #pragma unroll
       for (int step = 1; step < 4; step *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, step));
       const float base = top == lowest() ? 0.0f : top;
@@ -187,7 +221,7 @@ TW_INLINE void weigh(const Params& p, const Variant& variant, const Work& w, con
         }
       rows.row_sum[m][half] = rows.row_sum[m][half] * rescale[m][half] + sum;
     }
-  if (!__any_sync(ALL, rescales)) return;
+  if (!Variant::SOFTMAX || !__any_sync(ALL, rescales)) return;
 #pragma unroll
   for (int m = 0; m < BLOCKS; ++m)
 #pragma unroll
@@ -231,11 +265,31 @@ TW_INLINE void add_values(const float (&s)[BLOCKS][KEYS / 8][4], uint32_t visibl
   }
 }
 
+TW_INLINE int64_t row_of_o(const Params& p, const Work& w, int row) {
+  return static_cast<int64_t>(w.token + row / G) * p.qo_heads + w.kv_head * G + row % G;
+}
 TW_INLINE void store_pair(float* to, float a, float b) { *reinterpret_cast<float2*>(to) = make_float2(a, b); }
 TW_INLINE void store_pair(Element* to, float a, float b) { *reinterpret_cast<uint32_t*>(to) = tw::pack<typename kind_of<Q>::type>(a, b); }
 
-// Outputs of the rows of a warp, each divided by its sum; a row that sees nothing has o = 0 and lse = −inf.
-TW_INLINE void finish(const Params& p, const Variant& variant, const Work& w, const tw::Pages& pages, int warp_row, const Rows& rows, int lane) {
+TW_INLINE void store_one(float* to, float x) { *to = x; }
+TW_INLINE void store_one(Element* to, float x) { *to = static_cast<Element>(tw::pack<typename kind_of<Q>::type>(x, x)); }
+
+// Eight rows from `row` on, which the lanes of a warp have divided and left at `from`, as the variant changes them.
+TW_INLINE void change_outputs(const Params& p, const Variant& variant, const Work& w, const tw::Pages& pages, int row0, const float* from, int lane) {
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane; i < 8 * DV; i += 32) {
+    const int row = row0 + i / DV, d = i % DV;
+    const float* own = from + i / DV * DVP;
+    const auto read = [&](int d) { return own[d]; };
+    if (row < w.rows) store_one(p.o + row_of_o(p, w, row) * DV + d, variant.output(tw::elements_of<DV>(read), at_of(w, pages, row, 0), d));
+  }
+  __syncwarp();
+}
+
+// Outputs of the rows of a warp, each divided by its sum; a row that sees nothing has o = 0 and lse = −inf. `free`: the
+// part of shared memory of the warp.
+TW_INLINE void finish(const Params& p, const Variant& variant, const Work& w, const tw::Pages& pages, int warp_row, const Rows& rows, float* free, int lane) {
 #pragma unroll
   for (int m = 0; m < BLOCKS; ++m)
 #pragma unroll
@@ -244,15 +298,17 @@ TW_INLINE void finish(const Params& p, const Variant& variant, const Work& w, co
       float sum = rows.row_sum[m][half], largest = rows.row_max[m][half] * (1.0f / LOG2E), keep = 1.0f;
 #pragma unroll
       for (int step = 1; step < 4; step *= 2) sum += __shfl_xor_sync(ALL, sum, step);
-      if (row >= w.rows) continue;
+      if (row >= w.rows && !Variant::OUTPUT) continue;
       if constexpr (Variant::SINK) keep = tw::add_sink(variant.sink(at_of(w, pages, row, 0)), largest, sum);
       const bool none = sum == 0.0f;
-      const float scale = none ? 0.0f : keep / sum;
+      const float scale = !Variant::SOFTMAX ? 1.0f : none ? 0.0f : keep / sum;
       const int64_t at = static_cast<int64_t>(w.token + row / G) * p.qo_heads + w.kv_head * G + row % G;
 #pragma unroll
       for (int c = 0; c < DVP / 8; ++c)
-        if (c < DV / 8) store_pair(p.o + at * DV + c * 8 + (lane & 3) * 2, rows.o[m][c][half * 2] * scale, rows.o[m][c][half * 2 + 1] * scale);
-      if ((lane & 3) == 0 && p.lse) p.lse[at] = none ? lowest() : largest + log2f(sum) * (1.0f / LOG2E);
+        if constexpr (Variant::OUTPUT) store_pair(free + (lane >> 2) * DVP + c * 8 + (lane & 3) * 2, rows.o[m][c][half * 2] * scale, rows.o[m][c][half * 2 + 1] * scale);
+        else if (c < DV / 8) store_pair(p.o + at * DV + c * 8 + (lane & 3) * 2, rows.o[m][c][half * 2] * scale, rows.o[m][c][half * 2 + 1] * scale);
+      if constexpr (Variant::OUTPUT) change_outputs(p, variant, w, pages, row - (lane >> 2), free, lane);
+      if ((lane & 3) == 0 && p.lse && (!Variant::OUTPUT || row < w.rows)) p.lse[at] = none ? lowest() : largest + log2f(sum) * (1.0f / LOG2E);
     }
 }
 
@@ -280,6 +336,10 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Work& w, co
     const int kv0 = seen.at(i) * KEYS, end = pages.length - kv0 < KEYS ? pages.length : kv0 + KEYS;
     const bool more = i + 1 < seen.count();
     tw::copy_async_wait<0>();
+    if constexpr (Variant::KEY) {
+      __syncwarp();
+      change_keys(variant, w, pages, kv0, k, warp, lane);
+    }
     tw::bar_sync(BARRIER, THREADS);  // keys have arrived, values of the last tile have been read
     copy_rows<DV>(v, values, from.v, pages.length - kv0, warp, lane);
     if (more) from = locate(p, pages, w.kv_head, seen.at(i + 1) * KEYS, warp, lane);
@@ -326,7 +386,7 @@ TW_INLINE void run(const Params& p, int64_t unit, int thread, char* smem) {
     seen = tw::tiles_seen<KEYS>(variant, tile_of(w, pages, 0, w.rows), pages);
   }
   tw::bar_sync(BARRIER, THREADS);
-  copy_queries(p, w, q, thread);
+  copy_queries(p, variant, w, pages, q, thread);
   Rows rows;
   start(rows);
   attend(p, variant, w, pages, seen, q, rows, warp, lane);
@@ -341,7 +401,10 @@ TW_INLINE void run(const Params& p, int64_t unit, int thread, char* smem) {
       attend(p, variant, w, pages, seen, q, rows, warp, lane);
     }
   }
-  finish(p, variant, w, pages, warp * WARP_ROWS, rows, lane);
+  constexpr int FREE = SMEM_BYTES / WARPS / 16 * 4;  // floats for each warp
+  static_assert(!Variant::OUTPUT || FREE >= 8 * DVP, "eight rows of outputs fit");
+  if constexpr (Variant::OUTPUT) tw::bar_sync(BARRIER, THREADS);  // all warps have read the tiles
+  finish(p, variant, w, pages, warp * WARP_ROWS, rows, reinterpret_cast<float*>(smem) + warp * FREE, lane);
 }
 
 }  // namespace flash

@@ -270,11 +270,10 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     }
     const int buffer = items % Q_TILES, previous = (items + Q_TILES - 1) % Q_TILES;
     consumer.join(done, buffer, arrived, s, o);
-    bool sends = false;
     if (item.begins) {
       shared.trace(WRITE);
-      sends = consumer.write(current, previous, o, rows, ends);
-      if (!STAGED) current = item;
+      consumer.write(current, previous, o, rows, ends);
+      current = item;
       rows = consumer.begin(item);
       fresh = true;
     }
@@ -286,11 +285,6 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     consumer.bend(s, rows, tile_at(item, 0));
     int blocks = BN / 32;  // that this warp sees: of a first tile it is often a part
     if (applied) blocks = consumer.apply(item, item.partial ? item.tiles[0] : tile_at(item, 0), s, DIRECT);
-    if (STAGED && item.begins) {
-      shared.trace(WRITE);
-      if (sends) consumer.send(current, previous, ends);
-      current = item;
-    }
     // With two tiles of Q the next item's queries wait for this one.
     if (STAGED && item.begins && Q_TILES == 2) consumer.free_queries(previous);
     const Rows old = rows;
@@ -309,11 +303,11 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     int i = 1;
     for (; i < applied; ++i, ++done) consumer.step<true>(item, DIRECT ? item.tiles[i] : tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, fresh, o, weights, rows);
     for (; DIRECT && i < tiles; ++i, ++done) consumer.step<false>(item, LEANS ? tile_at(item, i) : 0, done, buffer, item.ends && i + 1 == tiles, arrived, fresh, o, weights, rows);
-    release(shared.barrier(ITEM_EMPTY + n % SLOTS), lane);
+    release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
   consumer.wait_outputs(o);
   shared.trace(WRITE);
-  if (consumer.write(current, items % Q_TILES, o, rows, ends)) consumer.send(current, items % Q_TILES, ends);
+  consumer.write(current, items % Q_TILES, o, rows, ends);
   if (STAGED) consumer.free_queries(items % Q_TILES);
 }
 

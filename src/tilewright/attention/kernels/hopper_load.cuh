@@ -30,20 +30,20 @@ TW_INLINE void sort_tiles(const Variant& variant, Slot& s, const Tiles& seen, in
   }
 }
 
-// The number of the next item of this CTA, the n-th: one that is its own, and then draws from a counter until there are
-// none. `late`: it has none of its own. The last of all draws, whose number is known, sets the counter back.
+// The number of the next item of this CTA, the n-th. Each CTA draws until it gets none, so the draw that
+// brings the counter to `count` is the last of all: it sets the counter back.
 template <class R>
-TW_INLINE int draw(const Params& p, int cta, int n, int count, int lane, bool late) {
-  constexpr bool FEW = NARROW_ITEMS<R>, ALL_LATE = NARROW && !FEW;
-  const int own = FEW ? p.narrow_ctas : ALL_LATE ? 0 : p.ctas;
-  if (!late && n == 0) return cta;
+TW_INLINE int draw(const Params& p, int cta, int n, int count, int lane) {
+  constexpr bool FEW = NARROW_ITEMS<R>, LATE = NARROW && !FEW;  // LATE: some CTAs come late and have no first item
+  const int grid = FEW ? p.narrow_ctas : p.ctas;
+  if (!LATE && n == 0) return cta;
   int drawn = 0;
   if (lane == 0) {
     int* counter = p.counter + FEW;
     drawn = atomicAdd(counter, 1);
-    if (drawn == count - 1 + (ALL_LATE || (FEW && HELPS) ? p.ctas : 0)) *counter = 0;
+    if (drawn == count - 1 + (LATE ? grid : 0)) *counter = 0;
   }
-  return own + __shfl_sync(0xffffffffu, drawn, 0);
+  return (LATE ? 0 : grid) + __shfl_sync(0xffffffffu, drawn, 0);
 }
 
 TW_INLINE Item item_of(const tw::SharedItem& x) { return Item{x.node, x.head, x.token, x.end, x.chunk, x.chunks, x.row, 0}; }
@@ -114,11 +114,11 @@ TW_INLINE void learn(Variant& variant, const Shared& shared, const Work& work, i
 #endif
 
 template <class R>
-TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, int items, int lane, bool late) {
+TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, int items, int lane) {
   int segments = 0;
   for (int n = 0;; ++n) {
     shared.trace(SORT_TILES);
-    const int number = draw<R>(p, shared.cta, n, items, lane, late);
+    const int number = draw<R>(p, shared.cta, n, items, lane);
     const bool ends = number >= items;
     Item item;
     tw::Pages pages;
@@ -143,7 +143,7 @@ TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, 
     for (int first = 1; first || top >= bottom; top -= MAX_TILES, first = 0, ++segments) {
       Slot& s = shared.slot(segments);
       shared.trace(WAIT_STAGE);
-      tw::barrier_wait(shared.barrier(R::ITEM_EMPTY + segments % SLOTS), (segments / SLOTS & 1) ^ 1);
+      tw::barrier_wait(shared.barrier(R::ITEM_EMPTY + (segments & 1)), (segments >> 1 & 1) ^ 1);
       shared.trace(SORT_TILES);
       if (lane == 0) {
         static_cast<Work&>(s) = work;
@@ -154,7 +154,7 @@ TW_INLINE void schedule(const Params& p, Variant variant, const Shared& shared, 
       }
       __syncwarp();
       if (!ends) sort_tiles(variant, s, seen, top, max(bottom, top - MAX_TILES + 1), lane);
-      release(shared.barrier(R::ITEM_FULL + segments % SLOTS), lane);
+      release(shared.barrier(R::ITEM_FULL + (segments & 1)), lane);
       if (ends) return;
     }
   }
@@ -186,8 +186,9 @@ struct Loader {
     if (tw::elect()) tw::barrier_expect(barrier, BLOCKS * KV_BLOCK);
     if constexpr (KEYS_LIE == IN_PAGES) {
       const int mask = (1 << p.page_shift) - 1;
-      // A box too many, and the barrier would never complete.
-      constexpr int AT_ONCE = BOXES % 8 == 0 ? 8 : BOXES % 4 == 0 ? 4 : BOXES;
+      // A box too many, and the barrier would never complete. With more at once their addresses do not fit into uniform
+      // registers, and moving them takes longer than the boxes.
+      constexpr int AT_ONCE = BOXES % 2 == 0 ? 2 : 1;
       static_assert(BY_ROWS || (BOXES <= 32 && BOXES % AT_ONCE == 0), "");
 #pragma unroll 1
       for (int first = 0; first < BOXES; first += AT_ONCE) {
@@ -213,10 +214,7 @@ struct Loader {
   }
 };
 
-TW_INLINE void load_few_queries(const Params& p, const Shared& shared, int lane);
-template <class R>
 TW_INLINE void load_queries(const Params& p, const Shared& shared, int lane) {
-  if constexpr (NARROW_ITEMS<R>) return load_few_queries(p, shared, lane);
   int items = 1;  // 0 is the consumers' empty one, whose tile of Q is free at once
   for (int n = 0;; ++n) {
     const Slot& s = next_item<Wide>(shared, n);
@@ -234,7 +232,7 @@ TW_INLINE void load_queries(const Params& p, const Shared& shared, int lane) {
           tw::copy_box(shared.base + Q_AT + buffer * Q_BYTES + block * Q_BLOCK, &p.q_map, full, block * 64, s.head * G, s.token);
       }
     }
-    release(shared.barrier(ITEM_EMPTY + n % SLOTS), lane);
+    release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
 }
 
@@ -256,7 +254,7 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
       loader.issue(p, tile_at(s, i), shared.base + K_AT + stage * K_BYTES, shared.barrier(R::K_FULL + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
     }
-    release(shared.barrier(R::ITEM_EMPTY + n % SLOTS), lane);
+    release(shared.barrier(R::ITEM_EMPTY + (n & 1)), lane);
   }
 }
 
@@ -329,7 +327,7 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
         release(shared.barrier(R::V_FULL + stage), lane);
       }
     }
-    release(shared.barrier(R::ITEM_EMPTY + n % SLOTS), lane);
+    release(shared.barrier(R::ITEM_EMPTY + (n & 1)), lane);
   }
 }
 
@@ -391,7 +389,7 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
       tw::copy_async_arrive(shared.barrier(FULL + stage));
       ++done;
     }
-    release(shared.barrier(R::ITEM_EMPTY + n % SLOTS), lane);
+    release(shared.barrier(R::ITEM_EMPTY + (n & 1)), lane);
   }
   tw::copy_async_wait<0>();
 }

@@ -6,7 +6,7 @@
 
 namespace attention {
 
-enum NarrowBarrier { NARROW_ALL = BARRIER + 1, NEXT_LIST };
+enum NarrowBarrier { NARROW_ALL = BARRIER + 1, NARROW_END };
 
 TW_INLINE void load_few_queries(const Params& p, const Shared& shared, int lane) {
   int items = 0;
@@ -26,7 +26,7 @@ TW_INLINE void load_few_queries(const Params& p, const Shared& shared, int lane)
       }
       release(shared.barrier(Narrow::Q_FULL + buffer), lane);
     }
-    release(shared.barrier(Narrow::ITEM_EMPTY + n % SLOTS), lane);
+    release(shared.barrier(Narrow::ITEM_EMPTY + (n & 1)), lane);
   }
 }
 
@@ -244,7 +244,7 @@ TW_INLINE void consume_narrow(const Params& p, const Variant& variant, const Sha
       release(shared.barrier(Narrow::V_EMPTY + v), lane);
     }
     if (item.ends) consumer.write(item, rows);
-    release(shared.barrier(Narrow::ITEM_EMPTY + n % SLOTS), lane);
+    release(shared.barrier(Narrow::ITEM_EMPTY + (n & 1)), lane);
   }
 }
 

@@ -130,33 +130,38 @@ struct Writer {
     }
   }
 
-  // The first packed row of this warp.
-  TW_INLINE int first_row() const { return group * 64 + warp * 16; }
-  // The rows of the outputs that this thread's two packed rows are, and whether the item has them.
-  TW_INLINE void find_rows(const Work& item, int lane, int64_t (&at)[2], bool (&exists)[2]) const {
+  // Outputs divided by the sums, and lse.
+  TW_INLINE void write(const Work& item, int buffer, float (&o)[DV / 2], Rows& rows, Ends& ends) const {
+    if constexpr (SHARED) return leave(item, o, rows);
+    if (CHUNKED && item.chunks > 1 && !merge(item, o, rows)) return;
+    if constexpr (!EARLY_ENDS) ends = ends_of(item, rows);
+    const int first = group * 64 + warp * 16, lane = here(this->lane);  // packed row of this warp
+    int64_t at[2];  // rows of the outputs
+    bool exists[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row() + half * 8 + lane / 4;
+      const int row = first + half * 8 + lane / 4;
       exists[half] = row < item.tokens * G;
       at[half] = static_cast<int64_t>(item.token + row / G) * p.qo_heads + item.head * G + row % G;
     }
-  }
-
-  // Outputs divided by the sums. Returns whether they lie in the item's tile of Q now, and `send` has to follow.
-  TW_INLINE bool write(const Work& item, int buffer, float (&o)[DV / 2], Rows& rows, Ends& ends) const {
-    if constexpr (SHARED) return leave(item, o, rows), false;
-    if (CHUNKED && item.chunks > 1 && !merge(item, o, rows)) return false;
-    if constexpr (!EARLY_ENDS) ends = ends_of(item, rows);
-    const int lane = here(this->lane);
-    int64_t at[2];
-    bool exists[2];
-    find_rows(item, lane, at, exists);
 #pragma unroll
     for (int i = 0; i < DV / 2; ++i) o[i] *= ends.scale[i / 2 & 1];
     if constexpr (STAGED) {
+      const int tile = Q_AT + buffer * Q_BYTES + first * 128;
 #pragma unroll
-      for (int block = 0; block < V_BLOCKS; ++block) stage(Q_AT + buffer * Q_BYTES + first_row() * 128 + block * Q_BLOCK, block, o, lane);
-      return true;
+      for (int block = 0; block < V_BLOCKS; ++block) stage(tile + block * Q_BLOCK, block, o, lane);
+      tw::fence_async();
+      __syncwarp();
+      if (16 % G == 0 && first + 16 <= item.tokens * G) {
+        if (tw::elect())
+#pragma unroll
+          for (int block = 0; block < V_BLOCKS; ++block)
+            tw::store_box(&p.o_map, shared.base + tile + block * Q_BLOCK, block * 64, item.head * G, item.token + first / G);
+      } else {
+#pragma unroll 1
+        for (int block = 0; block < V_BLOCKS; ++block) copy(item, tile + block * Q_BLOCK, block, lane);
+        tw::fence_async();
+      }
     } else if constexpr (sizeof(Out) == 2) {
       const int tile = STAGE_AT + (group * 4 + warp) * 16 * 128;
 #pragma unroll
@@ -174,34 +179,9 @@ struct Writer {
           for (int j = 0; j < DV / 8; ++j)
             *reinterpret_cast<float2*>(p.o + at[half] * DV + lane % 4 * 2 + j * 8) = make_float2(o[j * 4 + half * 2], o[j * 4 + half * 2 + 1]);
     }
-    store_lse(at, exists, ends, lane);
-    return false;
-  }
-  TW_INLINE void store_lse(const int64_t (&at)[2], const bool (&exists)[2], const Ends& ends, int lane) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < 2; ++half)  // behind the fence, which would wait for it
       if (lane % 4 == 0 && exists[half]) p.lse[at[half]] = ends.lse[half];
-  }
-  // The outputs that `write` left in shared memory, and lse, which comes behind the fence, for that would wait for it.
-  // Some work should lie between the two: the fence waits for the stores to shared memory as well.
-  TW_INLINE void send(const Work& item, int buffer, const Ends& ends) const {
-    const int tile = Q_AT + buffer * Q_BYTES + first_row() * 128, lane = here(this->lane);
-    tw::fence_async();
-    __syncwarp();
-    if (16 % G == 0 && first_row() + 16 <= item.tokens * G) {
-      if (tw::elect())
-#pragma unroll
-        for (int block = 0; block < V_BLOCKS; ++block)
-          tw::store_box(&p.o_map, shared.base + tile + block * Q_BLOCK, block * 64, item.head * G, item.token + first_row() / G);
-    } else {
-#pragma unroll 1
-      for (int block = 0; block < V_BLOCKS; ++block) copy(item, tile + block * Q_BLOCK, block, lane);
-      tw::fence_async();
-    }
-    int64_t at[2];
-    bool exists[2];
-    find_rows(item, lane, at, exists);
-    store_lse(at, exists, ends, lane);
   }
   // The item's tile of Q is free: its outputs, if they passed through it, have been read.
   TW_INLINE void free_queries(int buffer) const {

@@ -48,7 +48,6 @@ constexpr int BM = CONSUMERS * 64;    // rows of an item
 constexpr int TOKENS = BM / G;        // queries of an item
 constexpr bool SHARED = table::LEVELS > 1;
 constexpr bool BY_ROWS = BOX < 8;     // K and V come by cp.async, not by TMA
-constexpr bool HELPS = NARROW && !BY_ROWS;  // a CTA without items takes narrow ones that are left; by rows it has no registers for that
 constexpr int LOADERS = BY_ROWS && CONSUMERS == 2 && DV <= 128 ? 3 : 1;  // warps that load K; as many load V
 constexpr int LOADER_GROUPS = (2 * LOADERS + 2) / 4;  // warpgroups of the scheduler and the loaders
 constexpr int WARPGROUPS = LOADER_GROUPS + CONSUMERS, THREADS = WARPGROUPS * 128;
@@ -59,7 +58,6 @@ constexpr int Q_BLOCK = BM * 128, KV_BLOCK = BN * 128;         // bytes of a blo
 constexpr int Q_BYTES = K_BLOCKS * Q_BLOCK, K_BYTES = K_BLOCKS * KV_BLOCK, V_BYTES = V_BLOCKS * KV_BLOCK;
 constexpr int BOXES = BN / BOX;       // of a tile
 constexpr bool STAGED = sizeof(Out) == 2 && Q_TILES > 1;      // outputs pass through the item's tile of Q
-constexpr int SLOTS = 3;              // segments of items that are passed on at once
 constexpr float LOG2E = 1.4426950408889634f, SLACK = 8.0f;
 static_assert(DK % 16 == 0 && DV <= DK && BN % BOX == 0 && BN % 32 == 0 && G <= 64, "");
 
@@ -86,9 +84,9 @@ constexpr int WHOLE = 1 << 30;  // on a partial tile of which `rest` holds every
 
 constexpr int Q_AT = 0, K_AT = Q_TILES * Q_BYTES, V_AT = K_AT + K_STAGES * K_BYTES, STAGE_AT = V_AT + V_STAGES * V_BYTES;
 constexpr int SLOTS_AT = STAGE_AT + (Q_TILES == 1 ? BM * 128 : 0);
-constexpr int BARRIERS_AT = SLOTS_AT + SLOTS * sizeof(Slot);
+constexpr int BARRIERS_AT = SLOTS_AT + 2 * sizeof(Slot);
 enum Barrier { K_FULL, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES, V_EMPTY = V_FULL + V_STAGES, V_LOADED = V_EMPTY + V_STAGES,
-               Q_FULL = V_LOADED + V_STAGES, Q_EMPTY = Q_FULL + Q_TILES, ITEM_FULL = Q_EMPTY + Q_TILES, ITEM_EMPTY = ITEM_FULL + SLOTS, BARRIERS = ITEM_EMPTY + SLOTS };
+               Q_FULL = V_LOADED + V_STAGES, Q_EMPTY = Q_FULL + Q_TILES, ITEM_FULL = Q_EMPTY + Q_TILES, ITEM_EMPTY = ITEM_FULL + 2, BARRIERS = ITEM_EMPTY + 2 };
 // The barriers of the pipeline, as its scheduler and its loaders see them.
 struct Wide {
   enum : int { K_FULL = attention::K_FULL, K_EMPTY = attention::K_EMPTY, V_FULL = attention::V_FULL, V_EMPTY = attention::V_EMPTY, V_LOADED = attention::V_LOADED,
@@ -141,7 +139,7 @@ struct Shared {  // of a CTA, as one of its warps has it
   int cta;
   Trace trace;
   TW_INLINE uint32_t barrier(int n) const { return base + BARRIERS_AT + n * 8; }
-  TW_INLINE Slot& slot(int n) const { return reinterpret_cast<Slot*>(memory + SLOTS_AT)[n % SLOTS]; }
+  TW_INLINE Slot& slot(int n) const { return reinterpret_cast<Slot*>(memory + SLOTS_AT)[n & 1]; }
 };
 
 TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
@@ -169,7 +167,7 @@ TW_INLINE At at_of(const Params& p, const Work& w, int row, int key) {
 template <class R>
 TW_INLINE const Slot& next_item(const Shared& shared, int n) {
   shared.trace(WAIT_ITEM);
-  tw::barrier_wait(shared.barrier(R::ITEM_FULL + n % SLOTS), n / SLOTS & 1);
+  tw::barrier_wait(shared.barrier(R::ITEM_FULL + (n & 1)), n >> 1 & 1);
   return shared.slot(n);
 }
 TW_INLINE void release(uint32_t barrier, int lane) {
@@ -195,29 +193,20 @@ TW_INLINE void init_barriers(const Shared& shared) {
   }
 }
 
-// What a warp of the scheduler or of the loaders does for a list of items.
+// Of the scheduler and the loaders of K and V what this warp is; the loader of Q is none of these.
 template <class R>
-TW_INLINE void provide(const Params& p, const Variant& variant, const Shared& shared, int items, int warp, int lane, bool late) {
-  if (warp == 0) schedule<R>(p, variant, shared, items, lane, late);
+TW_INLINE void provide(const Params& p, const Variant& variant, const Shared& shared, int items, int warp, int lane) {
+  if (warp == 0) schedule<R>(p, variant, shared, items, lane);
   else if (BY_ROWS && warp <= LOADERS) load_rows<R, false>(p, variant, shared, warp - 1, lane);
-  else if (BY_ROWS && warp <= 2 * LOADERS) load_rows<R, true>(p, variant, shared, warp - 1 - LOADERS, lane);
-  else if (warp > 2 * LOADERS) load_queries<R>(p, shared, lane);
+  else if (BY_ROWS) load_rows<R, true>(p, variant, shared, warp - 1 - LOADERS, lane);
   else if (warp <= LOADERS) load_keys<R>(p, shared, lane);
   else load_values<R>(p, variant, shared, lane);
 }
 
-// What the CTA did so far comes before what it does next: shared memory has other uses there. `again`: narrow items once
-// more, whose barriers start anew. `first`: one thread of all.
-TW_INLINE void next_list(const Shared& shared, bool again, bool first) {
+// What was written where tiles of Q are comes before TMA writes there.
+TW_INLINE void end_narrow() {
   tw::fence_async();
-  tw::bar_sync(NEXT_LIST, THREADS);
-  if (!again) return;
-  if (first) {
-    for (int i = Narrow::K_FULL; i < Narrow::END; ++i) tw::barrier_invalidate(shared.barrier(i));
-    init_barriers<Narrow>(shared);
-    tw::barrier_init_done();
-  }
-  tw::bar_sync(NEXT_LIST, THREADS);
+  tw::bar_sync(NARROW_END, THREADS);
 }
 
 TW_INLINE void run(const Params& p, int64_t unit, int thread, char* smem) {
@@ -236,31 +225,26 @@ TW_INLINE void run(const Params& p, int64_t unit, int thread, char* smem) {
   tw::bar_sync(BARRIER, THREADS);
   if (SHARED && cta >= items) return;  // the launch behind takes this SM
   const Variant variant(p);
-  // Some CTAs begin with narrow items. Who is done with the others helps with those that are left.
-  const bool begins_narrow = NARROW && cta < p.narrow_ctas;
+  const bool narrow = NARROW && cta < p.narrow_ctas;  // this CTA works on narrow items first
   if (group < LOADER_GROUPS) {
     tw::fewer_registers<LOADER_REGISTERS>();
     if (lane == 0) tw::prefetch_map(warp == 0 ? &p.o_map : warp > 2 * LOADERS ? &p.q_map : warp <= LOADERS ? &p.k_map : &p.v_map);
-    if (begins_narrow) {
-      provide<Narrow>(p, variant, shared, p.narrow_count, warp, lane, false);
-      next_list(shared, false, false);
-    }
-    provide<Wide>(p, variant, shared, SHARED ? items : p.item_count, warp, lane, NARROW);
-    if constexpr (HELPS) {
-      next_list(shared, true, thread == 0);
-      provide<Narrow>(p, Variant(p), shared, p.narrow_count, here(warp), here(lane), true);
-    }
+    if constexpr (NARROW)
+      if (narrow) {
+        if (warp > 2 * LOADERS) load_few_queries(p, shared, lane);
+        else provide<Narrow>(p, variant, shared, p.narrow_count, warp, lane);
+        end_narrow();
+      }
+    if (warp > 2 * LOADERS) load_queries(p, shared, lane);
+    else provide<Wide>(p, variant, shared, SHARED ? items : p.item_count, warp, lane);
   } else {
     tw::more_registers<CONSUMER_REGISTERS>();
-    if (begins_narrow) {
-      consume_narrow(p, variant, shared, warp - LOADER_GROUPS * 4, lane);
-      next_list(shared, false, false);
-    }
+    if constexpr (NARROW)
+      if (narrow) {
+        consume_narrow(p, variant, shared, warp - LOADER_GROUPS * 4, lane);
+        end_narrow();
+      }
     consume(p, variant, shared, group - LOADER_GROUPS, warp % 4, lane);
-    if constexpr (HELPS) {
-      next_list(shared, true, false);
-      consume_narrow(p, Variant(p), shared, here(warp) - LOADER_GROUPS * 4, here(lane));
-    }
   }
   shared.trace(END);
 #ifdef TW_CYCLES

@@ -36,8 +36,6 @@ TW_INLINE uint32_t load_word_if(bool c, const void* at) {
 TW_INLINE void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// Before its memory is used for something else, another mbarrier included.
-TW_INLINE void barrier_invalidate(uint32_t barrier) { asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(barrier) : "memory"); }
 // After all inits by one thread, before the CTA's barrier: TMA sees the barriers too.
 TW_INLINE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 TW_INLINE void barrier_arrive(uint32_t barrier) {

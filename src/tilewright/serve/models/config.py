@@ -176,22 +176,16 @@ def read_config(keys: Metadata, has_head: bool, interleaved: bool = False) -> Mo
     windowed = _windows(keys, sizes["layers"], full_every)
     rope, local_rope = _ropes(keys)
     return ModelConfig(
-        architecture=architecture,
-        kv_heads=keys.get("num_key_value_heads", int, heads),
-        head_dim=keys.get("head_dim", int, dim // heads if heads > 0 else 0),
-        rope=rope,
+        architecture=architecture, kv_heads=keys.get("num_key_value_heads", int, heads),
+        head_dim=keys.get("head_dim", int, dim // heads if heads > 0 else 0), rope=rope,
         rms_eps=keys.get("rms_norm_eps", float),
         tied_embedding=keys.get("tie_word_embeddings", bool, not has_head),
-        rope_interleaved=interleaved,
-        local_rope=local_rope,
-        windowed=windowed,
+        rope_interleaved=interleaved, local_rope=local_rope, windowed=windowed,
         window=keys.get("sliding_window", int) if any(windowed) else 0,
         sm_scale=query**-0.5 if query > 0 else query or None,
         score_cap=keys.get("attn_logit_softcapping", float, 0.0),
-        logit_cap=keys.get("final_logit_softcapping", float, 0.0),
-        **sizes,
-        **family,
-    ).check(keys.where)
+        logit_cap=keys.get("final_logit_softcapping", float, 0.0), **sizes, **family,
+    ).check(keys.where)  # fmt: skip
 
 
 def _windows(keys: Metadata, layers: int, full_every: int) -> tuple[bool, ...]:
@@ -234,11 +228,9 @@ def _rope(keys: Metadata, context: int, theta: float) -> Rope:
         keys.refuse(key, (value,))
     yarn = kind == "yarn"
     return Rope(
-        base=keys.get("rope_theta", float, theta),
-        kind=kind,
-        factor=keys.get("factor", float, 1.0),
+        base=keys.get("rope_theta", float, theta), kind=kind, factor=keys.get("factor", float, 1.0),
         low=keys.get("beta_slow" if yarn else "low_freq_factor", float, 1.0),
         high=keys.get("beta_fast" if yarn else "high_freq_factor", float, 32.0 if yarn else 4.0),
         original=keys.get("original_max_position_embeddings", float, context),
         gain=keys.get("attention_factor", float, 0.0),
-    )
+    )  # fmt: skip
