@@ -9,6 +9,7 @@ import math
 import struct
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 from tilewright.codegen.cfamily import atom_texts, has, operand_kind
 from tilewright.codegen.merge import MergeRenderer
@@ -195,12 +196,12 @@ class CudaRenderer(MergeRenderer):
     def seq(self, s: ir.Seq) -> None:
         """Neighbours that multiply by one tile b become one operation."""
         for b, group in groupby(s.body, lambda x: isinstance(x, ir.Mma) and not x.atom and x.b):
-            lines = tuple(group)
+            lines: tuple[Any, ...] = tuple(group)
             if not b or len(lines) == 1:
                 super().seq(ir.Seq(lines))
                 continue
-            kind = operand_kind(b.buffer.dtype)
-            text = [self.fragment(b, f"b<{lines[0].shape[1]}>", kind)]
+            kind = operand_kind(lines[0].b.buffer.dtype)
+            text = [self.fragment(lines[0].b, f"b<{lines[0].shape[1]}>", kind)]
             for x in lines:
                 acc = f"{c_name(x.acc.name)}[{self.expr(x.slot)}]"
                 text += [acc, self.fragment(x.a, "a", kind)]
