@@ -137,16 +137,14 @@ class Table:
             text = f"block_table has {height} rows, kv_len {requests} requests"
             hint = "rows=… names the row of each request"
             raise ArgumentError("A103", text, where="block_table", hint=hint)
-        views, arrays = {"kv_len": lengths, "table_entries": entries}, {"kv_len": kv_len}
-        arrays["table_entries"] = block_table
+        found = {"kv_len": (kv_len, lengths), "table_entries": (block_table, entries)}
         if rows is not None:
-            views["table_rows"] = integer_view("rows", rows, device=device, size=requests)
-            arrays["table_rows"] = rows
+            found["table_rows"] = rows, integer_view("rows", rows, device=device, size=requests)
             if device == "cpu":
                 check_range("rows", to_host(rows), 0, height - 1)
         stride = entries.strides[0] if height > 1 else width
         by_head = (heads[0], entries.strides[1]) if heads else (0, 0)
-        self._set(requests, views, arrays, (height, width, stride, *by_head), positions)
+        self._set(requests, found, (height, width, stride, *by_head), positions)
 
     @classmethod
     def csr(cls, kv_len: Any, kv_indptr: Any, kv_indices: Any, **positions: Any) -> "Table":
@@ -162,11 +160,10 @@ class Table:
         check_view("kv_len", lengths, shape=(_requests(indptr),), hint="one a request")
         if lengths.device == "cpu":
             _check_indptr(to_host(kv_indptr), indices.size, "kv_indices")
-        table = object.__new__(cls)
-        views = {"kv_len": lengths, "table_indptr": indptr, "table_entries": indices}
-        arrays = {"kv_len": kv_len, "table_indptr": kv_indptr, "table_entries": kv_indices}
-        table._set(lengths.size, views, arrays, (indices.size, 0, 0, 0, 0), positions)
-        return table
+        found = {"kv_len": (kv_len, lengths), "table_indptr": (kv_indptr, indptr)}
+        found["table_entries"] = kv_indices, indices
+        sizes = (indices.size, 0, 0, 0, 0)
+        return object.__new__(cls)._set(lengths.size, found, sizes, positions)
 
     @classmethod
     def ragged(cls, kv_indptr: Any, kv_len: Any = None, **positions: Any) -> "Table":
@@ -176,16 +173,13 @@ class Table:
         int64. `positions`: see `Table`. Raises ArgumentError (A101 … A109).
         """
         indptr = integer_view("kv_indptr", kv_indptr)
-        requests = _requests(indptr)
-        views, arrays = {"table_indptr": indptr}, {"table_indptr": kv_indptr}
+        requests, found = _requests(indptr), {"table_indptr": (kv_indptr, indptr)}
         if kv_len is not None:
-            views["kv_len"] = integer_view("kv_len", kv_len, device=indptr.device, size=requests)
-            arrays["kv_len"] = kv_len
+            lengths = integer_view("kv_len", kv_len, device=indptr.device, size=requests)
+            found["kv_len"] = kv_len, lengths
         if indptr.device == "cpu":
             _check_indptr(to_host(kv_indptr), 2**63 - 1, "k")
-        table = object.__new__(cls)
-        table._set(requests, views, arrays, (2**62, 0, 0, 0, 0), positions)
-        return table
+        return object.__new__(cls)._set(requests, found, (2**62, 0, 0, 0, 0), positions)
 
     @classmethod
     def dense(cls, kv_len: Any, **positions: Any) -> "Table":
@@ -194,23 +188,21 @@ class Table:
         `kv_len` (requests,) int32 or int64. `positions`: see `Table`. Raises ArgumentError.
         """
         lengths = integer_view("kv_len", kv_len)
-        table = object.__new__(cls)
-        sizes = (lengths.size, 1, 1, 0, 0)
-        table._set(lengths.size, {"kv_len": lengths}, {"kv_len": kv_len}, sizes, positions)
-        return table
+        found, sizes = {"kv_len": (kv_len, lengths)}, (lengths.size, 1, 1, 0, 0)
+        return object.__new__(cls)._set(lengths.size, found, sizes, positions)
 
     def _set(
-        self, nodes: int, views: dict[str, View], arrays: dict[str, Any],
-        sizes: tuple[int, ...], positions: dict[str, Any],
-    ) -> None:  # fmt: skip
-        """The fields of a new table, with its positions and levels checked and added."""
-        device = next(iter(views.values())).device
+        self, nodes: int, found: dict[str, tuple[Any, View]], sizes: tuple[int, ...],
+        positions: dict[str, Any],
+    ) -> "Table":  # fmt: skip
+        """The fields of a new table, with its positions and levels checked and added to the arrays
+        `found`, each beside its view."""
+        device = next(iter(found.values()))[1].device
         shared, requests = positions.pop("shared", None) or (), nodes
         for level, indptr in enumerate(shared):
             name = f"shared_{level}"
-            views[name] = integer_view(name, indptr, kinds=(dtypes.int32,), device=device)
-            arrays[name] = indptr
-            requests -= _requests(views[name])
+            seen = integer_view(name, indptr, kinds=(dtypes.int32,), device=device)
+            found[name], requests = (indptr, seen), requests - _requests(seen)
         if device == "cpu":
             _check_levels([to_host(x) for x in shared], requests)
         for name, array in positions.items():
@@ -219,8 +211,8 @@ class Table:
                 raise ArgumentError("A101", f"a table has no {name!r}", where=name, hint=hint)
             if array is not None:
                 kinds = (dtypes.int32,)
-                views[name] = integer_view(name, array, 1, kinds, device, requests)
-                arrays[name] = array
+                found[name] = array, integer_view(name, array, 1, kinds, device, requests)
+        arrays, views = ({n: pair[i] for n, pair in found.items()} for i in range(2))
         if len({"kv_base", "kv_stride"} & views.keys()) == 1 or (
             "kv_base" in views and ("qo_base" not in views or shared)
         ):
@@ -237,6 +229,7 @@ class Table:
         values = (nodes, requests, device, form, *sizes, views, arrays)
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
+        return self
 
     # -- as a tensor of the sparse compiler --------------------------------------------------------
 
