@@ -16,7 +16,6 @@ from tilewright.attention.table import TableForm
 from tilewright.build import Definition
 from tilewright.ops import rope, row_lists
 from tilewright.ops.bsr_spmm import bsr_spmm_definition
-from tilewright.ops.elementwise import add_count, add_fill, multiply_count, multiply_fill
 from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
 from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
@@ -24,7 +23,14 @@ from tilewright.ops.linear import linear_definition
 from tilewright.ops.paging import by_request, positions_program
 from tilewright.ops.rowwise import ARGMAX, BY_ROW, WITH_SUM, rmsnorm_add, silu_mul
 from tilewright.ops.sddmm import sddmm_definition
-from tilewright.ops.spgemm import spgemm_count, spgemm_fill
+from tilewright.ops.sparse_results import (
+    add_count,
+    add_fill,
+    multiply_count,
+    multiply_fill,
+    spgemm_count,
+    spgemm_fill,
+)
 from tilewright.ops.spmm import by_length, powers, spmm_definition
 
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from tests.serve.virtual import Arrival, Clock, token_after
 
-from tilewright.serve.kv_pool import Pages
-from tilewright.serve.prefix import PrefixTree
+from tilewright.serve.kv_pool import Pages, PrefixTree
 from tilewright.serve.scheduler import PATIENCE, Limits
 
 

@@ -203,7 +203,7 @@ HOOKS = {
 }
 RESERVED = frozenset(
     {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "q_dtype", "variant", "sm_scale"}
-    | {"scratch", "invariant", "fixed", "traced", "softmax", ROW.name, *HOOKS}
+    | {"scratch", "invariant", "lengths", "fixed", "traced", "softmax", ROW.name, *HOOKS}
 )
 """Names that no value of a variant may have: other arguments of its users, its own attributes."""
 _SCORES = {*POSITIONS} - {"dim"}

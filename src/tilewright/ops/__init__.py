@@ -5,10 +5,9 @@ calls, which selects format and schedule by shape.
 """
 
 from tilewright.ops.bsr_spmm import bsr_spmm
-from tilewright.ops.elementwise import add, multiply
 from tilewright.ops.gemm import gemm
 from tilewright.ops.sddmm import pack_for_sddmm, sddmm
-from tilewright.ops.spgemm import spgemm
+from tilewright.ops.sparse_results import add, multiply, spgemm
 from tilewright.ops.spmm import pack_for_spmm, spmm
 
 __all__ = [

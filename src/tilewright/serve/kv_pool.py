@@ -1,6 +1,15 @@
-"""The pages of the KV cache: an allocator that counts who uses each."""
+"""The pages of the KV cache: an allocator that counts who uses each, and the prefix tree, of pages
+that hold the keys and values of known beginnings of prompts.
+
+A node of the tree is a full page, its key the tokens of that page; a path from the root is a
+prefix. A running request holds the pages of its path, so what it reads is never evicted.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
 
 PAGE_SIZE = 16  # tokens
+Key = tuple[int, ...]
 
 
 class Pages:
@@ -47,3 +56,76 @@ class Pages:
         assert self.kept[page] and not self.holders[page]
         self.kept[page] = False
         self.free.append(page)
+
+
+class Node:
+    """A page with its tokens, after those of its parents. `depth`: pages from the root to it;
+    `used`: the time of its last use."""
+
+    __slots__ = ("children", "depth", "key", "page", "parent", "used")
+
+    def __init__(self, key: Key, page: int, parent: "Node | None", used: int) -> None:
+        self.key, self.page, self.parent, self.used = key, page, parent, used
+        self.depth = 0 if parent is None else parent.depth + 1
+        self.children: dict[Key, Node] = {}
+
+
+class PrefixTree:
+    """Pages by the tokens in them and before them."""
+
+    def __init__(self, pages: Pages, page_size: int) -> None:
+        self.pages, self.page_size = pages, page_size
+        self.root = Node((), -1, None, 0)
+        self.time = 0
+
+    def match(self, tokens: Sequence[int]) -> list[Node]:
+        """The path of the longest prefix of `tokens` in full pages; a last token at least is left
+        out, since its logits are wanted."""
+        path: list[Node] = []
+        node, size = self.root, self.page_size
+        for begin in range(0, len(tokens) - size, size):
+            child = node.children.get(tuple(tokens[begin : begin + size]))
+            if child is None:
+                break
+            path.append(node := child)
+        return path
+
+    def insert(self, parent: Node | None, key: Key, page: int) -> Node:
+        """The node of a page after `parent`: one of the same tokens if there is one, else a new one
+        that keeps `page`."""
+        parent = self.root if parent is None else parent
+        node = parent.children.get(key)
+        if node is None:
+            node = parent.children[key] = Node(key, page, parent, self.time)
+            self.pages.keep(page)
+        return node
+
+    def touch(self, node: Node | None) -> None:
+        """Notes that a path was used now."""
+        self.time += 1
+        while node is not None and node is not self.root:
+            node.used = self.time
+            node = node.parent
+
+    def evict(self, count: int) -> None:
+        """Frees at least `count` pages that no request holds, as far as there are any; the least
+        recently used first, children before parents."""
+        holders = self.pages.holders
+        unused = [(n.used, n.page, n) for n in self.nodes() if not (n.children or holders[n.page])]
+        heapq.heapify(unused)
+        while unused and count > 0:
+            *_, node = heapq.heappop(unused)
+            parent = node.parent
+            assert parent is not None
+            del parent.children[node.key]
+            self.pages.evict(node.page)
+            count -= 1
+            if parent is not self.root and not holders[parent.page] and not parent.children:
+                heapq.heappush(unused, (parent.used, parent.page, parent))
+
+    def nodes(self) -> Iterator[Node]:
+        stack = list(self.root.children.values())
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            yield node

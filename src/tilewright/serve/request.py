@@ -1,20 +1,16 @@
 """A request: its tokens, how its answer is sampled, and how far it has come."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tilewright.attention.checks import is_integer, is_number
 from tilewright.errors import ModelError
-
-if TYPE_CHECKING:
-    from tilewright.serve.prefix import Node
+from tilewright.serve.kv_pool import Node
 
 RANGES = {
     "temperature": (0, 1e30), "min_p": (0, 1), "presence_penalty": (-2, 2),

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from math import inf
 
 from tilewright.serve.cost import CostModel, Work
-from tilewright.serve.kv_pool import PAGE_SIZE, Pages
+from tilewright.serve.kv_pool import PAGE_SIZE, Pages, PrefixTree
 from tilewright.serve.policy import Decision, Prompt, State, decide
-from tilewright.serve.prefix import PrefixTree
 from tilewright.serve.request import Request
 
 PATIENCE = 256  # steps

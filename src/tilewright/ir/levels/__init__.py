@@ -23,13 +23,10 @@ package, and a change nowhere else. Reference: the level functions of taco (Chou
 2018, §3) and SparseTIR (ASPLOS 2023, §3.1).
 """
 
-from tilewright.ir.levels.affine import Band, Diagonals
-from tilewright.ir.levels.bitmap import Bitmap
 from tilewright.ir.levels.level import Level, Parents, Storage, integer
 from tilewright.ir.levels.lists import *
-from tilewright.ir.levels.n_of_m import NofM
-from tilewright.ir.levels.paged import Paged
 from tilewright.ir.levels.stored import coordinates, load_value, may_miss, row_major
+from tilewright.ir.levels.structured import Band, Bitmap, Diagonals, NofM, Paged
 
 __all__ = [
     "Band", "Bitmap", "Compressed", "Dense", "Diagonals", "Fixed", "Level", "NofM", "Paged",
