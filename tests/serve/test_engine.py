@@ -119,6 +119,7 @@ def test_a_chat_goes_on_with_its_answer(llm: LLM):
     said = llm.chat(first, max_tokens=10)
     assert said[:-1] == first == talk(HELLO)
     assert said[-1] == {"role": "assistant", "content": llm.generate(first, max_tokens=10)}
+    assert llm.chat(first[0]["content"], max_tokens=10) == said  # a question is a first message
     again = llm.chat([*said, *talk(OTHER)], max_tokens=10)
     assert again[:2] == said and again[-1]["content"] == llm.generate(again[:-1], max_tokens=10)
 

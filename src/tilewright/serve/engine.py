@@ -300,10 +300,11 @@ class LLM(Prompts):
             self._leave(*requests)
         return ["".join(r.pieces) for r in requests]
 
-    def chat(self, messages: Messages, **sampling: Any) -> Messages:
-        """The messages with the answer behind them, as the next question needs them; they stay as
-        they are. `sampling`, errors: see `stream`."""
-        return [*messages, {"role": "assistant", "content": self.generate(messages, **sampling)}]
+    def chat(self, messages: str | Messages, **sampling: Any) -> Messages:
+        """The messages, or a first question, with the answer behind them, as the next question
+        needs them; they stay as they are. `sampling`, errors: see `stream`."""
+        asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return [*asked, {"role": "assistant", "content": self.generate(asked, **sampling)}]
 
     def _stream(self, tokens: list[int], how: Sampling) -> Generator[str, None, None]:
         self.latest = request = self.engine.submit(tokens, how)
