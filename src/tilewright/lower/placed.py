@@ -100,15 +100,15 @@ class Row:
         array, along, steps = tables.buffer(tensor), self.dims, [ir.as_expr(1) for _ in self.dims]
         if tensor.is_sparse:
             start, last = scope.copy(), len(tables.levels(tensor.structure)) - 1
-            ir.walk = start.walks[tensor.structure]
+            walk = start.walks[tensor.structure]
             names = {d: ir.Var(f"at{d}", tables.index) for d, *_ in self.levels}
-            ir.walk.variables |= names
+            walk.variables |= names
             position = start.position(tensor.structure, last)
             form = affine(position, frozenset(map(str, names.values())))
             if form is None:
                 raise refuse(tensor.name, "its rows are not side by side", 'scope="global"')
             steps = [*(form.steps.get(x.name, ir.as_expr(0)) for x in names.values()), *steps]
-            ir.walk.variables |= {d: begin for d, begin, _ in self.levels}
+            walk.variables |= {d: begin for d, begin, _ in self.levels}
             at.insert(0, start.position(tensor.structure, last))
             array = tables.values(tensor)
             along = (*(0 for _ in names), *(n - first + 1 for n in self.dims))
