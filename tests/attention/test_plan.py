@@ -69,6 +69,15 @@ def test_it_prints_and_compares(rng):
         plan.items["chunk"] = 1
 
 
+def test_lengths_that_the_host_knows(rng):
+    """The plan of a table with such lengths, which those of the table are not."""
+    attn, wanted, other = Attention(6, 2, 64), [9000, 40, 1], [7, 7, 7]
+    indptr = np.array([0, 5, 6, 7])
+    kv, longer = (paged(rng, lengths, (16, 2, 64)) for lengths in (other, wanted))
+    assert attn.plan(indptr, kv, lengths=np.array(wanted)) == attn.plan(indptr, longer)
+    assert attn.plan(indptr, kv) != attn.plan(indptr, longer)
+
+
 def test_work_is_cut_until_it_balances():
     skewed = [(1, 50), (1, 16000), (1, 300), (1, 20)]
     assert make(skewed, 8).imbalance < 1.3

@@ -37,6 +37,7 @@ from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.atoms import QUAD, element
+from tilewright.ir.names import ADDRESS, is_generated
 from tilewright.ir.rewrite import walk
 from tilewright.reference import ops_table as ops
 from tilewright.target import WARP
@@ -315,7 +316,11 @@ class Launch:
             self.registers[b.name] = np.zeros(shape, np.float32)
         else:
             shape = (len(self.lane), prod(extents), b.dtype.lanes)[: 2 + (b.dtype.lanes > 1)]
-            self.registers[b.name] = poisoned(shape, b.dtype.scalar)
+            starts_at_0 = is_generated(b.name, ADDRESS)
+            empty = (
+                np.zeros(shape, b.dtype.numpy) if starts_at_0 else poisoned(shape, b.dtype.scalar)
+            )
+            self.registers[b.name] = empty
 
     # -- memory ----------------------------------------------------------------------------------
 

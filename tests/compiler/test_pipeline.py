@@ -303,7 +303,7 @@ def test_an_address_serves_all_copies_of_an_operand(name):
     for x in copies:
         load, at = x.source
         carried, rest = parted(at, lambda t: isinstance(t, ir.Load))
-        assert carried.buffer in {s.buffer for s in steps}
+        assert isinstance(carried, ir.Load) and carried.buffer in {s.buffer for s in steps}
         assert carried.buffer.name.startswith(f"{load.buffer.name}.")
         assert all(is_generated(v, STRIDE) for v in free_vars(rest))  # a constant away
 
@@ -314,16 +314,16 @@ def test_what_an_iteration_looks_up_is_no_address_that_a_loop_carries():
 
 
 @pytest.mark.parametrize("name", ["small", "few"])  # with more than one copy ahead
-def test_every_address_takes_its_steps(name):
+def test_every_address_takes_its_start_and_its_steps(name):
     program, _, _ = machine_case(name)
     stores = [x for n in program.stages[-1] for x in walk(n.body, ir.Store)]
-    steps = [x for x in stores if is_generated(x.buffer.name, ADDRESS) and x.op]
-    assert len(steps) == 4  # of two operands, in the copies before the loop and in the loop
-    for step in steps:
+    added = [x for x in stores if is_generated(x.buffer.name, ADDRESS)]
+    assert len(added) == 8  # to two addresses, for the copies before the loop and in the loop
+    for one in added:
         mutant = map_bodies(
-            program, lambda b, s=step: transform(b, lambda x: ir.seq() if x is s else x)
+            program, lambda b, s=one: transform(b, lambda x: ir.seq() if x is s else x)
         )
-        assert "wrong values" in report(name, mutant), step
+        assert "wrong values" in report(name, mutant), one
 
 
 # ---------------------------------------------------------------------------- refusals

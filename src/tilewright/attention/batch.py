@@ -90,7 +90,7 @@ class Attention:
 
     def plan(
         self, qo_indptr: Any, kv: KV | Table, *, q_dtype: Any = None, workers: int | None = None,
-        invariant: bool | None = None, **values: Any,
+        invariant: bool | None = None, lengths: np.ndarray | None = None, **values: Any,
     ) -> Plan:  # fmt: skip
         """Divide a batch into balanced parts, for the family of kernels that will run it.
 
@@ -100,8 +100,9 @@ class Attention:
         (None: that of the pool). `workers`: threads of the pool, or SMs of a GPU. `invariant`: the
         bits of a request's results depend on the request alone, not on `workers`, on threads or on
         the other requests. So they always do on a CPU; on a GPU (None: not there) it leaves out the
-        family of few rows, and a long request is not divided to fill the GPU. `values`: scalars of
-        the variant, which only sharpen the balance.
+        family of few rows, and a long request is not divided to fill the GPU. `lengths`: keys of
+        each node where the host knows them (None: they are copied from the table's device).
+        `values`: scalars of the variant, which only sharpen the balance.
         Where qo_len > kv_len the first queries of a request have positions below 0: under a causal
         mask they see nothing (o = 0, lse = −inf). Raises ArgumentError (A101, A102, A103, A107,
         A109).
@@ -113,7 +114,8 @@ class Attention:
         indptr = checks.host_indptr("qo_indptr", qo_indptr, kv.requests)
         if invariant not in (None, False, True):
             raise ArgumentError("A107", f"invariant={invariant!r} is no bool", where="invariant")
-        return self._plan(indptr, kv.lengths(), over, q_dtype, workers, values, bool(invariant))
+        lengths = kv.lengths() if lengths is None else lengths
+        return self._plan(indptr, lengths, over, q_dtype, workers, values, bool(invariant))
 
     def _plan(
         self, indptr: np.ndarray, lengths: np.ndarray, over: tuple[Table, Pool | None],

@@ -135,19 +135,12 @@ class CudaRenderer(MergeRenderer):
         args = f"{value}, smem, BARRIER, {self.threads[0]}, tx, ty"
         return f"tw::across_rows<{op}, {e.extent}>({args})"
 
-    def store(self, s: ir.Store) -> None:
-        of = parse_name(s.buffer.name)
-        if of is None or of.kind != ADDRESS or s.op:
-            super().store(s)
-            return
-        start = self.address(replace(s.buffer, name=of.owner, scope="global"), s.value)
-        self.line(f"const auto* {c_name(s.buffer.name)} = {start};")
-
     def alloc(self, s: ir.Alloc) -> None:
-        b = s.buffer
-        if is_generated(b.name, ADDRESS):
-            return  # a pointer, which is declared where it is set
-        if b.scope == "fragment":
+        b, name = s.buffer, parse_name(s.buffer.name)
+        if name is not None and name.kind == ADDRESS:
+            array = self.pointer(replace(b, name=name.owner, scope="global"))
+            self.line(f"const auto* {c_name(b.name)} = {array};")
+        elif b.scope == "fragment":
             slots, _, *cols = map(self.expr, b.shape)
             kind = f"tw::fragment<{cols[0]}>" if cols else "tw::fragment_rows"
             self.line(f"{kind} {c_name(b.name)}[{slots}] = {{}};")
@@ -196,12 +189,13 @@ class CudaRenderer(MergeRenderer):
         """Neighbours that multiply by one tile b become one operation."""
         for b, group in groupby(s.body, lambda x: isinstance(x, ir.Mma) and not x.atom and x.b):
             lines = tuple(group)
-            if not b or len(lines) == 1:
+            products = [x for x in lines if isinstance(x, ir.Mma)]
+            if not isinstance(b, ir.Tile) or len(lines) == 1:
                 super().seq(ir.Seq(lines))
                 continue
             kind = operand_kind(b.buffer.dtype)
-            text = [self.fragment(b, f"b<{lines[0].shape[1]}>", kind)]
-            for x in lines:
+            text = [self.fragment(b, f"b<{products[0].shape[1]}>", kind)]
+            for x in products:
                 acc = f"{c_name(x.acc.name)}[{self.expr(x.slot)}]"
                 text += [acc, self.fragment(x.a, "a", kind)]
             self.line(f"tw::mma_column<{kind}>({', '.join(text)});")

@@ -211,7 +211,8 @@ class Wait(Stmt):
 @node
 class Alloc(Stmt):
     """Loop level: declares a register, shared, fragment or row buffer until the end of its `Seq`.
-    A fragment buffer is an array of float32 fragments, (slots, rows, columns), and starts at 0.
+    A fragment buffer is an array of float32 fragments, (slots, rows, columns), and starts at 0, as
+    an address that a loop carries does.
 
     `extents`: the shape of a row buffer, which is known at run time only. `kept`: that of the part
     which a GPU keeps. The elements behind its first dimension are in an array: a row starts at

@@ -173,7 +173,8 @@ def _carried(f: Any) -> Any:
             name = GeneratedName(load.buffer.name, ADDRESS, len(registers)).name
             b = ir.Buffer(name, start.dtype, (), "register")
             registers[load.buffer.name, start] = ir.Load(b, (), b.dtype)
-            before.extend((ir.Alloc(b), ir.Store(b, (), ir.substitute(start, {f.name: f.begin}))))
+            first = ir.substitute(start, {f.name: f.begin})
+            before.extend((ir.Alloc(b), ir.Store(b, (), first, "sum")))
             steps.append(ir.Store(b, (), form.steps[f.name], "sum"))
         new = ir.add(registers[load.buffer.name, start], rest)
         return replace(s, value=ir.transform(s.value, lambda x: new if x is at else x))

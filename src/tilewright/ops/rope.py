@@ -56,11 +56,11 @@ HEADS = 4  # of one CTA
 
 @named_recipe
 def by_token(s: Schedule, width: int = 0) -> Schedule:
-    """Tokens in parallel; on a GPU heads too. `width`: of what neighbours in memory of a head, a
-    multiple of 4 of which a thread takes four; 0: any."""
+    """Tokens in parallel; on a GPU heads too. `width`: of the neighbours in memory of a head, of
+    which a thread takes four, if it is a multiple; 0: any."""
     if not s.target.is_cuda:
         return s.parallel("t")
-    inner = "d" if s.has("d") else "p"
+    inner, width = "d" if s.has("d") else "p", 0 if width % 4 else width
     s = s.specialize(inner, width) if width else s
     s = s.reorder("t", "h", "e", inner) if s.has("e") else s
     s = s.bind("t", "cta.y").split("h", 2 * HEADS if width else HEADS, into=("h_o", "h_y"))
@@ -70,10 +70,6 @@ def by_token(s: Schedule, width: int = 0) -> Schedule:
     else:
         s = s.split(inner, 32, into=("x_o", "x_i"))
     return s.bind("x_i", "thread.x")
-
-
-def _by_token(width: int) -> Any:
-    return by_token.of(width=0 if width % 4 else width)
 
 
 @cache
@@ -86,7 +82,8 @@ def rope_kernel(
     the kernel (0: any)."""
     made = _program(not interleaved, append, "float32" if append else dtype).typed(X=stored)
     made = made.typed(K=dtype) if append else made
-    return made.schedule(_by_token(0 if interleaved else head_dim // 2)).build(target)
+    recipe = by_token.of(width=0 if interleaved else head_dim // 2)
+    return made.schedule(recipe).build(target)
 
 
 rope_append_kernel = partial(rope_kernel, append=True)
@@ -97,8 +94,8 @@ def append_kernel(
     target: str = "cpp", dtype: str = "float32", stored: str = "float32", head_dim: int = 0
 ) -> Kernel:
     """Builds the kernel that writes values to `page[t], slot[t]` of the pages (g, f, h, d)."""
-    recipe = _by_token(head_dim)
-    return append_plain.schedule(recipe).typed(V=dtype, X=stored).build(target)
+    made = append_plain.schedule(by_token.of(width=head_dim))
+    return made.typed(V=dtype, X=stored).build(target)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ With `invariant` the bits of a row depend on its own request only, and not on ho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import call
 from typing import Any
 
@@ -68,16 +68,6 @@ class Logits:
         return cap * np.tanh(row / cap) if cap else row
 
 
-@dataclass(frozen=True, eq=False)
-class KnownKV(KV):
-    """A KV whose lengths the host knows: a plan of it copies nothing from the device."""
-
-    known: np.ndarray
-
-    def lengths(self) -> np.ndarray:
-        return self.known
-
-
 class Runner:
     """A model with the memory of its batches: activations, page tables and the KV cache, which is
     float32 on CPUs and bfloat16 on GPUs.
@@ -115,7 +105,7 @@ class Runner:
         self.kv_len = put(np.zeros(most, np.int32))
         # Keys are divided as if every answer were as long as the context, and every prompt short.
         longest, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * TILE
-        self.longest, self.short = (np.full(most, n) for n in (longest, min(short, longest)))
+        self.longest, self.short = longest, min(short, longest)
         self.table = np.zeros((most, self.width), np.int32)
         self._held: list[Any] = [(None,)] * most  # of each row: pages, how far known, how many
         self.cascade = Cascade(model, self.pools, self.table.shape, not limits.invariant)
@@ -262,12 +252,13 @@ class Runner:
     def _answer_plans(self, requests: int) -> dict[Attention, Plan]:
         """The plan of each attention for the first requests, which have one query each. On a GPU
         `share` SMs for each KV head cut the keys at equal places for any number of requests."""
-        to_plan = KnownKV(self._kv(0, requests)[0].table, self.pools[0], self.longest[:requests])
+        views, known = self._kv(0, requests), np.full(requests, self.longest)
         heads, most = self.model.config.kv_heads, len(self.table)
         share = max(1, min(8, 1024 // (heads * most)))  # partial results of more take much memory
         workers = requests * heads * share if self.model.memory.on_cuda else None
         indptr = np.arange(requests + 1)
-        return {x: x.plan(indptr, to_plan, workers=workers) for x in self.attentions}
+        of = self.attentions
+        return {x: x.plan(indptr, views[0], workers=workers, lengths=known) for x in of}
 
     def _read_prompts(self, chunks: Sequence[Chunk], stops: list[int], first: int) -> None:
         """Reads prompts up to `stops`, whose rows of the page table begin at `first`, behind the
@@ -302,10 +293,9 @@ class Runner:
                 self._parts[front, count] = self._record(front, count)
             part, *parts = self._parts[front, count]
             part()  # while the host plans
-        known = (self._lengths if self.joins else self.short)[first : first + len(stops)]
-        to_plan = KnownKV(views[0].table, self.pools[0], known.astype(np.int64))
+        known = np.array(stops) if self.joins else np.full(len(stops), self.short)
         # Kept until the next: to free them waits for the GPU.
-        plans = self.plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
+        plans = self.plans = {x: x.plan(indptr, views[0], lengths=known) for x in self.attentions}
         if model.products:
             for part in parts:
                 attend(*part) if isinstance(part, tuple) else part()

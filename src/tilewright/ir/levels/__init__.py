@@ -26,16 +26,7 @@ package, and a change nowhere else. Reference: the level functions of taco (Chou
 from tilewright.ir.levels.affine import Band, Diagonals
 from tilewright.ir.levels.bitmap import Bitmap
 from tilewright.ir.levels.level import Level, Parents, Storage, integer
-from tilewright.ir.levels.lists import (
-    Compressed,
-    Dense,
-    Fixed,
-    Ragged,
-    Singleton,
-    is_list_of_pairs,
-    lists_rows,
-    locate_pair,
-)  # fmt: skip
+from tilewright.ir.levels.lists import *
 from tilewright.ir.levels.n_of_m import NofM
 from tilewright.ir.levels.paged import Paged
 from tilewright.ir.levels.stored import coordinates, load_value, may_miss, row_major

@@ -12,6 +12,11 @@ from tilewright.ir.levels.level import Arrays, Built, Level, Parents, Slots, Sto
 from tilewright.ir.nodes import Const, Expr, Search, binary, select
 from tilewright.ir.rewrite import add
 
+__all__ = [
+    "Compressed", "Dense", "Fixed", "Ragged", "Singleton", "is_list_of_pairs", "lists_rows",
+    "locate_pair",
+]  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Dense(Level):
