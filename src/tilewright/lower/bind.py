@@ -10,6 +10,7 @@ from tilewright.lower.reductions import framed
 from tilewright.target import CTA_THREADS, WARP
 
 UNROLLED = 16  # rounds of a copy to shared memory that are written out
+TOGETHER = 4  # of those where there are more: all of 32 took registers that spilled
 THREAD_X, THREAD_Y = ir.Var("thread_x"), ir.Var("thread_y")
 
 
@@ -229,5 +230,5 @@ def _distributed(s: ir.For, extents: dict[str, int]) -> ir.Stmt:
     # other rounds is a constant further than in the first.
     number = ir.add(ir.mul(outer, x * y), ir.binary("%", thread, x * y))
     body = ir.substitute(body, {s.name: number})
-    kind = "unroll" if rounds <= UNROLLED else "serial"
-    return ir.For(outer, ir.Const(0, dtype), ir.Const(rounds, dtype), body, kind)
+    loop = ir.For(outer, ir.Const(0, dtype), ir.Const(rounds, dtype), body, "unroll")
+    return loop if rounds <= UNROLLED else replace(loop, kind="serial", unroll_hint=TOGETHER)

@@ -44,7 +44,7 @@ class Tile(NamedTuple):
 TileName = Literal["large", "square", "small", "low", "few"]
 TILES: dict[TileName, Tile] = {
     "large": Tile(256, 128, 64, 64, 16, 64, 4, cost=1.0, least=120),
-    "square": Tile(128, 128, 64, 64, 16, 32, 4, cost=1.07, least=264),
+    "square": Tile(128, 128, 64, 64, 16, 32, 4, cost=1.03, least=264),
     "small": Tile(64, 64, 32, 32, 16, 64, 3, cost=1.45),
     "low": Tile(32, 64, 32, 16, 16, 128, 4, 4),  # many bytes under way: B is what is read
     "few": Tile(16, 32, 16, 8, 8, 128, 8, 1),
