@@ -50,8 +50,7 @@ def step_rows(args: argparse.Namespace) -> Iterator[Row]:
         def run(chunks: list[Chunk] = chunks) -> None:
             engine.runner.run(chunks).wait()
 
-        config = engine.model.config
-        found = measured(run, config.layers, 1 + config.qk_norm)
+        found = measured(run, 1 + engine.model.config.qk_norm)
         kept = found["products_ms"] + found["attention_ms"]
         note(f"{text:8} {found['waited_for_ms']:7.2f} ms: " + ", ".join(
             f"{name.removesuffix('_ms')} {ms:.2f}" for name, ms in found.items()))  # fmt: skip
@@ -76,7 +75,7 @@ def chunks_of(engine: Engine, answers: int, prompt: int) -> list[Chunk]:
     return out
 
 
-def measured(run: Callable[[], None], layers: int, before: int) -> dict[str, float]:
+def measured(run: Callable[[], None], before: int) -> dict[str, float]:
     """Milliseconds of a step that waits for its tokens, and of its parts on the GPU."""
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -99,22 +98,26 @@ def measured(run: Callable[[], None], layers: int, before: int) -> dict[str, flo
         if e.device_type.name == "CUDA"
     )
     waited = {"waited_for_ms": 1e3 * statistics.median(times)}
-    return waited | parts(launches, _PROFILED, layers, before)
+    return waited | parts(launches, _PROFILED, before)
 
 
-def parts(launches: Sequence[Launch], runs: int, layers: int, before: int) -> dict[str, float]:
+def parts(launches: Sequence[Launch], runs: int, before: int) -> dict[str, float]:
     """Milliseconds of a run that products take, attention, and all else; and those in which nothing
     ran between the first launch and the last, without the longest waits, between two runs.
 
-    A layer has four products, and the head one. Attention is what runs between the first of a
-    layer and the second, but for the first `before` launches, which make its queries and keys."""
+    A layer has four products, and the head one, or none where our own layer reads its one row.
+    Attention is what runs between the first of a layer and the second, but for the first `before`
+    launches, which make its queries and keys."""
     sums, idle, end = {"products": 0.0, "attention": 0.0, "between": 0.0}, list[float](), 0.0
-    count = since = 0
-    for begin, stop, name in launches:
+    names = [name.lower() for *_, name in launches]
+    made = [any(part in name for part in _PRODUCTS) for name in names]
+    firsts = [is_one and "reduce" not in name for is_one, name in zip(made, names, strict=True)]
+    count, since, of_run = 0, 0, max(1, sum(firsts) // runs)
+    for (begin, stop, name), is_one, is_first in zip(launches, made, firsts, strict=True):
         kind = "between"
-        if any(part in name.lower() for part in _PRODUCTS):
-            count, since, kind = count + ("reduce" not in name.lower()), 0, "products"
-        elif count % (4 * layers + 1) % 4 == 1 and not name.startswith("Mem"):
+        if is_one:
+            count, since, kind = count + is_first, 0, "products"
+        elif count % of_run % 4 == 1 and not name.startswith("Mem"):
             since += 1
             kind = "attention" if since > before else kind
         sums[kind] += stop - begin

@@ -68,10 +68,16 @@ def test_the_parts_of_a_step_worked_by_hand():
         for name, us in zip(names, took, strict=True):
             launches.append((at, at + us, name))
             at += us + (2.0 if name == "gemm" else 0.0)
-    found = serve_steps.parts(launches, 2, 1, 1)
+    found = serve_steps.parts(launches, 2, 1)
     assert found == pytest.approx(
         {"products_ms": 0.463, "attention_ms": 0.070, "between_ms": 0.046, "idle_ms": 0.002}
     )
+    own = [
+        (a, b, "own head" if name == "nvjet" and b - a == 50 else name) for a, b, name in launches
+    ]
+    found = serve_steps.parts(own, 2, 1)  # a head that no library reads
+    assert found["attention_ms"] == pytest.approx(0.070)
+    assert found["products_ms"] == pytest.approx(0.413)
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", TRACE.replace(",40,", ",x,")], ids=len)
