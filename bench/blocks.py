@@ -1,6 +1,6 @@
 """`python3 dev.py bench blocks`: a matrix in blocks or in short columns on matrix tiles, beside the
-dense product of cuBLAS. SpMM, Y = A X, by `ops.bsr_spmm` and by lesson 10 (DBSR, SR-BCRS), and
-SDDMM, A ∘ (X Yᵀ) at the stored elements of A, by lesson 10.
+dense product of cuBLAS. SpMM, Y = A X, and SDDMM, A ∘ (X Yᵀ) at the stored elements of A, by lesson
+10.
 
 Blocks are chosen at random, their elements are N(0, 1); 16-bit operands, a float32 result. The
 dense product computes all elements, zeros included: its time says from which sparsity on blocks
@@ -33,7 +33,6 @@ from bench.harness import (
     require_torch,
 )  # fmt: skip
 from tilewright.errors import ArgumentError
-from tilewright.ops import bsr_spmm
 
 LESSON = Path(__file__).resolve().parents[1] / "examples" / "10_blocks.py"
 
@@ -141,11 +140,8 @@ class Product(Case):
         fmt = self.fmt
         if self.name == "dbsr":
             fmt = self.lesson["covering_dbsr"](self.fmt.blocks[0])
-        packed = self.pack(fmt)
-        run = lambda: bsr_spmm(packed, x, out)  # noqa: E731
-        if self.name != "bsr":
-            kernel = self.kernel("spmm", fmt)
-            run = lambda: kernel(packed, x, out=out)  # noqa: E731
+        packed, kernel = self.pack(fmt), self.kernel("spmm", fmt)
+        run = lambda: kernel(packed, x, out=out)  # noqa: E731
         name = f"tilewright {self.name}_spmm"
         yield Contender(name, run, lambda y: y, is_ours=True, is_default=True)
 

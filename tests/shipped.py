@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.compiler.bsr_spmm import bsr_spmm_definition
+
 import tilewright as tw
 from tilewright import dtypes
 from tilewright.attention import variant
@@ -15,7 +17,6 @@ from tilewright.attention.spec import Spec
 from tilewright.attention.table import TableForm
 from tilewright.build import Definition
 from tilewright.ops import rope, row_lists
-from tilewright.ops.bsr_spmm import bsr_spmm_definition
 from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
 from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition

@@ -1,4 +1,4 @@
-"""Data types, spelled as NumPy spells them (plus `bfloat16` and the 8-bit floats).
+"""Data types, spelled as NumPy spells them (plus `bfloat16`).
 
 A `DType` with `lanes > 1` is a vector register; only the loop level of the IR knows those.
 """
@@ -47,13 +47,8 @@ class DType:
 
     @property
     def numpy(self) -> np.dtype:
-        """The NumPy type that stores it; bfloat16 and the 8-bit floats are stored as their bits."""
-        return np.dtype(_EXTENSIONS.get(self.name, (self.name,))[0])
-
-    @property
-    def ml_dtypes(self) -> str:
-        """The name in ml_dtypes of a dtype that NumPy lacks, else empty."""
-        return _EXTENSIONS.get(self.name, ("", ""))[1]
+        """The NumPy type that stores it; bfloat16, which NumPy lacks, is stored as its bits."""
+        return np.dtype("uint16" if self.name == "bfloat16" else self.name)
 
     @property
     def least(self) -> int:
@@ -86,23 +81,15 @@ int8, int16, int32, int64 = (DType(f"int{b}", "i", b) for b in (8, 16, 32, 64))
 uint8, uint16, uint32, uint64 = (DType(f"uint{b}", "u", b) for b in (8, 16, 32, 64))
 float16, float32, float64 = (DType(f"float{b}", "f", b) for b in (16, 32, 64))
 bfloat16 = DType("bfloat16", "f", 16)
-float8_e4m3, float8_e5m2 = DType("float8_e4m3", "f", 8), DType("float8_e5m2", "f", 8)
 
 ALL: dict[str, DType] = {
     t.name: t
     for t in (
         bool_, int8, int16, int32, int64, uint8, uint16, uint32, uint64,
-        float16, bfloat16, float32, float64, float8_e4m3, float8_e5m2,
+        float16, bfloat16, float32, float64,
     )
 }  # fmt: skip
-# What NumPy lacks: the integer that stores the bits, and the name in ml_dtypes, whose IEEE-like
-# float8_e4m3 is another format.
-_EXTENSIONS = {
-    "bfloat16": ("uint16", "bfloat16"), "float8_e4m3": ("uint8", "float8_e4m3fn"),
-    "float8_e5m2": ("uint8", "float8_e5m2"),
-}  # fmt: skip
-_FROM_NUMPY = {t.numpy: t for t in ALL.values() if not t.ml_dtypes}
-_FROM_ML_DTYPES = {t.ml_dtypes: t for t in ALL.values() if t.ml_dtypes}
+_FROM_NUMPY = {t.numpy: t for t in ALL.values() if t != bfloat16}
 
 
 def dtype(of: Any) -> DType:
@@ -122,7 +109,7 @@ def dtype(of: Any) -> DType:
 
 def from_numpy(kind: np.dtype) -> DType:
     """The DType of a dtype of NumPy or ml_dtypes. Raises ArgumentError[A102]."""
-    known = _FROM_NUMPY.get(kind) or _FROM_ML_DTYPES.get(kind.name)
+    known = bfloat16 if kind.name == "bfloat16" else _FROM_NUMPY.get(kind)
     if not kind.isnative:
         hint = "x.astype(x.dtype.newbyteorder('='))"
         raise ArgumentError("A102", f"byte order of {kind.str} is not this machine's", hint=hint)

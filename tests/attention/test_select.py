@@ -19,11 +19,16 @@ from tilewright import dtypes
 from tilewright.attention import reference, select, spec
 from tilewright.attention.merge import State
 from tilewright.errors import ArgumentError, ProgramError
-from tilewright.ext.variants import Rotary
 from tilewright.target import target
 from tilewright.toolchain import compilers, nvrtc
 
 programs = lesson("08_select.py")
+
+
+@tw.variant
+class KeysTurned:
+    def key(self, k, at):
+        return tw.where(at.kv > 3, -k[at.dim], k[at.dim])
 
 
 @tw.select
@@ -284,7 +289,7 @@ def test_refusals(rng):
 
     window = tw.Attention(HEADS * GROUP, HEADS, DIM, tw.SlidingWindow(window=64))
     alibi = tw.Attention(HEADS * GROUP, HEADS, DIM, tw.Alibi())
-    rotary = tw.Attention(HEADS * GROUP, HEADS, DIM, tw.Causal() | Rotary(half=DIM // 2))
+    turned = tw.Attention(HEADS * GROUP, HEADS, DIM, KeysTurned())
     refused = [
         ("A103", lambda: quest(attn, kv, pages=0)),
         ("A107", lambda: quest(attn, kv.table, pages=2)),
@@ -295,7 +300,7 @@ def test_refusals(rng):
         ("A103", lambda: quest(attn, cache(0 * batch.lengths, rows[:, :0].copy()), pages=2)),
         ("A107", lambda: quest(window, kv, pages=2)),
         ("A107", lambda: quest(alibi, kv, pages=2)),
-        ("A107", lambda: quest(rotary, kv, pages=2)),
+        ("A107", lambda: quest(turned, kv, pages=2)),
         ("A103", lambda: tw.KV(tw.Table(batch.lengths, by_head), pool)),
         ("A107", lambda: tw.Table(batch.lengths, by_head).tensor(batch.keys)),
         ("A101", lambda: right.run(ends=named["ends"])),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bench.harness import Contender
+from tests.compiler.bsr_spmm import bsr_spmm
 
 import tilewright as tw
 from bench import (
@@ -235,8 +236,6 @@ def test_bench_spgemm(brief, tmp_path, rng, capsys, monkeypatch):
     assert [r["op"] for r in found if r["ratio"]] == ["spgemm", "add", "multiply"]
     assert not any(r.get("wrong") for r in found)
 
-    from tilewright import ops
-
     right = ops.spgemm
 
     def wrong(a, b):
@@ -259,7 +258,6 @@ def test_peers_of_sddmm_agree_with_the_oracle(brief, rng):
 
 
 def test_a_wrong_result_of_ours_fails_the_run(brief, folder, capsys, monkeypatch):
-    from tilewright import ops
 
     right = ops.spmm
     monkeypatch.setattr(ops, "spmm", lambda a, x, out=None: right(a, x, out=out) * np.float32(1.01))
@@ -382,7 +380,7 @@ def test_the_oracle_of_products(rng, monkeypatch):
         arrays = (y.numpy() for y in (a, b, bias))
         got = gemm.relu_definition("float16", 9, 24, 32).build()(*arrays)
         assert wrong(torch.from_numpy(got)) == ""
-        y = ops.bsr_spmm(tw.bsr(32).pack(matrix, dtype="float16"), x.numpy())
+        y = bsr_spmm(tw.bsr(32).pack(matrix, dtype="float16"), x.numpy())
         assert gemm.check(torch.from_numpy(matrix).half(), x)(torch.from_numpy(y)) == ""
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from tests.compiler.bsr_spmm import recipe as bsr_recipe
 from tests.compiler.cases import (
     FORMATS,
     after_every_pass,
@@ -26,7 +27,6 @@ from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import statements, walk
 from tilewright.lower import AFTER_SCHEDULE, run_passes
-from tilewright.ops.bsr_spmm import recipe as bsr_recipe
 from tilewright.ops.gemm import Tile, gpu_recipe
 from tilewright.ops.gemm import recipe as gemm_recipe
 from tilewright.ops.linear import linear_kernel
@@ -383,7 +383,7 @@ def test_tiles_do_not_read_or_write_beside_their_arrays(rng):
 def test_block_sparse_products_with_an_epilogue_on_tiles(block, kind, rng):
     program = layer.typed(A="float16", X="float16").decompose(A=tw.bsr(block))
     m, n, d = 40, 50, 11
-    recipe = bsr_recipe.of(width=0 if kind == "random" else d)
+    recipe = bsr_recipe(0 if kind == "random" else d)
     a = pack(tw.bsr(block), matrix(kind, m, n, rng), "float16")
     args = {
         "A": a,

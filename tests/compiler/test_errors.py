@@ -196,12 +196,6 @@ PROGRAMS = [
     ("P106", "integers", over(lambda i, j, a: tw.out[i, j](a[i, j] & 1), a=D)),
     ("P106", "1.5 is float32", over(lambda i, j, a: tw.out[i](a[i, 1.5]), a=D)),
     ("P106", "1.5 is float32", over(lambda i, j, A: tw.out[i](A[i, 1.5]), A=A)),
-    (
-        "P106",
-        "float8_e4m3",
-        over(lambda i, j, a: tw.out[i, j](a[i, j] * 2), a=tw.dense("m n", "float8_e4m3")),
-    ),
-    ("P106", "float8_e5m2", over(lambda i, j, a: tw.out[i, j](a[i, j].cast("float8_e5m2")), a=D)),
 ]
 
 

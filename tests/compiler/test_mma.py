@@ -8,6 +8,8 @@ from functools import cache
 
 import numpy as np
 import pytest
+from tests.compiler.bsr_spmm import bsr_spmm, bsr_spmm_kernel, bsr_spmm_program
+from tests.compiler.bsr_spmm import recipe as bsr_recipe
 from tests.compiler.cases import (
     after_every_pass,
     called,
@@ -24,9 +26,7 @@ from tilewright import dtypes
 from tilewright.errors import ArgumentError, ScheduleError
 from tilewright.ir.nodes import For, Load, Mma, Store
 from tilewright.ir.rewrite import walk
-from tilewright.ops import bsr_spmm, gemm
-from tilewright.ops.bsr_spmm import bsr_spmm_kernel, bsr_spmm_program
-from tilewright.ops.bsr_spmm import recipe as bsr_recipe
+from tilewright.ops import gemm
 from tilewright.ops.gemm import gemm_kernel, gemm_program
 from tilewright.ops.gemm import recipe as gemm_recipe
 from tilewright.runtime.launch import CudaLauncher
@@ -190,7 +190,7 @@ def test_bsr_spmm_after_every_pass(kind, block, dtype, rng):
     }
     program = bsr_spmm_program.typed(A=dtype, X=dtype).decompose(A=fmt)
     target = str(rng.choice(["cpp", "cuda:sm_80"]))
-    seen = after_every_pass(program, args, bsr_recipe, target)
+    seen = after_every_pass(program, args, bsr_recipe(), target)
     assert "materialize_tiles" in seen[1:3]
 
 
@@ -213,7 +213,7 @@ def test_wide_coordinates(rng):
     program = bsr_spmm_program.typed(A="float16", X="float16", index="int64").decompose(
         A=tw.bsr(16)
     )
-    first = next(x for x in operations(program.schedule(bsr_recipe)) if isinstance(x, Mma))
+    first = next(x for x in operations(program.schedule(bsr_recipe())) if isinstance(x, Mma))
     assert first.a.offset.dtype.name == "int64"
     close(bsr_spmm(a, x), dense_of(a, "float16") @ numbers(x, "float16"))
 

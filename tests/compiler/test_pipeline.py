@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.compiler import test_cta
+from tests.compiler.bsr_spmm import bsr_spmm_definition
 from tests.compiler.cases import after_every_pass, arguments, called, numbers, spmm
 from tests.compiler.test_mma import half, product
 
@@ -24,7 +25,6 @@ from tilewright.ir.names import ADDRESS, STRIDE, is_generated
 from tilewright.ir.rewrite import free_vars, map_bodies, rebuild, transform, walk
 from tilewright.lower import AFTER_SCHEDULE, run_passes
 from tilewright.lower.pipelines import pipeline_loops
-from tilewright.ops.bsr_spmm import bsr_spmm_definition
 from tilewright.ops.gemm import TILES, Tile, gemm_definition, gemm_program, gpu_recipe
 from tilewright.target import target
 from tilewright.toolchain import compilers, cxx, nvrtc

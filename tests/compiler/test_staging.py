@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.compiler.bsr_spmm import bsr_spmm_program
 from tests.compiler.cases import (
     FORMATS,
     after_every_pass,
@@ -25,7 +26,6 @@ from tests.compiler.test_mma import HALVES, blank, half, on_gpu, product
 
 import tilewright as tw
 from tilewright.errors import ScheduleError
-from tilewright.ops.bsr_spmm import bsr_spmm_program
 from tilewright.ops.gemm import gemm_program
 from tilewright.reference.evaluate import evaluate
 from tilewright.sparse.pack import Packed

@@ -88,28 +88,6 @@ def test_prefill_options(rng):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("options", [{}, {"rope_scale": 2.0, "rope_theta": 500.0}], ids=str)
-def test_rotary_embeddings(rng, options):
-    """Queries and keys are rotated in halves by their positions: as if they were before."""
-    batch = Batch(rng, [19, 4, 9], [5, 4, 0], (4, 4, 2, 24))
-    plan = {"causal": True, "pos_encoding_mode": "ROPE_LLAMA", **options}
-    found = prefill(batch, "NHD", **plan).run(batch.q, batch.pages, return_lse=True)
-    scale, theta = options.get("rope_scale", 1.0), options.get("rope_theta", 1e4)
-
-    def turned(rows, first):
-        rows = np.asarray(rows, np.float64)
-        angle = (first + np.arange(len(rows)))[:, None] / theta ** (np.arange(12) / 12) / scale
-        both = (rows[..., :12] + 1j * rows[..., 12:]) * np.exp(1j * angle)[:, None]
-        return np.concatenate([both.real, both.imag], -1)
-
-    first = [14, 0, 9]
-    q = [turned(x, n) for x, n in zip(np.split(batch.q.numpy(), [5, 9]), first, strict=True)]
-    batch.q = torch.from_numpy(np.concatenate(q))
-    batch.keys = [turned(x, 0) for x in batch.keys]
-    close(found, batch.expected(causal=True))
-
-
-@pytest.mark.usefixtures("interpreted")
 def test_more_queries_than_keys_see_nothing(rng):
     batch = Batch(rng, [3], [5], SHAPE)
     o, lse = prefill(batch, causal=True).run(batch.q, batch.pages, return_lse=True)

@@ -83,19 +83,13 @@ def test_views_are_frozen() -> None:
 
 def test_extension_types() -> None:
     ml = pytest.importorskip("ml_dtypes")
-    for kind, name in (
-        (ml.bfloat16, "bfloat16"),
-        (ml.float8_e4m3fn, "float8_e4m3"),
-        (ml.float8_e5m2, "float8_e5m2"),
-    ):
-        x = np.zeros((2, 3), kind)
-        v = view(x)
-        assert (v.dtype.name, v.strides) == (name, (3, 1))
-        assert allocate(x, (4,), v.dtype).dtype == kind
-    with pytest.raises(ArgumentError, match="A102"):
-        view(np.zeros(2, ml.float8_e4m3))  # the IEEE-like one: other bits, other values
-    with pytest.raises(ArgumentError, match="A102"):
-        view(np.zeros(2, ml.float8_e5m2fnuz))
+    x = np.zeros((2, 3), ml.bfloat16)
+    v = view(x)
+    assert (v.dtype.name, v.strides) == ("bfloat16", (3, 1))
+    assert allocate(x, (4,), v.dtype).dtype == ml.bfloat16
+    for kind in (ml.float8_e4m3fn, ml.float8_e5m2, ml.float8_e4m3):
+        with pytest.raises(ArgumentError, match="A102"):
+            view(np.zeros(2, kind))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +234,7 @@ def test_tables_do_not_grow_for_ever() -> None:
 def test_torch_tensors(rng: np.random.Generator) -> None:
     torch = pytest.importorskip("torch")
     for name, known in dtypes.ALL.items():
-        kind = getattr(torch, "float8_e4m3fn" if name == "float8_e4m3" else name)
+        kind = getattr(torch, name)
         x = torch.zeros((4, 6, 2), dtype=kind)[1:, ::2].transpose(0, 2)
         v = view(x)
         assert (v.dtype, v.shape, v.strides) == (known, (2, 3, 3), (1, 4, 12))

@@ -14,7 +14,6 @@ C_TYPES = {
     "bool": "bool", "int8": "int8_t", "int16": "int16_t", "int32": "int32_t", "int64": "int64_t",
     "uint8": "uint8_t", "uint16": "uint16_t", "uint32": "uint32_t", "uint64": "uint64_t",
     "float16": "uint16_t", "bfloat16": "uint16_t", "float32": "float", "float64": "double",
-    "float8_e4m3": "uint8_t", "float8_e5m2": "uint8_t",
 }  # fmt: skip
 STORED_AS_BITS = ("float16", "bfloat16")
 _WORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case catch char char8_t

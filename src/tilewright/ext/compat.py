@@ -32,7 +32,7 @@ _GRAPH_ROWS = 16  # rows of a request, times the group, that a workspace plans f
 _BUFFERS = ("qo_indptr", "kv_indptr", "indptr", "indices", "last_page_len")
 _OPTIONS = (
     "num_qo_heads", "num_kv_heads", "head_dim_qk", "head_dim_vo", "causal", "pos_encoding_mode",
-    "window_left", "logits_soft_cap", "sm_scale", "rope_scale", "rope_theta",
+    "window_left", "logits_soft_cap", "sm_scale",
 )  # fmt: skip
 _TEXT = Path(__file__).with_name("flashinfer.txt").read_text(encoding="utf-8")
 _SIGNATURES = {name: rest for name, _, rest in (p.partition(": ") for p in _TEXT.split("\n\n"))}
@@ -83,20 +83,16 @@ def accepts(name: str) -> Callable[[Callable[..., Any]], Any]:
 def _attention(options: dict[str, Any], device: Any) -> tuple[Attention, dict[str, Any]]:
     """The attention that options of `plan` and `run` mean, and the tensors of its variant."""
     mode, cap = options["pos_encoding_mode"], options["logits_soft_cap"] or 0.0
-    if mode not in ("NONE", "ALIBI", "ROPE_LLAMA") or (mode == "ALIBI" and cap > 0):
+    if mode not in ("NONE", "ALIBI") or (mode == "ALIBI" and cap > 0):
         text, where = f"pos_encoding_mode={mode!r}, logits_soft_cap={cap}", "pos_encoding_mode"
-        hint = "NONE, ROPE_LLAMA or ALIBI; ALIBI goes without a cap"
+        hint = "rotate by hooks of a variant, or before; ALIBI goes without a cap"
         raise ArgumentError("A101", text, where=where, hint=hint)
     heads, dim, sm_scale = (options[n] for n in ("num_qo_heads", "head_dim_qk", "sm_scale"))
     tensors = {"bits": options["bits"], "sinks": options.get("sinks")}
     tensors["slopes"] = _alibi_slopes(heads, device) if mode == "ALIBI" else None
-    if mode == "ROPE_LLAMA":
-        powers = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / -dim
-        freqs = (options["rope_theta"] or 1e4) ** powers / (options["rope_scale"] or 1.0)
-        tensors["freqs"] = freqs.float()
     tensors = {name: value for name, value in tensors.items() if value is not None}
     causal = options["causal"] and "bits" not in tensors
-    variant = composed(causal, options["window_left"], cap, frozenset(tensors), dim // 2)
+    variant = composed(causal, options["window_left"], cap, frozenset(tensors))
     sm_scale = dim**-0.5 if sm_scale is None else sm_scale
     for name in ("q_scale", "k_scale"):
         sm_scale = sm_scale if options.get(name) is None else sm_scale * options[name]

@@ -3,9 +3,8 @@
 import functools
 from typing import Any
 
-from tilewright.attention.tracing import bit_mask, per_channel, per_head
+from tilewright.attention.tracing import bit_mask, per_head
 from tilewright.attention.variant import Causal, Full, Softcap, variant
-from tilewright.sparse.expressions import cos, sin, where
 from tilewright.sparse.trace import scalar
 
 
@@ -40,24 +39,6 @@ class RowAlibi:
 
 
 @variant
-class Rotary:
-    """Rows of q and k rotated by their positions, each element with that of the other half."""
-
-    half, freqs = scalar("int32"), per_channel()
-
-    def rotated(self, row: Any, at: Any, position: Any) -> Any:
-        angle, half = position * self.freqs[at.dim % self.half], self.half
-        other = where(at.dim < half, -row[at.dim + half], row[at.dim - half])
-        return row[at.dim] * cos(angle) + other * sin(angle)
-
-    def query(self, q: Any, at: Any) -> Any:
-        return self.rotated(q, at, at.qo)
-
-    def key(self, k: Any, at: Any) -> Any:
-        return self.rotated(k, at, at.kv)
-
-
-@variant
 class Sinks:
     """A logit for each query head that joins the sum of its softmax and has no value."""
 
@@ -68,13 +49,10 @@ class Sinks:
 
 
 @functools.lru_cache(256)
-def composed(
-    causal: bool, window_left: int, soft_cap: float, tensors: frozenset[str], half: int = 0
-) -> Any:
+def composed(causal: bool, window_left: int, soft_cap: float, tensors: frozenset[str]) -> Any:
     """The variant with these options. `window_left` < 0: no window; `soft_cap` 0: no cap;
-    `tensors`: which of `bits`, `slopes`, `sinks`, `freqs` it takes; `half`: of head_dim."""
+    `tensors`: which of `bits`, `slopes`, `sinks` it takes."""
     result = Causal() if causal else Full()
-    result = result | Rotary(half=half) if "freqs" in tensors else result
     result = result & Window(window_left=window_left) if window_left >= 0 else result
     result = result & Bits() if "bits" in tensors else result
     result = result | Softcap(soft_cap=soft_cap) if soft_cap else result

@@ -14,12 +14,11 @@ from tilewright.ir.verify import verify
 from tilewright.lower import vectorize
 from tilewright.lower.bind import bind_grid, bind_threads, serialize_threads
 from tilewright.lower.blocks import materialize_blocks
+from tilewright.lower.conditions import narrow_loops, predicate_loads
 from tilewright.lower.flatten import flatten_addresses, inline_lets
 from tilewright.lower.hoist import hoist_reductions
-from tilewright.lower.narrow import narrow_loops
 from tilewright.lower.pipelines import carry_addresses, load_operands_ahead, pipeline_loops
 from tilewright.lower.positions import coordinates_to_positions
-from tilewright.lower.predicate import predicate_loads
 from tilewright.lower.reductions import check_threads, materialize_reductions
 from tilewright.lower.rows import keep_rows
 from tilewright.lower.tiles import materialize_tiles

@@ -4,13 +4,11 @@ The file of an operator has its program, its schedule for each target, and the f
 calls, which selects format and schedule by shape.
 """
 
-from tilewright.ops.bsr_spmm import bsr_spmm
 from tilewright.ops.gemm import gemm
 from tilewright.ops.sddmm import pack_for_sddmm, sddmm
 from tilewright.ops.sparse_results import add, multiply, spgemm
 from tilewright.ops.spmm import pack_for_spmm, spmm
 
 __all__ = [
-    "add", "bsr_spmm", "gemm", "multiply", "pack_for_sddmm", "pack_for_spmm", "sddmm", "spgemm",
-    "spmm",
+    "add", "gemm", "multiply", "pack_for_sddmm", "pack_for_spmm", "sddmm", "spgemm", "spmm",
 ]  # fmt: skip

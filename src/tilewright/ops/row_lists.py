@@ -62,7 +62,7 @@ def check_operands(**operands: Any) -> None:
             raise ArgumentError("A106", f"{name} is {kind}", where=where, hint=hint)
         if x.device != "cpu":
             raise ArgumentError("A105", f"{name} is on {x.device}", where=where, hint='to("cpu")')
-        if name != "mask" and (x.dtype.kind == "b" or x.dtype.name.startswith("float8")):
+        if name != "mask" and x.dtype.kind == "b":
             hint = "a float or an integer type"
             raise ArgumentError("A102", f"{name} is {x.dtype}", where=where, hint=hint)
         index, first = x.structure.index_dtype, operands["A"].structure.index_dtype

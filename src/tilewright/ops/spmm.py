@@ -219,7 +219,7 @@ def operand_dtype(X: Any, name: str) -> str:
     """The dtype of a dense operand of multiplications and additions; float32 if it is no array,
     which the call refuses. Raises ArgumentError[A102]."""
     dtype = str(getattr(X, "dtype", "float32")).rpartition(".")[2]
-    if dtype == "bool" or dtype not in dtypes.ALL or dtype.startswith("float8"):
+    if dtype == "bool" or dtype not in dtypes.ALL:
         hint = "float16, bfloat16, float32, float64 or an integer type"
         raise ArgumentError("A102", f"{name} is {dtype}", where=f"argument {name}", hint=hint)
     return dtype

@@ -64,8 +64,8 @@ _DL_READONLY = 1
 _DL_CPU = (1, 3)  # host memory; host memory pinned for CUDA
 _DL_CUDA = (2, 13)  # device memory; managed memory
 _DL_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
-_DL_TYPES = {(_DL_CODES[t.kind], t.bits): t for t in dtypes.ALL.values() if not t.ml_dtypes}
-_DL_TYPES |= {(4, 16): dtypes.bfloat16, (10, 8): dtypes.float8_e4m3, (12, 8): dtypes.float8_e5m2}
+_DL_TYPES = {(_DL_CODES[t.kind], t.bits): t for t in dtypes.ALL.values() if t.name != "bfloat16"}
+_DL_TYPES[4, 16] = dtypes.bfloat16
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]

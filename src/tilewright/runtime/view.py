@@ -109,7 +109,7 @@ def byte_span(v: View) -> tuple[int, int]:
 def allocate(like: object, shape: tuple[int, ...], dtype: dtypes.DType) -> Any:
     """An uninitialised row-major array of the same framework and device as `like`.
 
-    bfloat16 and 8-bit floats in NumPy are those of `ml_dtypes` where it is imported, else bits.
+    bfloat16 in NumPy is that of `ml_dtypes` where it is imported, else bits.
     """
     return allocator(like, shape, dtype)(like)
 
@@ -124,7 +124,7 @@ def allocator(like: object, shape: tuple[int, ...], dtype: dtypes.DType) -> Call
     module = _root_module(type(like))
     if module == "torch":
         torch = sys.modules["torch"]
-        kind = getattr(torch, dtype.ml_dtypes or dtype.name)
+        kind = getattr(torch, dtype.name)
         device = like.device  # pyright: ignore[reportAttributeAccessIssue]
         # `empty_like` of a broadcast element costs two thirds of `empty`.
         if math.prod(shape) and shape:
@@ -195,12 +195,11 @@ _address = _choose_address()
 
 
 def _numpy_type(dtype: dtypes.DType) -> np.dtype:
-    extensions = sys.modules.get("ml_dtypes") if dtype.ml_dtypes else None
-    return np.dtype(getattr(extensions, dtype.ml_dtypes)) if extensions else dtype.numpy
+    extensions = sys.modules.get("ml_dtypes") if dtype.name == "bfloat16" else None
+    return np.dtype(extensions.bfloat16) if extensions else dtype.numpy
 
 
-# Of dtypes that NumPy lacks torch has the names of ml_dtypes.
-_TORCH_NAMES = {f"torch.{t.ml_dtypes or t.name}": t for t in dtypes.ALL.values()}
+_TORCH_NAMES = {f"torch.{name}": t for name, t in dtypes.ALL.items()}
 
 
 def _view_torch(x: Any) -> View:

@@ -23,7 +23,7 @@ from tilewright.ir.atoms import Atom
 from tilewright.ir.nodes import Access, For, LoopKind, Nest, Program, Stmt
 from tilewright.ir.rewrite import statements, walk
 from tilewright.schedule import arguments as rule
-from tilewright.schedule import coords, loops, privatize, staging
+from tilewright.schedule import loops, programs, staging
 from tilewright.schedule.arguments import A_NAME, AN_ATOM, FAR, NAMES, NEAR, TWO_NAMES, takes
 from tilewright.schedule.tree import clash, computes, has_loop, unknown
 from tilewright.target import Target
@@ -176,7 +176,7 @@ class Schedule:
         after:  for k … for i … for j …                      (order_axes("out", "k", "i", "j"))
 
         A level stays inside the levels above it, whatever order is asked for."""
-        return self._coords(coords.order_axes, output, *axes)
+        return self._coords(programs.order_axes, output, *axes)
 
     @takes(temporary=A_NAME, loop=A_NAME, scope=rule.one_of("row", "global"), most=NUMBER)
     def compute_at(self, temporary: str, loop: str, scope: str = "row", most: int = 0) -> Schedule:
@@ -197,7 +197,7 @@ class Schedule:
         registers if all loops over it are unrolled. If its length is not constant, a GPU keeps the
         first `most` elements (of blocks: those of whole blocks, one at least) there, the others in
         a global array, as scope `"global"` does all."""
-        return self._coords(coords.compute_at, temporary, loop, scope, most)
+        return self._coords(programs.compute_at, temporary, loop, scope, most)
 
     @takes(output=A_NAME)
     def merge_sums(self, output: str) -> Schedule:
@@ -210,7 +210,7 @@ class Schedule:
                     Y[i, j] = g(sum(…), s)                where s = sum(f(X[i, k])), same loop
 
         Threads then share no result, and X is read once: for statements with few elements a CTA."""
-        return self._coords(coords.merge_sums, output)
+        return self._coords(programs.merge_sums, output)
 
     @takes(structure=A_NAME)
     def fuse_axes(self, structure: str) -> Schedule:
@@ -220,7 +220,7 @@ class Schedule:
         before: for i in 0:m                       after:  for ij in 0:nnz
                   for j_p in ptr[i]:ptr[i+1]                 let i = find_last(ij in ptr)
                     let j = idx[j_p]                         let j = idx[ij]"""
-        return self._coords(coords.fuse_axes, structure)
+        return self._coords(programs.fuse_axes, structure)
 
     @takes(dim=A_NAME, size=rule.integer(1, rule.INT64_MAX))
     def specialize(self, dim: str, size: int) -> Schedule:
@@ -229,7 +229,7 @@ class Schedule:
         before: for k in 0:size_d            after:  for k in 0:128         (specialize("d", 128))
 
         The kernel then refuses (A103) arrays of another size."""
-        return self._coords(coords.specialize, dim, size)
+        return self._coords(programs.specialize, dim, size)
 
     # -- verbs on loops --------------------------------------------------------------------------
 
@@ -409,7 +409,7 @@ class Schedule:
         It comes after `cache(…, "shared")` of all operands. A CPU copies at once."""
         return self._loops(staging.pipeline, loop, stages)
 
-    @takes(output=A_NAME, loop=A_NAME, copies=rule.integer(2, privatize.MOST_COPIES))
+    @takes(output=A_NAME, loop=A_NAME, copies=rule.integer(2, programs.MOST_COPIES))
     def privatize(self, output: str, loop: str, copies: int) -> Schedule:
         """Give an output that is updated in place one copy for each of `copies` groups of
         iterations of an outermost loop. The groups run as units and a last stage adds the copies in
@@ -422,7 +422,7 @@ class Schedule:
                                                        Y[i, k] = Y.copies[0, i, k] + …"""
         if self.selected is not None:
             raise illegal("privatize changes all nests of an output", "everywhere() first")
-        program = privatize.privatize(self.lowered.program, output, loop, copies)
+        program = programs.privatize(self.lowered.program, output, loop, copies)
         return self._recorded(program, Step("privatize", (output, loop, copies)))
 
     # -- applying and recording --------------------------------------------------------------------

@@ -71,7 +71,7 @@ def _from_dense(matrix: Any) -> Entries:
         rule = f"cannot pack a {type(matrix).__name__}"
         raise FormatError("F102", rule, where="matrix", hint=MATRICES)
     # of bits all but the sign: -0.0 is no entry in any dtype
-    coords = np.nonzero(array & (1 << kind.bits - 1) - 1 if _is_bits(kind) else array)
+    coords = np.nonzero(array & (1 << kind.bits - 1) - 1 if kind == dtypes.bfloat16 else array)
     return Entries(coords, array[coords], kind, array.shape, None)
 
 
@@ -146,15 +146,15 @@ def _from_coo(coords: Any, values: Any, shape: Any, *, repeats: bool = False) ->
     if not same.any():
         return Entries(checked, array, kind, shape, order)
     at = int(same.argmax())
-    if not repeats or "float8" in kind.name:
+    if not repeats:
         rule = f"the entry at {tuple(int(c[at]) for c in ordered)} is stored twice"
         hint = "add up the values of equal coordinates, or leave one of them"
         raise FormatError("F105", rule, where="indices", hint=hint)
     first = np.flatnonzero(np.append(True, ~same))
     numbers = array if order is None else array[order]
-    numbers = dtypes.bfloat16_values(numbers) if _is_bits(kind) else numbers
+    numbers = dtypes.bfloat16_values(numbers) if kind == dtypes.bfloat16 else numbers
     sums = np.add.reduceat(numbers, first)
-    sums = dtypes.bfloat16_bits(sums) if _is_bits(kind) else sums
+    sums = dtypes.bfloat16_bits(sums) if kind == dtypes.bfloat16 else sums
     return Entries(tuple(c[first] for c in ordered), sums, kind, shape, None)
 
 
@@ -276,24 +276,17 @@ def values_of(x: Any, name: str) -> tuple[np.ndarray, dtypes.DType]:
 def stored(x: Any, kind: dtypes.DType) -> np.ndarray:
     """Values of `kind` as NumPy stores them: those that it does not know are bits."""
     a = array_of(x, "values")
-    return a.view(kind.numpy) if _is_bits(kind) else a.astype(kind.numpy, copy=False)
-
-
-def _is_bits(kind: dtypes.DType) -> bool:
-    return kind.is_float and kind.numpy.kind == "u"
+    return a.view(kind.numpy) if kind == dtypes.bfloat16 else a.astype(kind.numpy, copy=False)
 
 
 def converted(values: np.ndarray, kind: dtypes.DType, to: dtypes.DType) -> np.ndarray:
     """Stored values of `kind` as those of `to`; unsigned integers of its width are its bits. Raises
     ArgumentError A109 where a value is out of range, A102 where nothing converts them."""
-    if kind == to or (_is_bits(to) and kind.is_int and values.dtype == to.numpy):
+    if kind == to or (to == dtypes.bfloat16 and kind.is_int and values.dtype == to.numpy):
         return values
-    if "float8" in kind.name + to.name:
-        rule = f"nothing here converts {kind} to {to}"
-        raise ArgumentError("A102", rule, where="dtype", hint="hand over its bits")
-    numbers = dtypes.bfloat16_values(values) if _is_bits(kind) else values
+    numbers = dtypes.bfloat16_values(values) if kind == dtypes.bfloat16 else values
     with np.errstate(all="ignore"):  # what is lost is found below
-        if _is_bits(to):
+        if to == dtypes.bfloat16:
             result = dtypes.bfloat16_bits(numbers.astype(np.float32))
             lost = np.isfinite(numbers) & ~np.isfinite(dtypes.bfloat16_values(result))
         else:

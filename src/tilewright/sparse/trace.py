@@ -19,8 +19,7 @@ from typing import Any, get_args
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir.nodes import Cast, Kind, Program, Tensor
-from tilewright.ir.rewrite import walk
+from tilewright.ir.nodes import Kind, Program, Tensor
 from tilewright.sparse.expressions import *  # noqa: F403 - the language is imported from here
 from tilewright.sparse.formats import plain
 from tilewright.sparse.outputs import out, temp, update  # noqa: F401
@@ -103,7 +102,6 @@ def trace(
             raise ProgramError("P101", rule, where=line, hint=hint) from error
         results = returned if isinstance(returned, tuple) else (returned,)
         program = Program(t.name, "coordinates", _in_order(t, results, line), tuple(t.body))
-        _check_dtypes(program, line)
         return program
 
 
@@ -120,15 +118,6 @@ def _in_order(t: Trace, results: tuple[Any, ...], line: str) -> tuple[Tensor, ..
         raise ProgramError("P101", rule, where=line, hint="return tw.out[i](…)")
     returned = [outputs[n] for n in names if n in computed]
     return (*(x for n, x in t.tensors.items() if n not in computed), *returned)
-
-
-def _check_dtypes(program: Program, line: str) -> None:
-    """float8 arrays can be viewed and handed on; no target computes with them yet."""
-    casts = (x.dtype for s in program.body for x in walk(s.value, Cast))
-    for kind in (*(t.dtype for t in program.tensors), *casts):
-        if kind.is_float and kind.bits < 16:
-            hint = "convert to float16 or bfloat16 before the call"
-            raise ProgramError("P106", f"{program.name} computes in {kind}", where=line, hint=hint)
 
 
 def _parameter(

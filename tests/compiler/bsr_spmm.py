@@ -1,4 +1,5 @@
-"""SpMM with dense blocks: Y = A X for A in BSR, on tile operations of 16 × 8 × 16.
+"""SpMM with dense blocks, Y = A X for A in BSR, on tile operations of 16 × 8 × 16: a program with a
+schedule of its own for the tests of tile operations. Users have lesson 10, examples/10_blocks.py.
 
 float16 or bfloat16 in, float32 out. A block of A is contiguous in memory, and it multiplies
 consecutive rows of X. On a GPU the warps of a CTA share a row of blocks, 32 or 64 features each,
@@ -6,9 +7,10 @@ and copy each block and its rows of X to shared memory, some blocks ahead.
 Reference: SparseTIR (ASPLOS 2023), its block-sparse kernels on tensor cores.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-from tilewright.build import Definition, kernels, named_recipe, program
+from tilewright.build import Definition, kernels, program
 from tilewright.errors import ArgumentError
 from tilewright.ops.gemm import COLS, DEPTH, HALVES, LOAD, ROWS
 from tilewright.ops.recipes import fixed_width
@@ -37,9 +39,12 @@ def block_of(fmt: Any) -> int:
     return block if block and block % ROWS == 0 and fmt == formats.bsr(block) else 0
 
 
-@named_recipe
-def recipe(s: Schedule, width: int = 0) -> Schedule:
+def recipe(width: int = 0) -> Callable[[Schedule], Schedule]:
     """The schedule of SpMM on bsr(16), bsr(32), …; `width`: of X, 0 for any."""
+    return lambda s: _scheduled(s, width)
+
+
+def _scheduled(s: Schedule, width: int) -> Schedule:
     s = s.specialize("d", width) if width else s
     block = block_of(s.format_of(0))
     d = dict(s.program.sizes).get("d")
@@ -66,7 +71,7 @@ def recipe(s: Schedule, width: int = 0) -> Schedule:
 def bsr_spmm_definition(fmt: Any, dtype: str, width: int = 0, index: str = "int32") -> Definition:
     """The program with its schedule, for a format and a dtype; `width` 0: any d."""
     typed = bsr_spmm_program.typed(A=dtype, X=dtype, index=index)
-    return typed.decompose(A=fmt).schedule(recipe.of(width=width))
+    return typed.decompose(A=fmt).schedule(recipe(width))
 
 
 bsr_spmm_kernel = kernels(bsr_spmm_definition)
