@@ -156,9 +156,11 @@ def regret(count: int) -> Row:
         for name, cost in costs.items():
             ranges.APART_COST = cost
             planner.body.cache_clear()
-            graphs[name] = batch.graph(batch.tables["tilewright"], kept)[0]
+            try:
+                graphs[name] = batch.graph(batch.tables["tilewright"], kept)[0]
+            finally:
+                ranges.APART_COST = costs["chosen"]
         graphs["flat"] = batch.graph(batch.tables["tilewright, flat"], kept)[0]
-        ranges.APART_COST = costs["chosen"]
         planner.body.cache_clear()
         times = replayed(graphs)
         over.append(times["chosen"] / min(times.values()) - 1)

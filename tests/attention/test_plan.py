@@ -76,6 +76,14 @@ def test_lengths_that_the_host_knows(rng):
     kv, longer = (paged(rng, lengths, (16, 2, 64)) for lengths in (other, wanted))
     assert attn.plan(indptr, kv, lengths=np.array(wanted)) == attn.plan(indptr, longer)
     assert attn.plan(indptr, kv) != attn.plan(indptr, longer)
+    wrong: Any
+    for wrong, code in (
+        ([9000, 40, 1], "A107"), (np.array([9000, 40]), "A103"), (np.array([1.0, 2, 3]), "A102"),
+        (np.array([9000, 40, -1]), "A109"),
+    ):  # fmt: skip
+        with pytest.raises(ArgumentError) as e:
+            attn.plan(indptr, kv, lengths=wrong)
+        assert e.value.code == code and e.value.where == "lengths"
 
 
 def test_work_is_cut_until_it_balances():
@@ -91,6 +99,7 @@ HOPPER = {"qo_tile": 32, "splits": "batch", "order": hopper.order, "few": 8, "gr
     st.lists(st.tuples(st.integers(0, 300), st.integers(0, 9000)), max_size=8), st.integers(1, 200)
 )
 @example([(1, 5003), (1, 4200)], 1)
+@example([(32, 5000), (1, 5000)], 1)
 def test_items_of_few_rows_come_last(batch, workers):
     plan = make(batch, workers, **HOPPER)
     few = np.diff(plan.qo_indptr)[plan.items["request"]] <= 2

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilewright import dtypes
-from tilewright.ir.nodes import Binary, Cast, Const, Expr, Var, binary, cast
+from tilewright.ir.nodes import Binary, Buffer, Cast, Const, Expr, Load, Var, binary, cast
 from tilewright.ir.rewrite import simplify, substitute, walk
 
 X = Var("x", dtypes.uint8)
@@ -113,3 +113,10 @@ def test_digits_keep_their_value(i, x, size, low, steps):
     for is_quotient, n in steps:
         number = number // n if is_quotient else number % n
     assert value(substitute(simplify(e), {"i": Const(i, dtypes.int32)}), x) == number
+
+
+def test_elements_of_arrays_may_wrap_around():
+    """Their sums have no digits to take apart: X * 1664525 + 1013904223 is not below 2^31."""
+    x = Load(Buffer("X", dtypes.int32, (Const(4, dtypes.int32),)), (I,), dtypes.int32)
+    for e in ((x * 1664525 + 1013904223) % 25, (x * 32 + J % 32) // 8):
+        assert simplify(e) == e

@@ -499,6 +499,28 @@ def mean_of_neighbours(A=tw.sparse("m n"), B=tw.sparse("m n"), X=tw.dense("n d")
     return of_one, tw.out.named("either")[i, k](tw.mean(X[j, k], over=j, where=either))
 
 
+@tw.program
+def means_where(A=tw.sparse("m n")):
+    """Of the stored coordinates, those for which a condition of coordinates holds."""
+    i, j = tw.indices("m n")
+    square = A[i, j] * A[i, j]
+    largest = tw.argmax(A[i, j], over=j, where=j <= i)
+    return tw.out.named("mean")[i](tw.mean(square, over=j, where=j <= i)), tw.out[i](largest)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_means_of_stored_coordinates_where_a_condition_holds(target, rng):
+    A = some(rng, (9, 7), 0.5)
+    kept = (A != 0) & np.tri(9, 7, dtype=bool)
+    mean, largest = means_where.build(target)(tw.csr().pack(A))
+    for got, at, row, k in zip(mean, largest, A, kept, strict=True):
+        if k.any():
+            np.testing.assert_allclose(got, (row[k] ** 2).mean(), rtol=1e-6)
+            assert at == np.flatnonzero(k)[row[k].argmax()]
+        else:
+            assert np.isnan(got) and at == np.iinfo(np.int32).max
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_mean_over_stored_coordinates(target, rng):
     A, B = some(rng, (8, 6), 0.3), some(rng, (8, 6), 0.3)

@@ -370,7 +370,7 @@ def test_what_is_not_supported_is_refused(rng):
     raises("A102", wrapper.run, *run, k_scale=torch.ones(1))
     plan = (*batch.arrays(), *batch.heads(), 4)
     for name, value in (
-        ("pos_encoding_mode", "ROPE"), ("window_right", 2), ("seq_lens", batch.last),
+        ("pos_encoding_mode", "ROPE_LLAMA"), ("window_right", 2), ("seq_lens", batch.last),
         ("fixed_split_size", 4), ("is_causal", True),
     ):  # fmt: skip
         raises("A101", wrapper.plan, *plan, where=name, **{name: value})

@@ -22,7 +22,7 @@ from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.report import Batch
 from tilewright.attention.spec import Spec, param_values
-from tilewright.attention.table import Table, TableForm
+from tilewright.attention.table import MAX_KEYS, Table, TableForm
 from tilewright.attention.variant import Causal, traced_of
 from tilewright.attention.workspace import Workspace
 from tilewright.build import step_compiler
@@ -101,7 +101,7 @@ class Attention:
         bits of a request's results depend on the request alone, not on `workers`, on threads or on
         the other requests. So they always do on a CPU; on a GPU (None: not there) it leaves out the
         family of few rows, and a long request is not divided to fill the GPU. `lengths`: keys of
-        each node where the host knows them (None: they are copied from the table's device).
+        each node, integers, where the host knows them (None: copied from the table's device).
         `values`: scalars of the variant, which only sharpen the balance.
         Where qo_len > kv_len the first queries of a request have positions below 0: under a causal
         mask they see nothing (o = 0, lse = −inf). Raises ArgumentError (A101, A102, A103, A107,
@@ -114,7 +114,10 @@ class Attention:
         indptr = checks.host_indptr("qo_indptr", qo_indptr, kv.requests)
         if invariant not in (None, False, True):
             raise ArgumentError("A107", f"invariant={invariant!r} is no bool", where="invariant")
-        lengths = kv.lengths() if lengths is None else lengths
+        if lengths is not None:
+            checks.integer_view("lengths", lengths, device="cpu", size=over[0].nodes)
+            checks.check_range("lengths", np.asarray(lengths), 0, MAX_KEYS)
+        lengths = kv.lengths() if lengths is None else np.asarray(lengths, np.int64)
         return self._plan(indptr, lengths, over, q_dtype, workers, values, bool(invariant))
 
     def _plan(
@@ -165,7 +168,7 @@ class Attention:
         spec = _spec_of(self, (kv.dtype if kv else dtypes.bfloat16,) * 3, form)
         if reason := decode.refuses(spec, 0, pool):
             text = f"the decode kernels of a workspace cannot run this: {reason}"
-            raise ArgumentError("A103", text, where="kv", hint="plan each batch with attn.plan")
+            raise ArgumentError("A103", text, where="kv" if kv else "variant", hint="attn.plan")
         block_of = functools.partial(decode.shared_block, spec, pool)
         room = Workspace(heads, max_requests, max_tokens, device, workers, shared, block_of)
         shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())
@@ -180,7 +183,7 @@ class Attention:
         """Lists the kernel families of a machine, each with what keeps it from running calls of at
         most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). `target`: the machine,
         "cuda:sm_90a" also where there is no GPU (None: the one that has kv). Touches no array.
-        Raises ArgumentError[A102, A103, A107], BuildError[B103]."""
+        Raises ArgumentError[A102, A103, A107], BuildError[B102, B103]."""
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         qo_len = checks.check_count("qo_len", qo_len, least=0)
         q = _query_dtype(q_dtype, kv.dtype)

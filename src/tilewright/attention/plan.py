@@ -125,7 +125,7 @@ class Plan:
     @property
     def walks(self) -> bool:
         """Whether an item goes over the keys that its request shares with others too."""
-        return bool(self.tree[0] and len(self.items) and (self.nodes["outer"] < 0).any())
+        return bool(self.tree[0] and len(self.items) and (self.nodes["outer"] < 0).any())  # linked
 
     def report(self) -> reports.Report:
         """Balance, padding, bytes, predicted time, and why other families were refused. Raises
@@ -285,10 +285,11 @@ def _narrow(
     def way(narrow: int) -> tuple[float, int, int, int]:
         first = max(-(-count // narrow) * float(own.min()), sum_own / narrow)
         last, pieces, end = 0, 1, (total + narrow * first) / workers  # they join the others
-        rounds, rest = divmod(len(wide) * kv_heads, max(workers - narrow, 1))
+        others = max(workers - narrow, 1)
+        rounds, rest = divmod(len(wide) * kv_heads, others)
         if alike and 0 < rounds < 8:
             last = -(-rest // kv_heads)
-            sizes = ((-(-last * kv_heads * n // (workers - narrow)) / n, n) for n in (1, 2, 3, 4))
+            sizes = ((-(-last * kv_heads * n // others) / n, n) for n in (1, 2, 3, 4))
             part, pieces = min(sizes)
             end = (rounds + part) * total / (len(wide) * kv_heads)
         return max(first, end), narrow, last, pieces

@@ -368,10 +368,11 @@ def _simplify_binary(x: ir.Binary) -> ir.Expr:
 
 
 def _simplify_digit(x: ir.Binary) -> ir.Expr:
-    """(i * 32 + j) // 8 is i * 4 + j // 8, and where j is in 0:32 (i * 32 + j) // 64 is i // 2."""
+    """(i * 32 + j) // 8 is i * 4 + j // 8, and where j is in 0:32 (i * 32 + j) // 64 is i // 2: of
+    numbers of loops, which stay in their arrays. Elements of arrays may wrap around."""
     high, low, by = x.a.a, x.a.b, int(x.b.value)  # type: ignore[attr-defined]
     size = _number(high.b) if isinstance(high, ir.Binary) and high.op == "*" else None
-    if not size or size < 0 or by <= 0:
+    if not size or size < 0 or by <= 0 or contains(x, ir.Load, ir.Access):
         return x
     bounds = interval(low)
     if by % size == 0 and bounds.low >= 0 and bounds.high < size:

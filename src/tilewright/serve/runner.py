@@ -177,7 +177,7 @@ class Runner:
         most, longest = self.limits.step_tokens, (self.width - 1) * PAGE_SIZE
 
         def step(answers: int, *prompts: tuple[int, int], keys: int = 0, heat: float = 0.0) -> None:
-            ranges = [(keys, 1)] * answers + [*prompts]  # the first key and the rows of each
+            ranges = [(keys, 1)] * answers + [x for x in prompts if x[1]]  # first key, rows
             requests = [Request(0, [0] * sum(x), Sampling(temperature=heat)) for x in ranges]
             for i, request in enumerate(requests):
                 request.in_chunks = (i >= answers) * len(request.tokens)
@@ -193,7 +193,7 @@ class Runner:
             for size in (1, 2, 5, 16, *range(BUCKET, most - answers, BUCKET), most - answers - 1):
                 step(answers + self.joins, (0, min(size, longest)))
                 step(0, (longest - min(size, longest), min(size, longest)))
-        for start in (0, longest - 16):
+        for start in (0, longest - 16) if longest else ():
             step(0, (start, 16), (0, 1))  # a prompt of few rows beside another
         self.read_tokens()()  # waits
 

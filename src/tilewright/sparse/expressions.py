@@ -9,7 +9,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.ir import nodes as ir
 from tilewright.ir.nodes import Access, Expr, Index, as_expr
-from tilewright.ir.rewrite import computed_in, driving, free_vars
+from tilewright.ir.rewrite import computed_in, contains, driving, free_vars
 from tilewright.sparse.tracing import checked_name, current, refusal
 
 __all__ = [
@@ -111,14 +111,14 @@ sum_, max_, min_, prod = (_reduce(op) for op in ("sum", "max", "min", "prod"))
 
 def mean(value: Any, over: Index | tuple[Index, ...], where: Expr | None = None) -> Expr:
     """The sum of `value` over the number of its terms, NaN without any. Terms are the coordinates
-    that the sparse operand stores, all of dense operands, or those of `where`. Raises
+    that the sparse operand stores, all of dense operands; of these where `where` holds. Raises
     ProgramError[P107] for operands of several structures without `where`."""
     total, terms = sum_(value, over, where), _terms("mean", value, over, where)
-    axes = over if isinstance(over, tuple) else (over,)
-    sizes = [ir.size_var(a.dim) if isinstance(a.dim, str) else a.dim for a in axes]
-    number = math.prod(sizes[1:], start=sizes[0]) if terms is None else sum_(1, over, terms)
     kind = total.dtype if total.dtype.is_float else dtypes.float32
-    return total.cast(kind) / as_expr(number).cast(kind)
+    dims = [a.dim for a in (over if isinstance(over, tuple) else (over,))]
+    first, *more = (as_expr(ir.size_var(d) if isinstance(d, str) else d).cast(kind) for d in dims)
+    number = math.prod(more, start=first) if terms is None else sum_(1, over, terms).cast(kind)
+    return total.cast(kind) / number
 
 
 def argmax(value: Any, over: Index, where: Expr | None = None) -> Expr:
@@ -136,12 +136,13 @@ def _terms(op: str, value: Any, over: Any, where: Expr | None) -> Expr | None:
     """The condition of the terms of a reduction, None where all coordinates are terms."""
     axes = over if isinstance(over, tuple) else (over,)
     found = [*driving(as_expr(value), frozenset(a.name for a in axes)).values()]
-    if where is not None or not found:
-        return where
-    if len(found) > 1:
+    if where is None and len(found) > 1:
         rule = f"{op} over coordinates of {' and '.join(map(str, found))}: which of them?"
         raise refusal("P107", rule, hint="where=tw.stored(A[i, j]), or | and & of several")
-    return ir.Stored(found[0])
+    if len(found) != 1 or (where is not None and contains(where, ir.Stored)):
+        return where
+    stored = ir.Stored(found[0])
+    return stored if where is None else stored & where
 
 
 def _function(op: str) -> Callable[[Any], Expr]:

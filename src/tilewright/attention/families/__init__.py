@@ -31,16 +31,10 @@ def reasons(
     can.
 
     `rows`: the most packed rows (queries × group) of a request; without a pool its strides are
-    taken to be aligned. `arch`: of a GPU ("": of the one that has the pool). `invariant`: the bits
-    of a request may not depend on others."""
+    taken to be aligned. `arch`: of a GPU ("": that of the pool). `invariant`: as of `plan`."""
     kind = device.partition(":")[0]
-
-    def reason(family: Family) -> str:
-        if invariant and family.ctas_per_sm:
-            return "it divides the keys of a request by the batch"
-        return family.reason(spec, rows, pool, arch)
-
-    return tuple((family.name, reason(family)) for family in FAMILIES if family.device == kind)
+    own = (family for family in FAMILIES if family.device == kind)
+    return tuple((f.name, f.reason(spec, rows, pool, arch, invariant)) for f in own)
 
 
 def choose(

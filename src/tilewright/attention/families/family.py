@@ -115,8 +115,12 @@ class Family:
     shares: bool = False
     few: Callable[[Spec], int] = lambda spec: 0
 
-    def reason(self, spec: Spec, rows: int, pool: Pool | None, arch: str = "") -> str:
+    def reason(
+        self, spec: Spec, rows: int, pool: Pool | None, arch: str = "", invariant: bool = False
+    ) -> str:
         """Why it cannot run a call, or ""; `arch`: of another GPU than that of the pool."""
+        if invariant and self.ctas_per_sm:
+            return "it divides the keys of a request by the batch"
         if spec.table.shared and not self.shares:
             return "requests share keys"
         return self.refuses(spec, rows, pool, arch)
