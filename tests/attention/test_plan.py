@@ -110,7 +110,7 @@ def test_items_of_few_rows_come_last(batch, workers):
     assert not make(batch, workers, **HOPPER | {"few": 0}).narrow
 
 
-def test_workers_by_predicted_time_and_a_last_round_that_is_cut():
+def test_workers_by_their_share_and_a_last_round_that_is_cut():
     """A chunk of 2048 queries on 16k beside 64 single tokens on 4k, as 132 workers take them."""
     plan = make([(2048, 16384)] + [(1, 4096)] * 64, 132, kv_heads=8, **HOPPER)
     wide = plan.items[plan.items["request"] == 0]

@@ -272,29 +272,20 @@ def _items(
 def _narrow(
     visible: np.ndarray, chunks: np.ndarray, few: np.ndarray, kv_heads: int, workers: int
 ) -> tuple[int, int, int]:
-    """How many workers begin with the items of `few` rows, so that the longer of both lists ends
-    soonest: as many as these tiles are of all, or up to three more. Where the others have few items
-    each, and alike, also the tiles of rows of their last round, and its pieces of each."""
-    own, wide = visible[few] / chunks[few] * _NARROW_COST, visible[~few]
-    count, total = int(chunks[few].sum()) * kv_heads, float(wide.sum()) * kv_heads
-    sum_own = float(visible[few].sum()) * _NARROW_COST * kv_heads
-    most = min(count, -(-workers // 2))
-    share = min(max(round(workers * sum_own / max(sum_own + total, 1)), 1), most)
+    """How many workers begin with the items of `few` rows: as many as these tiles are of all. Where
+    the others have few items each, and alike, also the tiles of rows of their last round, and the
+    pieces of each, so that it ends sooner."""
+    own, wide = float(visible[few].sum()) * _NARROW_COST, visible[~few]
+    most = min(int(chunks[few].sum()) * kv_heads, -(-workers // 2))
+    narrow = min(max(round(workers * own / max(own + float(wide.sum()), 1)), 1), most)
+    others = max(workers - narrow, 1)
+    rounds, rest = divmod(len(wide) * kv_heads, others)
     alike = len(wide) and chunks.max() == 1 and wide.max() < 2 * wide.min()
-
-    def way(narrow: int) -> tuple[float, int, int, int]:
-        first = max(-(-count // narrow) * float(own.min()), sum_own / narrow)
-        last, pieces, end = 0, 1, (total + narrow * first) / workers  # they join the others
-        others = max(workers - narrow, 1)
-        rounds, rest = divmod(len(wide) * kv_heads, others)
-        if alike and 0 < rounds < 8:
-            last = -(-rest // kv_heads)
-            sizes = ((-(-last * kv_heads * n // others) / n, n) for n in (1, 2, 3, 4))
-            part, pieces = min(sizes)
-            end = (rounds + part) * total / (len(wide) * kv_heads)
-        return max(first, end), narrow, last, pieces
-
-    return min(map(way, range(share, min(share + 3, most) + 1)))[1:]
+    if not alike or not 0 < rounds < 8:
+        return narrow, 0, 1
+    last = -(-rest // kv_heads)
+    pieces = min((1, 2, 3, 4), key=lambda n: -(-last * kv_heads * n // others) / n)
+    return narrow, last, pieces
 
 
 def _rows_of_nodes(
