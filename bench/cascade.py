@@ -76,7 +76,8 @@ class Batch:
         return graph, bound[0].state.o, (graph_of([lambda: room.plan(table)] * 32), 32)
 
 
-def made(requests: int, prefix: int, suffix: int) -> Batch:
+def batch_of(requests: int, prefix: int, suffix: int) -> Batch:
+    """Random caches of `requests` with `prefix` shared keys and `suffix` of their own each."""
     torch = require_torch()
     torch.manual_seed(0)
     qo_heads, kv_heads = HEADS
@@ -114,7 +115,7 @@ def made(requests: int, prefix: int, suffix: int) -> Batch:
 
 def measured(requests: int, prefix: int, suffix: int) -> Row:
     """The row of a batch; `wrong` returns the fault of a result."""
-    batch = made(requests, prefix, suffix)
+    batch = batch_of(requests, prefix, suffix)
     case, caches, q = batch.case, batch.caches, batch.q
     graphs, outputs, plans, kept = {}, {}, {}, []  # what graphs use stays alive
     for impl, table in batch.tables.items():
@@ -151,7 +152,7 @@ def regret(count: int) -> Row:
     costs = {"chosen": ranges.APART_COST, "in front": -(1 << 30), "walked": 1 << 30}
     for _ in range(count):
         requests, prefix, suffix = (2 ** rng.uniform(*x) for x in ((1, 8), (7, 14), (4, 9)))
-        batch = made(int(requests), PAGE * int(prefix / PAGE), int(suffix))
+        batch = batch_of(int(requests), PAGE * int(prefix / PAGE), int(suffix))
         graphs, kept = {}, []
         for name, cost in costs.items():
             ranges.APART_COST = cost

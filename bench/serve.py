@@ -5,7 +5,7 @@ trace's lengths, times `--lengths`, and answers have the trace's lengths too. Ro
 over the replay, time to the first token, and gaps between tokens. A few answers are computed again
 alone, and have to be equal. With `--peers` other engines serve the same requests
 (`serve_peers.py`), with `--shared-prefix` many answers share a prefix (`serve_shared.py`), with
-`--steps` single steps are taken apart (`serve_steps.py`).
+`--steps` the parts of single steps are timed (`serve_steps.py`).
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ Launch = tuple[float, float, str]
 def step_rows(args: argparse.Namespace) -> Iterator[Row]:
     """A row for each state. Raises ArgumentError[A101] without a GPU."""
     if args.target == "cpp":
-        raise ArgumentError("A101", "steps are taken apart on a GPU", where="--target", hint="cuda")
+        raise ArgumentError(
+            "A101", "the parts of a step are timed on a GPU", where="--target", hint="cuda"
+        )
     from bench.serve_shared import model_of
 
     states = [(text, *map(int, text.split("+"))) for text in args.steps or STATES]

@@ -21,7 +21,7 @@ def either(A=tw.sparse("m n"), B=tw.sparse("m n"), X=tw.dense("n d")):
 
 
 @tw.program
-def apart(A=tw.sparse("m n"), B=tw.sparse("m n"), X=tw.dense("n d")):
+def two_sums(A=tw.sparse("m n"), B=tw.sparse("m n"), X=tw.dense("n d")):
     """The same as two sums, each over what one matrix stores: for formats that are no lists."""
     i, j, k = tw.indices("m n d")
     return tw.out[i, k](tw.sum(A[i, j] * X[j, k], over=j) + tw.sum(B[i, j] * X[j, k], over=j))
@@ -54,7 +54,7 @@ if __name__ == "__main__":
     csr, dcsr, rows = tw.csr(), tw.dcsr(), tw.hyb(buckets=(4, 8, 16))
     cases = [
         (either, a + b, [(csr, csr), (csr, dcsr)]),
-        (apart, a + b, [(rows, csr), (tw.bsr(4), tw.bitmap())]),
+        (two_sums, a + b, [(rows, csr), (tw.bsr(4), tw.bitmap())]),
         (both, a * b, [(csr, csr), (rows, csr), (tw.coo(), tw.bitmap()), (csr, tw.bsr(4))]),
     ]
     for program, matrix, formats in cases:

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from tilewright.build import Definition, kernels, program
-from tilewright.errors import ArgumentError
-from tilewright.ops.gemm import COLS, DEPTH, HALVES, LOAD, ROWS
+from tilewright.ops.gemm import COLS, DEPTH, LOAD, ROWS
 from tilewright.ops.recipes import fixed_width
-from tilewright.ops.spmm import check_packed, last_size
+from tilewright.ops.spmm import last_size
 from tilewright.schedule import Schedule
 from tilewright.sparse import formats, trace
 from tilewright.sparse.pack import Packed
@@ -78,17 +77,7 @@ bsr_spmm_kernel = kernels(bsr_spmm_definition)
 
 
 def bsr_spmm(A: Packed, X: Any, out: Any = None) -> Any:
-    """Y = A X. A: (m, n) packed as bsr(b), b a multiple of 16, float16 or bfloat16; X: (n, d) of
-    the same dtype; Y: (m, d) float32. Raises ArgumentError.
-    """
-    check_packed(
-        A, lambda fmt: block_of(fmt) > 0,
-        "pack it as tw.bsr(16) or tw.bsr(32); spmm() takes other formats",
-    )  # fmt: skip
-    if A.dtype.name not in HALVES:
-        rule = f"A is {A.dtype}, tile operations multiply {' or '.join(HALVES)}"
-        hint = 'pack it with dtype="float16"; spmm() takes every dtype'
-        raise ArgumentError("A102", rule, where="argument A", hint=hint)
+    """Y = A X, float32, of A packed as bsr(16), bsr(32) …, and X of the same 16-bit dtype."""
     width = fixed_width(last_size(X), A.device)
     target = "cuda" if A.device.startswith("cuda") else "cpp"
     index = A.structure.index_dtype.name

@@ -9,21 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.compiler.cases import matrix
+from tests.shipped import lesson
 
 import tilewright as tw
 from tilewright.errors import ScheduleError
 
-
-@tw.program
-def union(A=tw.sparse("m n"), B=tw.sparse("m n"), X=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
-    return tw.out[i, k](tw.sum((A[i, j] + B[i, j]) * X[j, k], over=j))
-
-
-@tw.program
-def intersection(A=tw.sparse("m n"), B=tw.sparse("m n"), X=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
-    return tw.out[i, k](tw.sum(A[i, j] * B[i, j] * X[j, k], over=j))
+LESSON = lesson("12_unions.py")
+union, intersection = LESSON.either, LESSON.both
 
 
 @tw.program

@@ -183,8 +183,8 @@ def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
 
 def _cuts(parts: Sequence[Part]) -> list[int]:
     """Divides launches into ranges that can become one launch: the parameters of a range fit a
-    kernel, no body gets fewer registers because another one has more threads, and none fewer CTAs
-    of an SM than its work is divided for."""
+    kernel, no body gets fewer registers because another one has more threads, and threads allow
+    each the CTAs of an SM that its work is divided for (shared memory is not counted)."""
     cuts, used, last = [0], 0, ()
     for i, part in enumerate(parts):
         size, bodies = len(part.params) + 8, (*last, part.body)
