@@ -259,7 +259,12 @@ class Attention:
             words = "requests, kv_heads, queries of an item, device, shared levels, nodes and group"
             text = f"the plan is for {wanted}, not {actual} ({words})"
             raise ArgumentError("A103", text, where="plan")
-        if isinstance(plan, Plan):
+        if isinstance(plan, Workspace):
+            room, own = (plan.head_dim, plan.ordinal), (self.head_dim, ordinal_of(kv.pool.device))
+            if room != own:
+                text = f"the workspace is for {room}, not {own} (head_dim, number of the GPU)"
+                raise ArgumentError("A103", text, where="plan", hint="attn.reserve(…, device=…)")
+        else:
             walks = bool(plan.tree[0] and len(plan.items)) and not family.splits
             if (bool(len(plan.cuts)), plan.walks) != (bool(family.ctas_per_sm), walks):
                 text = f"the plan is damaged: its work is not for {family.name}"
