@@ -322,6 +322,10 @@ def test_a_reservation_is_for_gpus():
     refused("A103", "workers", attn.reserve, 3, workers="x")
     refused("A103", "workers", attn.reserve, 3, workers=10**9)
     refused("A103", "qo_heads", tw.Attention(34, 2, 8).reserve, 3)
+    for shared in ([1], -1, 17, "x"):
+        refused("A103", "shared", attn.reserve, 3, shared=shared)
+    levels = Table(i32(1, 1), np.zeros((2, 1), np.int32), shared=[i32(0, 1)])
+    refused("A103", "shared", attn.reserve, 1, kv=tw.KV(levels, pool()))
 
 
 class OnlyDLPack:

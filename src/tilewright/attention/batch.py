@@ -23,7 +23,7 @@ from tilewright.attention.report import Batch
 from tilewright.attention.spec import Spec, param_values
 from tilewright.attention.table import MAX_KEYS, Table, TableForm
 from tilewright.attention.variant import Causal, traced_of
-from tilewright.attention.workspace import Workspace
+from tilewright.attention.workspace import MAX_LEVELS, Workspace
 from tilewright.build import step_compiler
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
@@ -152,14 +152,19 @@ class Attention:
         """
         if kv is not None:
             check_kv(kv, self.kv_heads, self.head_dim, self.head_dim_vo)
-        heads = (self.kv_heads, self.group, self.head_dim)
+        checks.check_count("shared", shared, MAX_LEVELS, 0)
         form, pool = (kv.table.form, kv.pool) if kv else (TableForm(shared=shared), None)
+        if form.shared != shared:
+            text = f"shared={shared}, and kv has {form.shared} levels of shared keys"
+            raise ArgumentError("A103", text, where="shared", hint="the levels that kv has")
         spec = _spec_of(self, (pool.dtype if pool else dtypes.bfloat16,) * 3, form)
+        if self.group > decode.ROWS:
+            text = f"{self.group} query heads share a KV head, more than {decode.ROWS}"
+            raise ArgumentError("A103", text, where="qo_heads", hint="attn.plan")
         if reason := decode.refuses(spec, 0, pool):
             text = f"the decode kernels of a workspace cannot run this: {reason}"
             raise ArgumentError("A103", text, where="kv" if kv else "variant", hint="attn.plan")
-        block_of = functools.partial(decode.shared_block, spec, pool)
-        room = Workspace(heads, max_requests, max_tokens, device, workers, shared, block_of)
+        room = Workspace(spec, self.kv_heads, pool, max_requests, max_tokens, device, workers)
         shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())
         room.most_tiles = shape.most_tiles
         if kv is not None:

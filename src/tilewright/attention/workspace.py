@@ -10,7 +10,6 @@ waited for, and no address moves.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from tilewright import dtypes
@@ -18,10 +17,12 @@ from tilewright.attention import planner, ranges
 from tilewright.attention.checks import check_count, integer_view
 from tilewright.attention.families import decode, hopper
 from tilewright.attention.plan import MAX_WORKERS
+from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec, alone, loaded, partial_params
 from tilewright.attention.table import MAX_KEYS, NODE, Table, TableForm
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
+from tilewright.runtime.transfer import ordinal_in
 from tilewright.runtime.view import View, view
 
 MAX_LEVELS = 16
@@ -41,21 +42,31 @@ class Workspace:
     family = "decode"
 
     def __init__(
-        self, heads: tuple[int, int, int], max_requests: int, max_tokens: int | None, device: str,
-        workers: int | None, shared: int, block_of: Callable[[str, int], int],
+        self, spec: Spec, kv_heads: int, pool: Pool | None, max_requests: int,
+        max_tokens: int | None, device: str, workers: int | None,
     ) -> None:  # fmt: skip
-        """`heads`: KV heads, group, head_dim. `block_of` an architecture and the tokens of a batch:
-        `Plan.block`. Raises ArgumentError[A103, A105], BuildError."""
-        self.ordinal = _checked(heads[1], max_requests, max_tokens, device, workers, shared)
-        self.kv_heads, self.group, self.head_dim = heads
-        self.max_requests, self.max_tokens = max_requests, max_tokens
+        """`pool`: one like those of the steps, None where that is not known. Raises
+        ArgumentError[A103, A105], BuildError."""
+        ordinal = ordinal_in(str(device))
+        if ordinal is None:
+            hint = "cuda or cuda:N; on a CPU plan each batch with attn.plan"
+            raise ArgumentError("A105", "a workspace on a CPU", where="device", hint=hint)
+        check_count("max_requests", max_requests, MAX_REQUESTS)
+        if max_tokens is not None:
+            check_count("max_tokens", max_tokens)
+        if workers is not None:
+            check_count("workers", workers, MAX_WORKERS)
+        self.ordinal, self.kv_heads = ordinal, kv_heads
+        self.group, self.head_dim = spec.group, spec.head_dim
+        self.max_requests, self.max_tokens, shared = max_requests, max_tokens, spec.table.shared
         self.longest = decode.ROWS // self.group if max_tokens else 1
         self.qo_tile = max(1, decode.ROWS // self.group)
         self.shared, self.max_nodes = shared, max_requests * (shared + 1)
         self._block = ranges.head_block(self.kv_heads)
         gpu = cuda.device(self.ordinal)
         sms = gpu.sms if workers is None else workers
-        self.block = block_of(gpu.arch, max_tokens or max_requests) if shared else 1
+        tokens = max_tokens or max_requests
+        self.block = decode.shared_block(spec, pool, gpu.arch, tokens) if shared else 1
         self.front = ranges.of_front(self.block, self.group, sms)
         blocks = decode.blocks_of(self.longest * self.group)
         self.limit = max(decode.ctas_per_sm(self.head_dim) * sms // self._block, 1)
@@ -72,8 +83,7 @@ class Workspace:
             return cuda.DeviceArray((count,), kind, self.ordinal)
 
         chunks = self.block * self.front // self.kv_heads + 1  # that fill the CTAs
-        rows = shared * (max_tokens or max_requests) + chunks
-        rows *= self.kv_heads * self.group * bool(shared)
+        rows = (shared * tokens + chunks) * self.kv_heads * self.group * bool(shared)
         self._slots, states = decode.partial_floats(self.head_dim, blocks, self.ctas, rows)
         self._cuts = words("int32", (self.limit + 1) * (ranges.CUT.size // 4))
         self._partials = words("float32", self._slots + states)
@@ -198,24 +208,3 @@ class Workspace:
             f"Workspace(cuda:{self.ordinal}, {self.max_requests} requests, {self.ctas} CTAs, "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
-
-
-def _checked(
-    group: int, max_requests: int, max_tokens: int | None, device: str, workers: int | None,
-    shared: int,
-) -> int:  # fmt: skip
-    """The number of the GPU. Raises ArgumentError[A103, A105]."""
-    kind, _, number = str(device).partition(":")
-    if kind != "cuda" or (number and not number.isdecimal()):
-        hint = "cuda or cuda:N; on a CPU plan each batch with attn.plan"
-        raise ArgumentError("A105", f"a workspace on {device!r}", where="device", hint=hint)
-    check_count("max_requests", max_requests, MAX_REQUESTS)
-    if max_tokens is not None:
-        check_count("max_tokens", max_tokens)
-    if workers is not None:
-        check_count("workers", workers, MAX_WORKERS)
-    check_count("shared", shared, MAX_LEVELS, 0)
-    if group > decode.ROWS:
-        text = f"{group} query heads share a KV head, more than {decode.ROWS}"
-        raise ArgumentError("A103", text, where="qo_heads", hint="plan each batch with attn.plan")
-    return int(number or 0)

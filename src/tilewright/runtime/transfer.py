@@ -13,7 +13,7 @@ from tilewright.runtime.view import describe_torch, view
 
 def to_device(array: Any, device: str) -> Any:
     """A copy of `array` on `device` (`cpu`, `cuda`, `cuda:N`). Raises ArgumentError[A105]."""
-    ordinal = _ordinal(str(device))
+    ordinal = ordinal_in(str(device))
     host = to_host(array)
     if ordinal is None:
         return host
@@ -33,8 +33,9 @@ def to_device(array: Any, device: str) -> Any:
     return DeviceArray.from_numpy(host, ordinal=ordinal)
 
 
-def _ordinal(device: str) -> int | None:
-    """The number of a CUDA device; None for the host."""
+def ordinal_in(device: str) -> int | None:
+    """The number of a CUDA device that a user names; None for the host. Raises
+    ArgumentError[A105]."""
     kind, colon, number = device.partition(":")
     if kind == "cuda" and (number.isdecimal() or not colon):
         return int(number or 0)
