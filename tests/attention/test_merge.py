@@ -228,8 +228,8 @@ def test_weights_beyond_all_numbers_are_no_warning():
 
 
 def test_an_output_between_two_states_is_refused():
-    o, lse = np.ones((5, 2, 4), np.float32), np.zeros((5, 2), np.float32)
-    states = [State(o[n : n + 3], lse[n : n + 3]) for n in (0, 2)]
+    o, lse = np.ones((6, 2, 4), np.float32), np.zeros((6, 2), np.float32)
+    states = [State(o[n : n + 3], lse[n : n + 3]) for n in (0, 3)]
     with pytest.raises(ArgumentError, match="A108"):
         merge.merge([states[0]], out=State(o[1:4], np.zeros((3, 2), np.float32)))
     merge.merge(states, out=states[0])

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import check_view, float_view, is_number, named_view
+from tilewright.attention.checks import check_view, float_view, is_number
 from tilewright.attention.kv import KV
 from tilewright.attention.variant import Value, check_number, traced_of
 from tilewright.errors import ArgumentError
 from tilewright.runtime.transfer import to_device
-from tilewright.runtime.view import View, allocate
+from tilewright.runtime.view import View, allocate, named_view
 
 
 def check_kv(kv: Any, kv_heads: int, head_dim: int, head_dim_vo: int) -> None:

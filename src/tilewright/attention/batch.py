@@ -24,15 +24,13 @@ from tilewright.attention.spec import Spec, param_values
 from tilewright.attention.table import MAX_KEYS, Table, TableForm
 from tilewright.attention.variant import Causal, traced_of
 from tilewright.attention.workspace import MAX_LEVELS, Workspace
-from tilewright.build import step_compiler
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.arguments import check_overlaps
-from tilewright.runtime.step import Part
 from tilewright.runtime.transfer import write
-from tilewright.runtime.view import byte_span, ordinal_of, view
+from tilewright.runtime.view import byte_span, named_view, ordinal_of, view
 from tilewright.target import Target
 from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers
@@ -229,10 +227,13 @@ class Attention:
         queries = check_q(q, kv, (plan.tokens, self.qo_heads, self.head_dim))
         o, lse = outputs(q, queries, kv, out, traced_of(self.variant).softmax is not False)
         results = ("out", o), ("lse", lse)
-        written = tuple(checks.named_view(n, x) for n, x in results if x is not None)
+        written = tuple(named_view(n, x) for n, x in results if x is not None)
         spec = _spec_of(self, (queries.dtype, kv.pool.dtype, written[0].dtype), kv.table.form)
         family = self._family(plan, kv, spec)
-        _check_not_capturing(plan, device)
+        if isinstance(plan, Plan) and device != "cpu" and cuda.is_capturing(ordinal_of(device)):
+            text = "a CUDA graph is being captured: the memory of this call would not outlive it"
+            hint = "room = attn.reserve(…); in the graph room.plan(table), attn.run(q, kv, room)"
+            raise ArgumentError("A110", text, where="plan", hint=hint)
         sizes = {"qo_head": self.qo_heads, "kv_head": self.kv_heads}
         sizes |= {"request": kv.table.requests, "q_token": plan.tokens}
         arrays = values_of(self.variant, values, sizes, device)
@@ -313,26 +314,17 @@ class BoundAttention:
     may put beside others. Keep this object as long as the step.
     """
 
-    __slots__ = ("_keep", "_prepared", "boxes", "launch", "source", "state")
+    __slots__ = ("_keep", "_prepared", "boxes", "launch", "part", "source", "state")
 
     def __init__(
         self, state: State, prepared: families.Prepared, keep: tuple[Any, ...], boxes: Any = None
     ) -> None:
         self.state, self._prepared, self._keep, self.boxes = state, prepared, keep, boxes
-        self.launch, self.source = prepared.launch, prepared.source
+        self.launch, self.part, self.source = prepared.launch, prepared.part, prepared.source
 
     def __call__(self) -> State:
         self._prepared.run()
         return self.state
-
-    @property
-    def part(self) -> Part | None:
-        body, launch = self._prepared.body, self.launch
-        if body is None:
-            return None
-        gpu, units = launch.function.module.device, launch.grid[0]
-        how = self._prepared.macros, step_compiler(gpu.arch), gpu.ordinal
-        return Part(body, launch.params, units, *how, launch)
 
     def run_over(self, kv: KV) -> None:
         """Runs it over the pages of another layer, which are laid out alike: without the checks of
@@ -394,13 +386,3 @@ def _query_dtype(q_dtype: Any, kv: DType) -> DType:
     if kind not in checks.FLOATS:
         raise ArgumentError("A102", f"q_dtype={kind}", where="q_dtype", hint="float32 or 16 bits")
     return kind
-
-
-def _check_not_capturing(plan: Plan | Workspace, device: str) -> None:
-    """A plan's work space is allocated by the call, which a recording would replay without."""
-    if device == "cpu" or isinstance(plan, Workspace):
-        return
-    if cuda.is_capturing(ordinal_of(device)):
-        text = "a CUDA graph is being captured: the memory of this call would not outlive it"
-        hint = "room = attn.reserve(…); in the graph room.plan(table), attn.run(q, kv, room)"
-        raise ArgumentError("A110", text, where="plan", hint=hint)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import check_count, check_view, named_view
+from tilewright.attention.checks import check_count, check_view
 from tilewright.attention.spec import body_text, constants, launch_of, namespace
 from tilewright.codegen.params import C_TYPES
 from tilewright.errors import ArgumentError
@@ -21,7 +21,7 @@ from tilewright.runtime import cuda
 from tilewright.runtime.arguments import check_overlaps
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.transfer import as_float64, to_host, write
-from tilewright.runtime.view import View, allocate, byte_span, ordinal_of
+from tilewright.runtime.view import View, allocate, byte_span, named_view, ordinal_of
 
 MAX_STATES = 8  # that one launch merges
 _WARPS = 4  # of a CTA
@@ -85,28 +85,26 @@ def merge(states: Sequence[State], *, mask: Any = None, out: State | None = None
             raise ArgumentError("A107", text, where="states", hint=hint)
     if not states:
         raise ArgumentError("A101", "no states to merge", where="states", hint="State.empty(…)")
-    first, checked = states[0], [_views(s, f"state {n}") for n, s in enumerate(states)]
-    for n, pair in enumerate(checked):
-        _check_like(f"state {n}", pair, checked[0])
+    first, own = states[0], _views(states[0], "state 0")
+    checked = [_views(s, f"state {n}", own) for n, s in enumerate(states)]
     _check_frameworks(states)
     if mask is not None:
-        seen, o = named_view("mask", mask), checked[0][0]
+        seen, o = named_view("mask", mask), own[0]
         check_view("mask", seen, (dtypes.bool_,), o.shape[:1], o.device)
         if not seen.is_contiguous:
             raise ArgumentError("A103", "mask is not contiguous", where="mask")
     if out is None:
-        out = State(*(allocate(first.o, x.shape, x.dtype) for x in checked[0]))
+        out = State(*(allocate(first.o, x.shape, x.dtype) for x in own))
     elif not isinstance(out, State):
         raise ArgumentError("A107", f"{type(out).__name__} is no State", where="out")
-    written = _views(out, "out")
-    _check_like("out", written, checked[0])
+    written = _views(out, "out", own)
     _check_frameworks((first, out))
     if any(x.readonly for x in written):
         raise ArgumentError("A105", "out is read-only", where="out")
     spans = [(f"state {n}", *byte_span(x)) for n, s in enumerate(checked) for x in s]
-    for own in (("out", *byte_span(x)) for x in written):
-        check_overlaps([own], [span for span in spans if span[1:] != own[1:]])
-    if checked[0][0].device == "cpu":
+    for span in (("out", *byte_span(x)) for x in written):
+        check_overlaps([span], [other for other in spans if other[1:] != span[1:]])
+    if own[0].device == "cpu":
         _on_host(states, mask, out)
         return out
     if len(states) > MAX_STATES:
@@ -119,7 +117,8 @@ def merge(states: Sequence[State], *, mask: Any = None, out: State | None = None
 # ---------------------------------------------------------------------------- checks
 
 
-def _views(s: State, name: str) -> tuple[View, View]:
+def _views(s: State, name: str, like: Sequence[View] = ()) -> tuple[View, View]:
+    """The views of o and lse, which are as those of `like`."""
     o, lse = named_view(f"o of {name}", s.o), named_view(f"lse of {name}", s.lse)
     if o.ndim < 1:
         raise ArgumentError("A103", f"o of {name} is a number", where="states")
@@ -128,15 +127,10 @@ def _views(s: State, name: str) -> tuple[View, View]:
     check_view(f"lse of {name}", lse, kinds, o.shape[:-1], o.device, where="states", hint=hint)
     if not (o.is_contiguous and lse.is_contiguous):
         raise ArgumentError("A104", f"{name} is not contiguous", where="states")
+    for kind, x, y in zip(("o", "lse"), (o, lse), like, strict=False):
+        where = {"where": "states", "hint": "as the first state is"}
+        check_view(f"{kind} of {name}", x, (y.dtype,), y.shape, y.device, **where)
     return o, lse
-
-
-def _check_like(name: str, pair: tuple[View, View], first: tuple[View, View]) -> None:
-    for kind, x, y in zip(("o", "lse"), pair, first, strict=True):
-        check_view(
-            f"{kind} of {name}", x, (y.dtype,), y.shape, y.device,
-            where="states", hint="as the first state is",
-        )  # fmt: skip
 
 
 def _check_frameworks(states: Sequence[State]) -> None:

@@ -155,15 +155,11 @@ class Plan:
         return hash(self._key())
 
     def __repr__(self) -> str:
-        def many(n: int, noun: str) -> str:
-            return f"{n} {noun[:-1] if n == 1 else noun}"
-
-        return (
-            f"Plan({self.family}): {many(self.requests, 'requests')}, "
-            f"{many(max(len(self.cuts) - 1, 0) or len(self.items), 'parts')}, "
-            f"{many(self.workers, 'workers')}{f' ({self.narrow} narrow)' if self.narrow else ''}, "
-            f"imbalance {self.imbalance:.2f}"
-        )
+        parts = max(len(self.cuts) - 1, 0) or len(self.items)
+        counts = {"request": self.requests, "part": parts, "worker": self.workers}
+        many = ", ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in counts.items())
+        narrow = f" ({self.narrow} narrow)" if self.narrow else ""
+        return f"Plan({self.family}): {many}{narrow}, imbalance {self.imbalance:.2f}"
 
     def save(self) -> bytes:
         """The plan as the bytes of an `.npz` file."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import check_count, check_view, named_view
+from tilewright.attention.checks import check_count, check_view
 from tilewright.attention.kv import KV
 from tilewright.attention.spec import body_text, constants, launch_of, namespace
 from tilewright.attention.table import Table, TableForm
@@ -30,7 +30,7 @@ from tilewright.runtime import cuda
 from tilewright.runtime.kernel import Kernel
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.transfer import to_device, to_host
-from tilewright.runtime.view import ordinal_of, view
+from tilewright.runtime.view import named_view, ordinal_of, view
 from tilewright.schedule import Schedule
 from tilewright.sparse.pack import Packed, Structure
 

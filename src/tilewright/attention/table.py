@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import check_range, check_view, integer_view, named_view, rises
+from tilewright.attention.checks import check_range, check_view, integer_view, rises
 from tilewright.errors import ArgumentError
 from tilewright.ir.levels import integer
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.transfer import to_host
-from tilewright.runtime.view import View
+from tilewright.runtime.view import View, named_view
 from tilewright.sparse import entries
 from tilewright.sparse.formats import Format
 from tilewright.sparse.pack import Packed, Part, Structure

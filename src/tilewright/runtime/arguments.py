@@ -14,7 +14,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
 from tilewright.runtime.manifest import Manifest, TensorSpec
-from tilewright.runtime.view import View, address, row_major_strides, view
+from tilewright.runtime.view import View, address, named_view, row_major_strides
 
 Span = tuple[str, int, int]
 """The name of an argument, and the first address and the end of its bytes."""
@@ -56,11 +56,7 @@ class Arguments:
 
     def _add_dense(self, spec: TensorSpec, arg: Any, *, written: bool) -> None:
         name = spec.name
-        try:
-            v = view(arg)
-        except ArgumentError as e:
-            raise _error(e.code, e.message, name, e.hint) from None
-        dtype = self.dtypes[name]
+        v, dtype = named_view(f"argument {name}", arg), self.dtypes[name]
         is_bits = v.dtype.kind == dtype.numpy.kind == "u"  # bfloat16 may come as uint16
         if v.dtype != dtype and not (is_bits and v.dtype.bits == dtype.bits):
             raise _wrong_dtype(spec, dtype, v.dtype)

@@ -65,6 +65,14 @@ def view(x: object) -> View:
     return _adapter(type(x)).view(x)
 
 
+def named_view(name: str, array: Any) -> View:
+    """The view of an argument; errors carry its name. Raises ArgumentError."""
+    try:
+        return view(array)
+    except ArgumentError as e:
+        raise ArgumentError(e.code, e.message, where=name, hint=e.hint) from None
+
+
 def check_memory(pointer: int | None, shape: Sequence[int]) -> None:
     """Refuse elements at a null address. Raises ArgumentError[A107]."""
     if not pointer and math.prod(shape):

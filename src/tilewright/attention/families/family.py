@@ -12,9 +12,11 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec, alone, launch_of
+from tilewright.build import step_compiler
 from tilewright.errors import ArgumentError
 from tilewright.ir.body import Body
 from tilewright.runtime import cuda
+from tilewright.runtime.step import Part
 from tilewright.runtime.view import allocate, ordinal_of, view
 
 if TYPE_CHECKING:
@@ -65,15 +67,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """A call ready to run: its launch, what runs it, its source, what it keeps alive; on a GPU the
-    body of the launch and the macros that it is compiled with."""
+    """A call ready to run: its launch, what runs it, its source, what it keeps alive; on a GPU what
+    a step may put beside others."""
 
     launch: Any
     run: Callable[[], None]
     source: str
     keep: tuple[Any, ...]
-    body: Body | None = None
-    macros: tuple[str, ...] = ()
+    part: Part | None = None
 
     @staticmethod
     def on_gpu(
@@ -81,11 +82,13 @@ class Prepared:
     ) -> Prepared:
         """What runs a body by itself."""
         launch = launch_of(body, ordinal, ctas, params, *macros)
+        compiler = step_compiler(cuda.device(ordinal).arch)
+        part = Part(body, params, ctas, macros, compiler, ordinal, launch)
 
         def run() -> None:
             launch.run(cuda.current_stream(ordinal))
 
-        return Prepared(launch, run, alone(body, "stage0", *macros), (keep, params), body, macros)
+        return Prepared(launch, run, alone(body, "stage0", *macros), (keep, params), part)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
