@@ -292,6 +292,8 @@ def test_refusals(rng):
     turned = tw.Attention(HEADS * GROUP, HEADS, DIM, KeysTurned())
     refused = [
         ("A103", lambda: quest(attn, kv, pages=0)),
+        ("A107", lambda: quest(None, kv, pages=2)),
+        ("A103", lambda: quest(tw.Attention(HEADS, HEADS, DIM + 8), kv, pages=2)),
         ("A107", lambda: quest(attn, kv.table, pages=2)),
         ("A107", lambda: quest(attn, cache(batch.lengths.astype(np.int64), rows), pages=2)),
         ("A107", lambda: quest(attn, cache(batch.lengths, wide[:, :WIDTH]), pages=2)),
@@ -315,6 +317,13 @@ def test_refusals(rng):
         def no_scores(q=tw.dense("r d")):
             r, d = tw.indices("r d")
             return tw.out[r](tw.sum(q[r, d], over=d))
+
+    with pytest.raises(ProgramError, match="P101"):
+
+        @tw.select
+        def no_pages(q=tw.dense("r p")):
+            r, p = tw.indices("r p")
+            return tw.out.typed("float32")[r, p](q[r, p])
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")

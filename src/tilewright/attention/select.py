@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
+from tilewright.attention.arguments import check_kv
+from tilewright.attention.batch import Attention
 from tilewright.attention.checks import check_count, check_view
 from tilewright.attention.kv import KV
 from tilewright.attention.spec import body_text, constants, launch_of, namespace
@@ -105,10 +107,11 @@ def select(
     ProgramError[P101].
     """
     definition = program(function)
-    scores = definition.program.body[-1].out
-    is_plain = all(isinstance(c, Index) for c in scores.coords)
-    if not is_plain or len(scores.coords) not in (2, 3) or scores.dtype != dtypes.float32:
-        rule, hint = f"{scores} has no scores of pages", 'tw.out.typed("float32")[r, h, p](…)'
+    scores, tensors = definition.program.body[-1].out, definition.program.tensors
+    is_plain = all(isinstance(c, Index) for c in scores.coords) and scores.dtype == dtypes.float32
+    if not is_plain or len(scores.coords) not in (2, 3) or not any(t.is_sparse for t in tensors):
+        rule = f"{scores} has no scores of pages, or none of its parameters is sparse"
+        hint = 'tw.out.typed("float32")[r, h, p](…)'
         raise ProgramError("P101", rule, where=definition.name, hint=hint)
     return functools.partial(Selection, definition.schedule(schedule))
 
@@ -117,15 +120,18 @@ class Selection:
     """The best pages of each request and KV head, chosen by scores. `table`: their page table, at
     fixed addresses, for plans, workspaces and pools of the same pages."""
 
-    def __init__(self, scores: Definition, attn: Any, kv: KV, *, pages: int) -> None:
+    def __init__(self, scores: Definition, attn: Attention, kv: KV, *, pages: int) -> None:
         """`pages`: the most of a request, the last one among them. `kv`: a cache like those of the
         steps; its table is read at each run, so lengths and entries may change in place.
 
         The keys of a selection count from 0 in the order of its pages: variants that read positions
         of keys, but for the causal mask, are refused. Raises ArgumentError[A103, A107].
         """
-        plain = isinstance(kv, KV) and kv.table.form == TableForm()
-        if not plain or kv.table.stride != kv.table.width:
+        if not isinstance(attn, Attention):
+            text = f"{type(attn).__name__} is no Attention"
+            raise ArgumentError("A107", text, where="attn", hint="tw.Attention(…)")
+        check_kv(kv, attn.kv_heads, attn.head_dim, attn.head_dim_vo)
+        if kv.table.form != TableForm() or kv.table.stride != kv.table.width:
             hint = "Table(kv_len, block_table), int32, contiguous, without positions, not shared"
             raise ArgumentError("A107", f"kv={kv!r}", where="kv", hint=hint)
         traced, masks = traced_of(attn.variant), [traced_of(v).mask for v in (Causal(), Full())]
