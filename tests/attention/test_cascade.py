@@ -137,6 +137,11 @@ def test_plans_of_shared_keys_are_checked(rng):
         nodes[name][at] += change
         with pytest.raises(ArgumentError, match="A109"):
             replace(plan, nodes=nodes)
+    for level in (-1, 7):  # of all nodes
+        nodes = plan.nodes.copy()
+        nodes["level"] = level
+        with pytest.raises(ArgumentError, match="A109"):
+            replace(plan, nodes=nodes)
     flat = tw.KV(tw.Table.dense(np.array([3, 4, 5, 6], np.int32)), kv.pool)
     with pytest.raises(ArgumentError, match="shared levels"):
         attn.run(case.q, flat, plan)

@@ -313,6 +313,8 @@ def test_bad_shapes_of_the_attention():
     refused("A103", Attention, 6, 4, 64)
     refused("A103", Attention, 0, 1, 64)
     refused("A103", Attention, 4, 2, 257)
+    for sizes in ((None, 2, 64), (64, None, 64), (4, 2, None)):
+        refused("A103", Attention, *sizes)
     refused("A107", Attention, 4, 2, 64, Causal)
     refused("A107", Attention, 4, 2, 64, "causal")
 

@@ -57,8 +57,9 @@ class Attention:
     head_dim_vo: Any = None
 
     def __post_init__(self) -> None:
-        for name in ("qo_heads", "kv_heads", "head_dim", "head_dim_vo"):
-            value = self.head_dim if getattr(self, name) is None else getattr(self, name)
+        vo = self.head_dim if self.head_dim_vo is None else self.head_dim_vo
+        sizes = {"qo_heads": self.qo_heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        for name, value in (sizes | {"head_dim_vo": vo}).items():
             most = MAX_HEAD_DIM if name.startswith("head_dim") else 2**31 - 1
             object.__setattr__(self, name, checks.check_count(name, value, most))
         if self.qo_heads % self.kv_heads or self.group > MAX_GROUP:

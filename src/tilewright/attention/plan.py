@@ -393,20 +393,12 @@ def check(plan: Plan) -> None:
 
 def _is_tree(nodes: np.ndarray, requests: int) -> bool:
     """Whether each level divides the requests, and the last has one node for each of them."""
-    begin, end, level = (nodes[n].astype(np.int64) for n in ("begin", "end", "level"))
-    if not requests:  # levels above none
-        return not (
-            begin.any() or end.any() or (np.diff(level) < 0).any() or (nodes["base"] < 0).any()
-        )
-    if not len(nodes):
+    begin, end, level, base = (nodes[n].astype(np.int64) for n in ("begin", "end", "level", "base"))
+    steps, first = np.diff(level, prepend=0), np.diff(level, prepend=-1) != 0  # nodes of a level
+    own = int((level == level.max(initial=-1)).sum())
+    gaps = level[:1].any() or (steps > 1).any()  # levels without nodes, as above no requests
+    if (steps < 0).any() or (base < 0).any() or (requests and (gaps or own != requests)):
         return False
-    starts = np.flatnonzero(np.diff(level, prepend=-1))
-    ends = np.append(starts[1:], len(nodes)) - 1
-    same = (level[1:] == level[:-1]) & (begin[1:] == end[:-1])
-    return bool(
-        (level[starts] == np.arange(len(starts))).all()
-        and (begin[starts] == 0).all() and (end[ends] == requests).all()
-        and (begin <= end).all() and (same | (np.diff(level) == 1)).all()
-        and (nodes["base"] >= 0).all() and len(nodes) - starts[-1] == requests
-        and (end - begin)[starts[-1] :].all()
-    )  # fmt: skip
+    last, before = np.append(first[1:], True)[: len(first)], np.append(0, end)[:-1]
+    covers = (begin == np.where(first, 0, before)) & (begin <= end) & ((end == requests) | ~last)
+    return bool(covers.all() and (begin[len(begin) - requests :] == np.arange(requests)).all())
