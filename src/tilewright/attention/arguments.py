@@ -32,10 +32,10 @@ def check_kv(kv: Any, kv_heads: int, head_dim: int, head_dim_vo: int) -> None:
 def check_q(q: Any, kv: KV, shape: tuple[int, int, int]) -> View:
     """The view of the queries. Raises ArgumentError (A102 … A107)."""
     seen = float_view("q", q)
-    check_view("q", seen, shape=shape, hint="(tokens, qo_heads, head_dim) of the plan")
+    hint = "(tokens, qo_heads, head_dim) of the plan"
+    check_view("q", seen, shape=shape, device=kv.pool.device, hint=hint)
     if seen.size and shape[2] > 1 and seen.strides[-1] != 1:
         raise ArgumentError("A104", "head_dim of q is not contiguous", where="q")
-    check_view("q", seen, device=kv.pool.device)
     return seen
 
 
@@ -47,10 +47,9 @@ def outputs(q: Any, queries: View, kv: KV, out: Any, softmax: bool) -> tuple[Any
     if out is None:
         return allocate(q, shape, queries.dtype), lse
     seen = named_view("out", out)
-    check_view("out", seen, (queries.dtype, dtypes.float32))
-    if seen.shape != shape or not seen.is_contiguous:
-        raise ArgumentError("A103", f"out is no contiguous array of shape {shape}", where="out")
-    check_view("out", seen, device=kv.pool.device)
+    check_view("out", seen, (queries.dtype, dtypes.float32), shape, kv.pool.device)
+    if not seen.is_contiguous:
+        raise ArgumentError("A104", "out is not contiguous", where="out")
     if seen.readonly:
         raise ArgumentError("A105", "out is read-only", where="out")
     return out, lse

@@ -30,7 +30,7 @@ from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.arguments import check_overlaps
 from tilewright.runtime.transfer import write
-from tilewright.runtime.view import byte_span, named_view, ordinal_of, view
+from tilewright.runtime.view import byte_span, ordinal_of, view
 from tilewright.target import Target
 from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers
@@ -227,8 +227,7 @@ class Attention:
         device = kv.pool.device
         queries = check_q(q, kv, (plan.tokens, self.qo_heads, self.head_dim))
         o, lse = outputs(q, queries, kv, out, traced_of(self.variant).softmax is not False)
-        results = ("out", o), ("lse", lse)
-        written = tuple(named_view(n, x) for n, x in results if x is not None)
+        written = tuple(view(x) for x in (o, lse) if x is not None)
         spec = _spec_of(self, (queries.dtype, kv.pool.dtype, written[0].dtype), kv.table.form)
         family = self._family(plan, kv, spec)
         if isinstance(plan, Plan) and device != "cpu" and cuda.is_capturing(ordinal_of(device)):
