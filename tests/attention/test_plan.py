@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 import pickle
+import zipfile
 from typing import Any, cast
 
 import numpy as np
@@ -172,6 +173,20 @@ def test_bytes_that_are_no_plan():
     file = io.BytesIO()
     np.save(file, np.zeros(3))
     refused(file.getvalue())
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    deep = "-" * 5000
+    large = f"{{'descr': '<i4', 'fortran_order': False, 'shape': ({10**15},)}}"
+    for header in (deep, large, "{", None):
+        for name in ("numbers.npy", "items.npy", "imbalance.npy"):
+            text = (header or "").encode()
+            size = len(text).to_bytes(2, "little")
+            data = b"\x93NUMPY\x01\x00" + size + text if header else b"no array"
+            file = io.BytesIO()
+            with zipfile.ZipFile(file, "w") as archive:
+                for other, stored in (parts | {name: data}).items():
+                    archive.writestr(other, stored)
+            refused(file.getvalue())
 
 
 @given(st.data())
