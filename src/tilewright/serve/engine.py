@@ -102,10 +102,10 @@ class Engine:
         request = Request(next(self._ids), tokens, how, arrived or time.perf_counter())
         request.seed = secrets.randbits(63) if how.seed is None else int(how.seed)
         request.text = AnswerText(self.tokenizer, how.stop)
-        if how.schema:
+        if how.is_constrained:
             from tilewright.serve.grammar import matcher
 
-            request.grammar = matcher(self.tokenizer, how.schema)
+            request.grammar = matcher(self.tokenizer, how.schema, how.grammar)
         self.scheduler.add(request)
         return request
 
@@ -220,7 +220,7 @@ class Engine:
         if request.grammar is not None:
             request.grammar.consume_token(token)
         if request.grammar is not None and (wrong := request.grammar.get_error()):
-            rule = f"no answer can follow the JSON schema: {wrong.splitlines()[0][:200]}"
+            rule = f"no answer can follow the schema or grammar: {wrong.splitlines()[0][:200]}"
             request.error = ModelError("M106", rule, where="response_format")
             return self.scheduler.finish(request, "error")
         if token in self.tokenizer.ends and not request.sampling.ignore_eos:

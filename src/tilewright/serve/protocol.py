@@ -102,6 +102,7 @@ class Tokenize(Strict):
     model: str = ""
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 _TEXT: Any = (str, ...)
