@@ -102,10 +102,10 @@ class Engine:
         request = Request(next(self._ids), tokens, how, arrived or time.perf_counter())
         request.seed = secrets.randbits(63) if how.seed is None else int(how.seed)
         request.text = AnswerText(self.tokenizer, how.stop)
-        if how.is_constrained:
+        if how.schema:
             from tilewright.serve.grammar import matcher
 
-            request.grammar = matcher(self.tokenizer, how.schema, how.grammar)
+            request.grammar = matcher(self.tokenizer, how.schema)
         self.scheduler.add(request)
         return request
 

@@ -12,23 +12,24 @@ with needed_for("response_format", "grammar"):
 MAX_CHARS = 1 << 16  # of a schema, or of a grammar
 
 
-def matcher(tokenizer: Tokenizer, schema: str, lark: str = "") -> LLMatcher:
-    """Returns the matcher of an answer that follows a JSON schema or, without one, a grammar in
-    the notation of Lark. It takes each token, and masks those that may come next (an end token once
-    the text is complete). Raises ModelError[M106] for one that cannot be used."""
-    name, where = ("JSON schema", "response_format") if schema else ("grammar", "grammar")
-    grammar, wrong = "", "" if len(schema or lark) <= MAX_CHARS else "it is too long"
+def matcher(tokenizer: Tokenizer, schema: str) -> LLMatcher:
+    """Returns the matcher of an answer that follows a JSON schema, or a grammar in the notation of
+    Lark, which begins with no brace. It takes each token, and masks those that may come next (an
+    end token once the text is complete). Raises ModelError[M106] for one that cannot be used."""
+    is_json = schema.lstrip().startswith("{")
+    name, grammar, wrong = "JSON schema" if is_json else "grammar", "", "it is too long"
     try:
-        if not wrong:
-            read = LLMatcher.grammar_from_json_schema if schema else LLMatcher.grammar_from_lark
-            grammar = read(schema or lark)
+        if len(schema) <= MAX_CHARS:
+            read = LLMatcher.grammar_from_json_schema if is_json else LLMatcher.grammar_from_lark
+            grammar = read(schema)
             wrong = LLMatcher.validate_grammar(grammar)
     except ValueError as error:
         wrong = str(error)
     if not tokenizer.ends:
         wrong = "the model has no end token"
     if wrong:
-        raise ModelError("M106", f"the {name} cannot be used: {wrong[:200]}", where=where)
+        rule = f"the {name} cannot be used: {wrong[:200]}"
+        raise ModelError("M106", rule, where="response_format")
     return LLMatcher(_vocabulary(tokenizer), grammar)
 
 

@@ -55,7 +55,7 @@ class Sampling:
     token to a number that is added. `seed` None: another answer each time. `stop`: texts that end
     the answer and are not part of it; `ignore_eos`: end tokens do not end it. `logprobs`: how many
     likeliest tokens are reported with each token; None reports nothing. `schema`: a JSON schema
-    that the answer follows, `grammar`: a grammar in the notation of Lark that it does ("": none).
+    that the answer follows, or a grammar in the notation of Lark ("": none).
 
     `priority`: a higher one is served first. `ttft_ms`: the first token is promised so many
     milliseconds after the arrival; `itl_ms`: each later one so many after the one before.
@@ -76,7 +76,6 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: int | None = None
     schema: str = ""
-    grammar: str = ""
     priority: int = 0
     ttft_ms: float | None = None
     itl_ms: float | None = None
@@ -93,11 +92,7 @@ class Sampling:
             "stop": (_are_stops(self.stop), f"at most {MAX_STOPS} texts, none of them empty"),
             "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
             "logprobs": (top is None or is_count(top, 0, MAX_LOGPROBS), f"0…{MAX_LOGPROBS}"),
-            "schema": (isinstance(self.schema, str), "a JSON schema as text"),
-            "grammar": (
-                isinstance(self.grammar, str) and not (self.schema and self.grammar),
-                "a text, without a schema beside it",
-            ),
+            "schema": (isinstance(self.schema, str), "a JSON schema as text, or a grammar"),
             "priority": (is_count(self.priority, -LARGEST, LARGEST), f"-{LARGEST}…{LARGEST}"),
         }
         for name, (least, most) in RANGES.items():
@@ -112,13 +107,8 @@ class Sampling:
     def is_plain_greedy(self) -> bool:
         """Whether the token is the one of the largest logit, and nothing else is asked for."""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
-        is_changed = self.temperature or penalties or self.logit_bias or self.is_constrained
+        is_changed = self.temperature or penalties or self.logit_bias or self.schema
         return not is_changed and self.logprobs is None
-
-    @property
-    def is_constrained(self) -> bool:
-        """Whether the answer follows a schema or a grammar."""
-        return bool(self.schema or self.grammar)
 
 
 def _is_bias(value: Any) -> bool:

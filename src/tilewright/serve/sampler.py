@@ -108,7 +108,7 @@ class Seats:
         seats: list[Any] = [None] * len(self._held)
         for i, c in enumerate(chunks):
             how = c and c.request.sampling
-            is_left = not c or how.is_plain_greedy or how.is_constrained or how.logprobs is not None
+            is_left = not c or how.is_plain_greedy or how.schema or how.logprobs is not None
             if not is_left and c.wants_token:
                 seats[i] = c.request, c.request.answered
         if any(seats):  # a step without samples changes no row there
