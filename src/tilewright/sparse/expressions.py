@@ -34,12 +34,7 @@ def indices(dims: str) -> Any:
         if checked_name(name, "an index", "P102") in used:
             hint = "indices and parameters have names of their own"
             raise refusal("P102", f"index {name!r} is not a new name", hint=hint)
-        known = {d for t in trace.tensors.values() for d in t.dims}
-        parsed: str | int = int(dim) if dim.isdigit() else dim
-        if isinstance(parsed, str) and parsed not in known:
-            hint = f"dimensions: {', '.join(sorted(str(k) for k in known))}"
-            raise refusal("P102", f"no parameter has a dimension {parsed!r}", hint=hint)
-        created.append(Index(name, dim=parsed))
+        created.append(Index(name, dim=int(dim) if dim.isdigit() else _known(dim)))
         trace.indices.append(created[-1])
     return created[0] if len(created) == 1 else tuple(created)
 
@@ -52,12 +47,17 @@ def _loop_name(dim: str, used: set[str]) -> str:
 
 
 def size(dim: str) -> Expr:
-    """The run-time size of a dimension."""
+    """The run-time size of a dimension. Raises ProgramError[P102]."""
+    return ir.size_var(_known(dim))
+
+
+def _known(dim: str) -> str:
+    """A dimension that a parameter has. Raises ProgramError[P102] for another one."""
     known = {d for t in current().tensors.values() for d in t.dims if isinstance(d, str)}
     if dim not in known:
         hint = f"dimensions: {', '.join(sorted(known))}"
         raise refusal("P102", f"no parameter has a dimension {dim!r}", hint=hint)
-    return ir.size_var(dim)
+    return dim
 
 
 def stored(access: Any) -> Expr:
