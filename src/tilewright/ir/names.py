@@ -23,7 +23,7 @@ _USERS = re.compile(r"(?!.*__)[A-Za-z][A-Za-z0-9_]*")
 def is_users(name: str) -> bool:
     """Whether `name` is allowed as a user's name. Generated names contain a dot, which becomes two
     underscores in C, so that the two kinds never collide."""
-    return _USERS.fullmatch(name) is not None
+    return isinstance(name, str) and _USERS.fullmatch(name) is not None
 
 
 class GeneratedName(NamedTuple):

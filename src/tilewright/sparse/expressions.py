@@ -25,6 +25,8 @@ def indices(dims: str) -> Any:
 
     A dimension may occur twice (square matrices); its second loop is then called m1. One dimension
     returns one index, not a tuple."""
+    if not isinstance(dims, str):
+        raise refusal("P101", f"indices over {dims!r}", hint='names of dimensions, as "m n"')
     trace = current()
     created: list[Index] = []
     for word in dims.split():
@@ -54,7 +56,7 @@ def size(dim: str) -> Expr:
 def _known(dim: str) -> str:
     """A dimension that a parameter has. Raises ProgramError[P102] for another one."""
     known = {d for t in current().tensors.values() for d in t.dims if isinstance(d, str)}
-    if dim not in known:
+    if not isinstance(dim, str) or dim not in known:
         hint = f"dimensions: {', '.join(sorted(known))}"
         raise refusal("P102", f"no parameter has a dimension {dim!r}", hint=hint)
     return dim
@@ -87,15 +89,14 @@ def _reduce(op: str) -> Callable[..., Expr]:
         if not axes or not all(isinstance(a, Index) for a in axes):
             raise refusal("P104", f"{op} over {over!r}: not indices", hint="over=j or over=(j, k)")
         body = as_expr(value)
+        dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
         if where is not None:
-            kind = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
-            body = computed_in(body, kind)
-            body = ir.select(condition_of(op, where), body, ir.identity_of(op, kind))
+            body = computed_in(body, dtype)
+            body = ir.select(condition_of(op, where), body, ir.identity_of(op, dtype))
         missing = {a.name for a in axes} - free_vars(body)
         if missing:
             rule = f"{op} over {', '.join(sorted(missing))}, which its body does not use"
             raise refusal("P104", rule, hint="where=tw.stored(A[i, j]) ranges over what A stores")
-        dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
         return ir.Reduce(op, axes, computed_in(body, dtype), dtype)
 
     reduction.__name__ = reduction.__qualname__ = op
