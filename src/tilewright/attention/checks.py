@@ -10,18 +10,10 @@ from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime.transfer import to_host
-from tilewright.runtime.view import View, view
+from tilewright.runtime.view import View, named_view
 
 FLOATS = (dtypes.float32, dtypes.float16, dtypes.bfloat16)
 INTEGERS = (dtypes.int32, dtypes.int64)
-
-
-def named_view(name: str, array: Any) -> View:
-    """The view of an argument; errors carry its name. Raises ArgumentError."""
-    try:
-        return view(array)
-    except ArgumentError as e:
-        raise ArgumentError(e.code, e.message, where=name, hint=e.hint) from None
 
 
 def check_view(

@@ -19,7 +19,7 @@ from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_output
 from tilewright.lower.placed import Row, check, online, refuse
 from tilewright.lower.reads import PartRows, Reader, appended
 from tilewright.lower.scope import BlockPart, Scope, has_list, merge_of
-from tilewright.lower.tables import Driver, Statement, Tables, unmergeable, unsearchable
+from tilewright.lower.tables import Driver, Statement, Tables, names_read, unmergeable, unsearchable
 
 Wrap = Callable[[ir.Stmt], ir.Stmt]
 
@@ -96,14 +96,12 @@ class NestBuilder:
     def _statement_around(self, t: Statement) -> str:
         """The output of the statement in whose loops `t` is computed: the root, or the reduction
         whose index it needs."""
-        is_placed = t.out.tensor.name in self.placed
-        if is_placed or self._names_of(t, axes=False) <= self._names_of(self.root, axes=False):
+        name = t.out.tensor.name
+        own, around = (self._names_of(x, axes=False) for x in (t, self.root))
+        if name in self.placed or own <= around:
             return self.root.out.tensor.name
-        for reader in (*self.temps, self.root):
-            for x in (x for value in values_of(reader) for x in ir.walk(value)):
-                if isinstance(x, ir.Access) and x.tensor.name == t.out.tensor.name:
-                    return reader.out.tensor.name
-        raise AssertionError(f"nobody reads {t.out}")
+        readers = (x for x in (*self.temps, self.root) if name in names_read(*values_of(x)))
+        return next(readers).out.tensor.name
 
     def _names_of(self, st: Statement, *, axes: bool = True) -> set[str]:
         return {x.name for x in (*ir.indices_of(st.out), *(st.axes if axes else ()))}
