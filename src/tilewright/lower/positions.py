@@ -104,10 +104,8 @@ class _Builder:
 
         def build(st: Statement, temps: list[Statement]) -> list[BuiltNest]:
             """The nest of a statement for each format."""
-            tables = (Tables(self.program, p) for p in parts)
-            builders = (NestBuilder(t, st, temps, structure, shared=shared, also=also)
-                        for t in tables)  # fmt: skip
-            return [builder.build() for builder in builders]
+            tables = (Tables(self.program, p, structure, shared=shared) for p in parts)
+            return [NestBuilder(t, st, temps, also).build() for t in tables]
 
         is_sparse, merged = root.out.tensor.is_sparse, root.out.tensor.name in self.program.merged
         joined, rest = fused(statement, temps, structure, merged)
@@ -211,8 +209,7 @@ class _Builder:
         else:
             plain = replace(st, value=visit(st.value))
             rest = _read_by(plain, [replace(t, value=visit(t.value)) for t in temps])
-        tables = Tables(self.program, parts)
-        body = ir.simplify(NestBuilder(tables, plain, rest, "", shared=False).build().body)
+        body = ir.simplify(NestBuilder(Tables(self.program, parts), plain, rest).build().body)
         follows = structure if part >= 0 else ""
         return ir.Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)
 

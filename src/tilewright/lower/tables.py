@@ -64,10 +64,16 @@ def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
 
 class Tables:
     """The arrays of one nest: the tensors of its program, the formats that the nest sees
-    (of a composed format one part), their buffers, and the names that are in use."""
+    (of a composed format one part), their buffers, and the names that are in use.
 
-    def __init__(self, program: ir.Program, parts: Mapping[str, Any] | None = None) -> None:
-        self.program = program
+    `followed`: the structure whose entries the outer loops follow; `shared`: other parts of its
+    format hold entries of the same rows."""
+
+    def __init__(
+        self, program: ir.Program, parts: Mapping[str, Any] | None = None, followed: str = "",
+        *, shared: bool = False,
+    ) -> None:  # fmt: skip
+        self.program, self.followed, self.shared = program, followed, shared
         self.tensors = {t.name: t for t in program.tensors}
         self.index = program.index
         self.sizes = dict(program.sizes)
@@ -75,6 +81,7 @@ class Tables:
         self.formats.update(parts or {})
         self.names = set(self.tensors)
         self.rows: dict[str, Any] = {}  # `placed.Row` of temporaries, by name
+        self.row_index: dict[str, str] = {}  # by structure, of the first access
 
     def unused_name(self, name: str) -> str:
         """`name` without primes, with a number where the nest uses it already."""
@@ -92,6 +99,15 @@ class Tables:
 
     def is_composed(self, structure: str) -> bool:
         return hasattr(self.tensors[structure].format, "parts")
+
+    def check_row(self, access: Driver) -> None:
+        """Raises ProgramError[P107] for a part that is read at two row indices. A nest over a part
+        may read its own rows: other parts may hold the others, and some of its own where they are
+        `shared`."""
+        own = self.row_index.setdefault(access.structure, access.indices[0])
+        is_part = access.structure == self.followed and self.is_composed(self.followed)
+        if is_part and (own != access.indices[0] or self.shared):
+            raise unsearchable(access, self.tensors[access.structure].format)
 
     def levels(self, structure: str, access: ir.Access | None = None) -> tuple[Level, ...]:
         """The levels of a structure, in this nest. Raises ProgramError[P107] that names `access`
