@@ -36,13 +36,11 @@ class Join:
     mask: Driver | None = None
 
 
-def join_of(value: ir.Expr) -> Join | None:
-    """The join that a reduction ranges over, or None."""
-    match value.a if isinstance(value, ir.Cast) else value:
-        case ir.Reduce(_, (ir.Index() as axis,), ir.Select(cond)):
-            mask = None
-        case _:
-            return None
+def join_of(st: Statement) -> Join | None:
+    """The join that a statement ranges over, or None."""
+    if len(st.axes) != 1 or not isinstance(st.value, ir.Select):
+        return None
+    (axis,), cond, mask = st.axes, st.value.cond, None
     match cond:
         case ir.Binary("&", ir.Stored(m), rest) | ir.Binary("&", rest, ir.Stored(m)):
             cond, mask = rest, Driver.of(m)

@@ -14,12 +14,12 @@ from tilewright.errors import ProgramError
 from tilewright.ir import core as ir
 from tilewright.ir.levels import Compressed, Level, may_miss
 from tilewright.lower.drivers import Iteration, driver_of, drivers_read, iteration, outer_driver
-from tilewright.lower.epilogues import Fused, fused, values_of
+from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
 from tilewright.lower.placed import Row, check, online, refuse
 from tilewright.lower.reads import Reader, appended
 from tilewright.lower.scope import BlockPart, Scope, has_list, merge_of
-from tilewright.lower.tables import Driver, Statement, Tables, unmergeable, unsearchable
+from tilewright.lower.tables import Driver, Statement, Tables, names_read, unmergeable, unsearchable
 
 Wrap = Callable[[ir.Stmt], ir.Stmt]
 
@@ -95,9 +95,8 @@ class NestBuilder:
         if is_placed or self._names_of(t, axes=False) <= self._names_of(self.root, axes=False):
             return self.root.out.tensor.name
         for reader in (*self.temps, self.root):
-            for x in (x for value in values_of(reader) for x in ir.walk(value)):
-                if isinstance(x, ir.Access) and x.tensor.name == t.out.tensor.name:
-                    return reader.out.tensor.name
+            if t.out.tensor.name in names_read(*reader.values):
+                return reader.out.tensor.name
         raise AssertionError(f"nobody reads {t.out}")
 
     def _names_of(self, st: Statement, *, axes: bool = True) -> set[str]:

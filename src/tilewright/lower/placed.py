@@ -10,7 +10,6 @@ from typing import Any
 from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import core as ir
 from tilewright.ir.affine import affine
-from tilewright.lower.epilogues import values_of
 from tilewright.lower.scope import Scope
 from tilewright.lower.tables import Driver, Statement, Tables, names_read
 
@@ -43,7 +42,7 @@ def check(t: Statement, placed: dict[str, str], emitted: set[str], around: set[s
     """Checks that `t` can be computed at its loop in `placed`. Raises ScheduleError[S102] if it
     reads a temporary not yet in `emitted`, or if another loop, in `around`, would repeat it."""
     name, loop = t.out.tensor.name, placed.get(t.out.tensor.name, "")
-    for late in sorted((names_read(*values_of(t)) & placed.keys()) - emitted - {name}):
+    for late in sorted((names_read(*t.values) & placed.keys()) - emitted - {name}):
         raise refuse(late, f"{name} reads it first", f"compute_at {name} further in")
     for again in sorted(around - {loop, *(x.name for x in ir.indices_of(t.out))}) if loop else ():
         hint = f"order_axes the statement that reads it, {loop} before {again}"

@@ -47,6 +47,11 @@ class Statement:
             return cls(a.out, inner.op, inner.axes, inner.body)  # type: ignore[arg-type]
         return cls(a.out, a.op, (), a.value)  # an update in place reduces over no axes
 
+    @property
+    def values(self) -> tuple[ir.Expr, ...]:
+        """Every expression that it computes."""
+        return (self.value,)
+
 
 def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
     """The structures that could drive a reduction: those read at plain indices, one of them
