@@ -59,13 +59,13 @@ class NestBuilder:
     ) -> None:  # fmt: skip
         self.tables, self.root, self.also = tables, root, also
         self.emitted: set[str] = set()  # temporaries that are computed already
-        self.placed = {name: loop for name, loop, *_ in tables.program.placed}
-        for t in [t for t in temps if t.out.tensor.name in self.placed]:
-            before, after = temps[: temps.index(t)], temps[temps.index(t) + 1 :]
-            t, before = fused(t, before, "")
-            temps = [*before, t, *after]
-        self.temps = temps
-        self.computed_in = {t.out.tensor.name: self._statement_around(t) for t in temps}
+        self.placed = {p.temporary: p.loop for p in tables.program.placed}
+        self.temps: list[Statement] = []
+        for t in temps:  # a placed one may be the epilogue of those in front of it
+            if t.out.tensor.name in self.placed:
+                t, self.temps = fused(t, self.temps, "")
+            self.temps.append(t)
+        self.computed_in = {t.out.tensor.name: self._statement_around(t) for t in self.temps}
 
     def build(self) -> BuiltNest:
         st = self.root

@@ -21,20 +21,18 @@ def refuse(name: str, why: str, hint: str) -> ScheduleError:
 def with_roles(program: ir.Program) -> ir.Program:
     """The program with temporaries in memory of a unit marked as inline. Raises ScheduleError[S102]
     for one that several statements with loops of their own read."""
-    placed = {name: scope for name, _, scope, _ in program.placed}
+    placed = {p.temporary for p in program.placed}
     for name, loop, *_ in program.placed:
         readers = {  # a reduction of out is out.0
             a.out.tensor.name.partition(".")[0] for a in program.body
             if name in names_read(a.value)
         }  # fmt: skip
-        roots = sorted(readers - placed.keys())
+        roots = sorted(readers - placed)
         if len(roots) > 1 or not readers:
             hint = f"compute_at(…, {loop!r}) all readers but one"
             raise refuse(name, f"{' and '.join(roots) or 'nothing'} read it", hint)
-    tensors = (
-        replace(t, role="inline") if placed.get(t.name, "global") != "global" else t
-        for t in program.tensors
-    )
+    rows = {p.temporary for p in program.placed if p.scope == "row"}
+    tensors = (replace(t, role="inline") if t.name in rows else t for t in program.tensors)
     return replace(program, tensors=tuple(tensors))
 
 
@@ -86,7 +84,7 @@ class Row:
         """Its declaration, in the scope around its loops; with the array of the temporary where its
         length is not constant, and a GPU keeps a part of it."""
         tables, tensor = scope.tables, self.tensor
-        most = {name: most for name, *_, most in tables.program.placed}.get(tensor.name, 0)
+        most = next((p.most for p in tables.program.placed if p.temporary == tensor.name), 0)
         if not most or all(isinstance(e, ir.Const) for e in self.extents):
             return ir.Alloc(self.buffer, self.extents, self.extents)
         below = self.extents[1 : len(self.levels)]

@@ -74,7 +74,7 @@ class _Builder:
     def __init__(self, program: ir.Program) -> None:
         self.program = program
         self.tensors = {t.name: t for t in program.tensors}
-        self.placed = {name for name, *_ in program.placed}
+        self.placed = {p.temporary for p in program.placed}
 
     def stages(self, root: Statement, temps: list[Statement], also: Statements = ()) -> Stages:
         """The nests of a statement, of the inline ones `temps` that it reads, and of the lists that
@@ -85,7 +85,7 @@ class _Builder:
         structure = around.structure
         fmt: Any = self.tensors[structure].format if structure else None
         parts = [{structure: f} for f in fmt.formats] if structure else [{}]
-        composed = fmt if hasattr(fmt, "parts") else None
+        composed = fmt if fmt and fmt.is_composed else None
         for st in (root, *also, *temps):
             drivers.check_reduction(st, self.tensors)
         placed = [t for t in temps if t.out.tensor.name in self.placed]
@@ -139,7 +139,7 @@ class _Builder:
         fmt = self.tensors[driver.structure].format
         row = driver.indices[0]
         is_whole = driver.structure == around.structure and row == around.indices[0] and not shared
-        return (hasattr(fmt, "parts") and (row in reduced or not is_whole)) or any(
+        return (fmt.is_composed and (row in reduced or not is_whole)) or any(
             not level.unique and driver.indices[level.dim] not in reduced
             for f in fmt.formats for level in f.levels
         )  # fmt: skip
@@ -183,7 +183,7 @@ class _Builder:
         entries are then the identity. A composed format reads as its fill, since its parts are read
         at their own rows only."""
         structure = driver.structure if driver else ""
-        composed = bool(structure) and hasattr(self.tensors[structure].format, "parts")
+        composed = bool(structure) and self.tensors[structure].format.is_composed
         own = [
             t
             for t in temps

@@ -103,7 +103,7 @@ class Tables:
         return ir.Var(self.unused_name(name), self.index)
 
     def is_composed(self, structure: str) -> bool:
-        return hasattr(self.tensors[structure].format, "parts")
+        return self.tensors[structure].format.is_composed
 
     def check_row(self, access: Driver) -> None:
         """Raises ProgramError[P107] for a part that is read at two row indices. A nest over a part
@@ -118,7 +118,7 @@ class Tables:
         """The levels of a structure, in this nest. Raises ProgramError[P107] that names `access`
         for a composed format of which the nest follows no part."""
         fmt = self.formats[structure]
-        if not hasattr(fmt, "levels"):
+        if fmt.is_composed:
             raise unsearchable(structure if access is None else access, fmt)
         return fmt.levels
 
