@@ -158,7 +158,7 @@ class _Online:
         if isinstance(s, ir.Compute):
             return self.compute(s, axes)
         within = axes | frozenset(s.axes) if isinstance(s, ir.For) else axes
-        return ir.rebuild(s, lambda x: self.visit(x, within) if isinstance(x, ir.Stmt) else x)
+        return ir.rebuild_body(s, lambda x: self.visit(x, within))
 
     def compute(self, c: ir.Compute, axes: frozenset[str]) -> ir.Compute:
         name = c.out.buffer.name

@@ -36,7 +36,8 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
     stages: Stages = []
     for root, inline, also in _roots(program, builder.placed):
         stages += builder.stages(root, inline, also)
-    read = (x.buffer for stage in stages for nest in stage for x in ir.loads(nest.body))
+    nodes = (x for s in stages for nest in s for x in ir.walk(nest.body, ir.Load, ir.Search))
+    read = (x.keys if isinstance(x, ir.Search) else x.buffer for x in nodes)
     buffers = {b.name: b for b in read if b.scope in ("global", "part")}
     return replace(
         builder.program, level="positions", stages=tuple(stages), buffers=tuple(buffers.values())

@@ -81,8 +81,7 @@ class _Unroller:
 
 
 def _without_repeated_prefetches(s: ir.Stmt) -> ir.Stmt:
-    lines = s.body if isinstance(s, ir.Seq) else (s,)
-    once = {b if isinstance(b, ir.Prefetch) else n: b for n, b in enumerate(lines)}
+    once = {b if isinstance(b, ir.Prefetch) else n: b for n, b in enumerate(ir.lines(s))}
     return ir.seq(*once.values())
 
 
@@ -94,7 +93,7 @@ def _renamed_lets(s: ir.Stmt, suffix: str) -> ir.Stmt:
     out: list[ir.Stmt] = []
     names: dict[str, ir.Expr] = {}
     buffers: dict[str, ir.Buffer] = {}
-    for b in s.body if isinstance(s, ir.Seq) else (s,):
+    for b in ir.lines(s):
         b = _rename_buffers(ir.substitute(b, names), buffers)
         if isinstance(b, ir.Let):
             fresh = ir.Var(b.var.name + suffix, b.var.dtype)
