@@ -153,7 +153,7 @@ def arguments(
     of the variant, which stay alive as long as the caller keeps them."""
     o = np.full((*case.q.shape[:2], case.dims[1]), np.nan, dtype)
     lse = np.full(case.q.shape[:2], np.nan, np.float32)
-    sizes = {"qo_head": attn.qo_heads, "kv_head": attn.kv_heads, "request": kv.requests,
+    sizes = {"qo_head": attn.qo_heads, "kv_head": attn.kv_heads, "request": kv.table.requests,
              "q_token": tokens}  # fmt: skip
     arrays = values_of(attn.variant, oracle.arrays_of(case), sizes, "cpu")
     numbers = param_values(view(case.q), kv.pool, kv.table, (view(o), view(lse)), attn.scale)

@@ -145,6 +145,14 @@ def test_plans_of_shared_keys_are_checked(rng):
         attn.run(case.q, flat, plan)
     with pytest.raises(ArgumentError, match="the plan is for"):
         attn.run(case.q, kv, attn.plan(case.qo_indptr, flat))
+    levels, kv_len = kv.table.arrays["shared_0"], kv.table.arrays["kv_len"]
+    for array, at, number in ((levels, 1, 2), (kv_len, 0, kv_len[0] - 1)):
+        before, array[at] = array[at], number
+        with pytest.raises(ArgumentError, match=r"A103.*other shared keys"):
+            attn.run(case.q, kv, plan)
+        array[at] = before
+    kv_len[-4] -= 1  # keys of a request's own
+    attn.run(case.q, kv, plan, **oracle.arrays_of(case))
 
 
 def test_reports():
