@@ -131,7 +131,8 @@ def test_the_ratio_is_that_of_the_best_right_peer():
     by_name = {r["impl"]: r for r in rows}
     assert rows[-1]["impl"] == "tilewright"
     assert by_name["hasty"]["wrong"] == "WRONG" and by_name["hasty"]["ms"] is None
-    expected = by_name["fast"]["ms"] / by_name["tilewright"]["ms"]
+    best = min(by_name[name]["ms"] for name in ("slow", "fast"))  # as measured on a busy machine
+    expected = best / by_name["tilewright"]["ms"]
     assert by_name["tilewright"]["ratio"] == pytest.approx(expected)
     assert [r["impl"] for r in rows if r["ratio"] is not None] == ["tilewright"]
 
