@@ -32,7 +32,7 @@ def _flag(text: str) -> bool:
 class Knob:
     env: str
     default: Any
-    parse: Callable[[str], Any]
+    parse: Callable[[Any], Any]
     form: str
     doc: str
 
