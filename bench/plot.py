@@ -130,6 +130,7 @@ def _draw_values(pyplot: Any, rows: Sequence[dict[str, Any]], path: Path) -> Non
     for axis, metric in zip(axes[:, 0], metrics, strict=True):
         mine = [r for r in rows if r["metric"] == metric]
         bars = axis.barh(range(len(mine)), [r["value"] for r in mine], color=_COLOURS[0])
+        axis.margins(x=0.12)  # room for the numbers
         axis.bar_label(bars, fmt="%.4g", padding=3, fontsize=8)
         names = [f"{r['input']}, {r['width']}: {r['impl']}" for r in mine]
         axis.set_yticks(range(len(mine)), names, fontsize=8)
