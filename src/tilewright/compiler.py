@@ -87,10 +87,9 @@ def rendered(program: Program, target: Target) -> Built:
     params = collect_params(program)
     manifest = _manifest(program, params, target)
     if target.kind == "interp":
-        return Built(manifest, str(program), ())
+        return Built(manifest, str(program))
     if target.kind == "cpp":
-        text = cpp.render(program, declarations(manifest), params)
-        return Built(manifest, text, tuple(s.entry for s in manifest.stages))
+        return Built(manifest, cpp.render(program, declarations(manifest), params))
     bodies = cuda.render(program, declarations(manifest), params)
     for stage, body in zip(manifest.stages, bodies, strict=True):
         if body.smem_bytes > target.shared_bytes:
@@ -100,8 +99,8 @@ def rendered(program: Program, target: Target) -> Built:
     stages = tuple(
         replace(s, smem_bytes=b.smem_bytes) for s, b in zip(manifest.stages, bodies, strict=True)
     )
-    entries = tuple(s.entry for s in stages)
-    return Built(replace(manifest, stages=stages), shell.alone(bodies, entries), entries, bodies)
+    source = shell.alone(bodies, [s.entry for s in stages])
+    return Built(replace(manifest, stages=stages), source, bodies)
 
 
 def _manifest(program: Program, params: Params, target: Target) -> Manifest:
