@@ -21,6 +21,7 @@ import tilewright as tw
 from bench import (
     attention,
     blocks,
+    cascade,
     gemm,
     graphs,
     harness,
@@ -409,6 +410,12 @@ def test_the_oracle_of_flash_attention():
     assert "wrong" in wrong(right.roll(1, 0))
     right[3, 2, 1] = torch.nan
     assert wrong(right).startswith("1 of")
+
+
+def test_the_regret_of_a_server_is_that_of_its_groups():
+    """Random batches that it shares, and that it reads by the flat table."""
+    assert cascade.pays(64, 512) and cascade.pays(11, 141)
+    assert not cascade.pays(2, 16) and not cascade.pays(57, 10)
 
 
 def test_attention_on_a_gpu_is_all_of_its_suites(monkeypatch):

@@ -277,20 +277,15 @@ def test_the_oldest_messages_are_left_out(tiny_path: Path):
     prompts = Prompts(model, 64, tokenizer)
     assert prompts.template is not None
     render = prompts.template.render
-    system = {"role": "system", "content": "be brief"}
     talk = [{"role": ("user", "assistant")[i % 2], "content": f"message {i}"} for i in range(9)]
-    for first in ([], [system]):
-        sizes = {}
-        for left_out in range(0, 9, 2):
-            sizes[left_out] = len(tokenizer.encode(render([*first, *talk[left_out:]])))
-        for limit in range(sizes[8], sizes[0] + 2):
-            prompts.context = limit + min(64, limit)
-            wanted = next(n for n in range(0, 9, 2) if sizes[n] <= limit)
-            assert prompts.too_many([*first, *talk]) == wanted
-        prompts.context = 2 * (sizes[8] - 1)
-        with pytest.raises(ModelError) as error:
-            prompts.too_many([*first, *talk])
-        assert error.value.code == "M105"
+    sizes = {n: len(tokenizer.encode(render(talk[n:]))) for n in range(0, 9, 2)}
+    for limit in range(sizes[8], sizes[0] + 2):
+        prompts.context = limit + min(64, limit)
+        assert prompts.too_many(talk) == next(n for n in range(0, 9, 2) if sizes[n] <= limit)
+    prompts.context = 2 * (sizes[8] - 1)
+    with pytest.raises(ModelError) as error:
+        prompts.too_many(talk)
+    assert error.value.code == "M105"
 
 
 def test_the_constructor_starts_the_process(monkeypatch: pytest.MonkeyPatch):

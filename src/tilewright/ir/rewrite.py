@@ -40,6 +40,11 @@ def rebuild(n: N, f: Callable[[Any], Any]) -> N:
     return type(n)(*[changed[x] if x in changed else getattr(n, x) for x in names])
 
 
+def rebuild_body(s: N, f: Callable[[Any], Any]) -> N:
+    """A statement with `f` applied to those directly inside of it."""
+    return rebuild(s, lambda x: f(x) if isinstance(x, ir.Stmt) else x)
+
+
 def transform(n: N, f: Callable[[Any], Any]) -> N:
     """Bottom-up: children first, then `f` on the rebuilt node; `f` returns what it keeps."""
 
@@ -79,6 +84,16 @@ def driving(body: Any, axes: frozenset[str]) -> dict[tuple[str, tuple[str, ...]]
 def contains(n: Any, *kinds: type) -> bool:
     """Whether a node below `n`, or `n` itself, is of one of these kinds."""
     return next(walk(n, *kinds), None) is not None
+
+
+def reads_memory(n: Any) -> bool:
+    """Whether an expression loads or searches."""
+    return contains(n, ir.Load, ir.Search)
+
+
+def lines(s: ir.Stmt) -> tuple[ir.Stmt, ...]:
+    """The statements of a sequence; any other one alone."""
+    return s.body if isinstance(s, ir.Seq) else (s,)
 
 
 def statements(s: Any, *kinds: type) -> Iterator[Any]:
@@ -152,7 +167,7 @@ def _always_computed(e: Any) -> Iterator[ir.Expr]:
 def used_lets(s: Any) -> Any:
     """`s` without the lets whose names nothing reads."""
     if not isinstance(s, ir.Seq):
-        return rebuild(s, used_lets) if isinstance(s, (ir.For, ir.If)) else s
+        return rebuild_body(s, used_lets)
     kept: list[ir.Stmt] = []
     for b in map(used_lets, reversed(s.body)):
         if not isinstance(b, ir.Let) or any(b.var.name in free_vars(x) for x in kept):
@@ -441,11 +456,6 @@ def ceil_div(a: Any, b: int) -> ir.Expr:
 
 def broadcast(e: ir.Expr, lanes: int) -> ir.Expr:
     return e if lanes in (1, e.dtype.lanes) else ir.Broadcast(e, e.dtype.vector(lanes))
-
-
-def loads(n: Any) -> Iterator[ir.Load]:
-    for x in walk(n, ir.Load, ir.Search):
-        yield x if isinstance(x, ir.Load) else ir.Load(x.keys, (x.lo,), x.keys.dtype)
 
 
 def indices_of(*nodes: Any) -> list[ir.Index]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from tilewright.ir import core as ir
 from tilewright.lower.joins import join_of
+from tilewright.lower.tables import Statement
 
 
 def hoist_reductions(program: ir.Program) -> ir.Program:
@@ -20,7 +21,7 @@ def hoist_reductions(program: ir.Program) -> ir.Program:
     body: list[ir.Assign] = []
     tensors = {t.name: t for t in program.tensors}
     for statement in program.body:
-        if join_of(statement.value):  # its sums are those of a row workspace
+        if join_of(Statement.of(statement)):  # its sums are those of a row workspace
             body.append(statement)
             continue
         hoister = _Hoister(statement)

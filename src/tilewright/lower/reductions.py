@@ -78,7 +78,7 @@ class _Materializer:
 
     def visit(self, s: ir.Stmt) -> ir.Stmt:
         out: list[ir.Stmt] = []
-        pending = list(s.body) if isinstance(s, ir.Seq) else [s]
+        pending = list(ir.lines(s))
         while pending:
             group = [pending.pop(0)]
             targets = {c.key for c in _reductions(group[0])}

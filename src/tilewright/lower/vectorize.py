@@ -77,13 +77,9 @@ class _Unroller:
             self.copies += 1
             body = ir.substitute(s.body, {s.name: ir.Const(i, s.var.dtype)})
             copies.append(_renamed_lets(body, f".{self.copies}") if s.extent > 1 else body)
-        return _without_repeated_prefetches(ir.seq(*copies))
-
-
-def _without_repeated_prefetches(s: ir.Stmt) -> ir.Stmt:
-    lines = s.body if isinstance(s, ir.Seq) else (s,)
-    once = {b if isinstance(b, ir.Prefetch) else n: b for n, b in enumerate(lines)}
-    return ir.seq(*once.values())
+        lines = enumerate(ir.lines(ir.seq(*copies)))
+        once = {b if isinstance(b, ir.Prefetch) else n: b for n, b in lines}
+        return ir.seq(*once.values())  # each prefetch once
 
 
 def _renamed_lets(s: ir.Stmt, suffix: str) -> ir.Stmt:
@@ -94,7 +90,7 @@ def _renamed_lets(s: ir.Stmt, suffix: str) -> ir.Stmt:
     out: list[ir.Stmt] = []
     names: dict[str, ir.Expr] = {}
     buffers: dict[str, ir.Buffer] = {}
-    for b in s.body if isinstance(s, ir.Seq) else (s,):
+    for b in ir.lines(s):
         b = _rename_buffers(ir.substitute(b, names), buffers)
         if isinstance(b, ir.Let):
             fresh = ir.Var(b.var.name + suffix, b.var.dtype)

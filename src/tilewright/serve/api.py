@@ -118,7 +118,7 @@ class Server:
         if (body.messages is None) == (body.prompt is None):
             raise HTTPException(400, "prompt or messages, one of them")
         if body.messages is not None:
-            tokens = await asyncio.to_thread(self.prompts.prompt, body.messages)
+            tokens = await asyncio.to_thread(self.prompts.prompt, body.messages, body.tools)
         else:
             (tokens,) = await asyncio.to_thread(self._encoded, [body.prompt])
         return {"tokens": tokens, "count": len(tokens), "max_model_len": self.prompts.context}
@@ -234,7 +234,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 sent["status"] = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
-            await send(message)
+            # A client that reads nothing must not keep its answers, and the end of the server.
+            await asyncio.wait_for(send(message), self.limits.answer_s)
 
         try:
             if keys and not (is_known or is_open):
@@ -243,6 +244,10 @@ class Gate:
                 await self.app(scope, self._limited(receive), named)
         except HTTPException as error:  # of this gate: the application answers its own
             await JSONResponse(*failure(error))(scope, receive, named)
+        except TimeoutError:
+            if not sent:
+                raise
+            sent["status"] = 499  # of `named`: the connection is closed
         finally:
             ms = round(1e3 * (time.monotonic() - began), 1)
             line = {"id": number, "method": scope["method"], "path": scope["path"][:200], "ms": ms}

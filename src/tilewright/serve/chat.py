@@ -127,23 +127,17 @@ class Prompts:
         return template.tokens(messages, tools)
 
     def too_many(self, messages: Messages) -> int:
-        """How many messages to leave out, so that `ANSWER_ROOM` tokens (at most half of the
-        context) remain for an answer.
-
-        A leading system message and the last message always stay. The oldest others are left out
-        first, up to a user message, so that the rest begins with a question. Raises
-        ModelError[M105] when even the shortest form does not fit.
-        """
-        assert self.template is not None
-        checked, room = check_messages(messages), self.context - min(ANSWER_ROOM, self.context // 2)
-        first, size = (1 if checked[0]["role"] == "system" else 0), 0
-        later = [i for i in range(first + 1, len(checked)) if checked[i]["role"] == "user"]
-        for start in (first, *later):
-            size = len(self.template.tokens([*checked[:first], *checked[start:]]))
-            if size <= room:
-                return start - first
-        hint = "shorten the last message or the system message"
-        raise ModelError("M105", f"the prompt takes {size} tokens, {room} fit", hint=hint)
+        """How many of the oldest messages to leave out, so that the rest begins with a question and
+        `ANSWER_ROOM` tokens (at most half of the context) remain for an answer. Raises
+        ModelError[M105] where the last question is too long."""
+        room, size = self.context - min(ANSWER_ROOM, self.context // 2), 0
+        for start, message in enumerate(messages):
+            if message["role"] == "user":
+                size = len(self.prompt(messages[start:]))
+                if size <= room:
+                    return start
+        rule = f"the prompt takes {size} tokens, {room} fit"
+        raise ModelError("M105", rule, hint="shorten the last message")
 
 
 class ChatTemplate:

@@ -220,7 +220,7 @@ class Engine:
         if request.grammar is not None:
             request.grammar.consume_token(token)
         if request.grammar is not None and (wrong := request.grammar.get_error()):
-            rule = f"no answer can follow the JSON schema: {wrong.splitlines()[0][:200]}"
+            rule = f"no answer can follow the schema or grammar: {wrong.splitlines()[0][:200]}"
             request.error = ModelError("M106", rule, where="response_format")
             return self.scheduler.finish(request, "error")
         if token in self.tokenizer.ends and not request.sampling.ignore_eos:

@@ -43,9 +43,6 @@ class Limits:
     invariant: bool = True
     page_size: int = PAGE_SIZE
 
-    def __post_init__(self) -> None:
-        assert 0 < self.running < self.step_tokens, "a step has no tokens left for prompts"
-
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

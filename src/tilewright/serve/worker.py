@@ -62,9 +62,9 @@ def main(connection: Connection, path: str, target: str, options: Options) -> No
         if engine.model.target.is_cuda:  # 0.2 s a step, not while answers wait
             engine.runner.warm()
     except Exception as error:
-        known, rule = isinstance(error, TilewrightError), f"the engine cannot start: {error!r:.200}"
-        LOG.error("the engine cannot start", exc_info=None if known else error)
-        return connection.send(error if known else ModelError("M109", rule))
+        told = _told(error)
+        is_known, rule = told is error, f"the engine cannot start: {error!r:.200}"
+        return connection.send(error if is_known else ModelError("M109", rule))
     return run(engine, connection)
 
 

@@ -146,7 +146,10 @@ def serve(args: argparse.Namespace) -> int:
     app = build_app(prompts, worker, name, limits)
     print(f"{name} at http://{args.host}:{args.port}/v1", flush=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+    uvicorn.run(
+        app, host=args.host, port=args.port, log_level="warning", access_log=False,
+        timeout_graceful_shutdown=int(limits.answer_s),  # for those that read no answer
+    )  # fmt: skip
     return 0
 
 
