@@ -6,7 +6,8 @@ memory access and matrix tiles, and write the entry.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,12 +53,18 @@ class Renderer:
     def line(self, text: str) -> None:
         self.lines.append("  " * self.depth + text)
 
-    def block(self, head: str, body: ir.Stmt) -> None:
-        self.line(f"{head} {{")
+    @contextmanager
+    def braces(self, head: str) -> Iterator[None]:
+        """What is printed inside stands in braces behind `head`."""
+        self.line(f"{head} {{".lstrip())
         self.depth += 1
-        self.stmt(body)
+        yield
         self.depth -= 1
         self.line("}")
+
+    def block(self, head: str, body: ir.Stmt) -> None:
+        with self.braces(head):
+            self.stmt(body)
 
     def text(self, e: Any) -> Any:
         """Returns the text of an expression; adds the lines of a statement. Raises
