@@ -87,10 +87,9 @@ def rendered(program: Program, target: Target) -> Built:
     params = collect_params(program)
     manifest = _manifest(program, params, target)
     if target.kind == "interp":
-        return Built(manifest, str(program), ())
+        return Built(manifest, str(program))
     if target.kind == "cpp":
-        text = cpp.render(program, declarations(manifest), params)
-        return Built(manifest, text, tuple(s.entry for s in manifest.stages))
+        return Built(manifest, cpp.render(program, declarations(manifest), params))
     bodies = cuda.render(program, declarations(manifest), params)
     pairs = zip(manifest.stages, bodies, strict=True)
     stages = tuple(replace(stage, smem_bytes=body.smem_bytes) for stage, body in pairs)
@@ -99,8 +98,8 @@ def rendered(program: Program, target: Target) -> Built:
             text = f"{stage.entry} of {program.name} has {stage.smem_bytes} bytes of shared memory"
             hint = f"a CTA of {target} has at most {target.shared_bytes}: smaller tiles"
             raise ScheduleError("S103", text, hint=hint)
-    entries = tuple(s.entry for s in stages)
-    return Built(replace(manifest, stages=stages), shell.alone(bodies, entries), entries, bodies)
+    source = shell.alone(bodies, [s.entry for s in stages])
+    return Built(replace(manifest, stages=stages), source, bodies)
 
 
 def _manifest(program: Program, params: Params, target: Target) -> Manifest:

@@ -32,7 +32,6 @@ from tilewright.serve.request import Sampling, check_tokens
 from tilewright.serve.worker import LOG, Piece, Worker
 
 LOOK_S = 1.0  # between looks whether a client has left
-MAX_PROMPTS = 64
 
 Item = tuple[int, Piece]  # of the answer with this number
 
@@ -129,9 +128,6 @@ class Server:
 
     def _encoded(self, asked: Any) -> list[list[int]]:
         """Texts as tokens, none of them control tokens; ids as they are."""
-        if not 0 < len(asked) <= MAX_PROMPTS:
-            rule = f"{len(asked)} prompts, 1 to {MAX_PROMPTS} are answered"
-            raise ModelError("M106", rule, where="prompt")
         encode = self.prompts.tokenizer.encode
         return [encode(p, special=False) if isinstance(p, str) else list(p) for p in asked]
 
@@ -144,8 +140,8 @@ class Server:
             check_tokens(tokens, how, self.prompts.vocab, self.prompts.context)
         jobs = [tokens for tokens in prompts for _ in range(body.n)]
         most = min(self.limits.waiting, self.limits.of_client)
-        if len(jobs) > most:
-            rule = f"{len(jobs)} answers, at most {most} are given at once"
+        if not 0 < len(jobs) <= most:
+            rule = f"{len(jobs)} answers, 1 to {most} are given at once"
             raise ModelError("M106", rule, where="n")
         if self.worker.pending + len(jobs) > self.limits.waiting:
             raise HTTPException(429, f"{self.limits.waiting} requests wait or run: try again later")

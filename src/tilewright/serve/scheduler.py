@@ -7,12 +7,7 @@ available; the answer takes pages as it grows. Where none is left, the running r
 rank, among equals the latest, gives its pages back and is read again later (preemption by
 recompute). Waiting raises the rank by one every `PATIENCE` steps, so that nobody waits for ever.
 
-No clock, no arrays, no threads: the caller tells the time.
-
-    while scheduler.has_work:
-        batch = scheduler.schedule(now)
-        ...                                   # run batch.chunks
-        for request in scheduler.commit(batch, now): ...   # each wants its next token
+No clock, no arrays, no threads: the caller tells the time, and runs what `schedule` returns.
 """
 
 from bisect import insort

@@ -1,9 +1,5 @@
 """Converts text to tokens and back, with the BPE of the library `tokenizers`.
 
-    tokenizer = load_tokenizer(open_model(path))
-    ids = tokenizer.encode("What is the capital of France?")
-    text = tokenizer.decode(ids)
-
 The library encodes plain text only: it does not know the control tokens: this module finds those.
 Bytes that a byte-level vocabulary does not have are dropped. Source: the GGUF keys
 `tokenizer.ggml.*`.
