@@ -160,10 +160,9 @@ class Renderer:
         return f"tw::{op}<{C_TYPES[dtype.name]}>({a}, {b})"
 
     def atomic(self, s: ir.Store, pointer: str, value: str) -> None:
-        if s.value.dtype.lanes == 1:
-            self.line(f"tw::atomic_{s.op}(&{pointer}[{self.expr(s.index[0])}], {value});")
-            return
         index = self.expr(s.index[0])
+        if s.value.dtype.lanes == 1:
+            return self.line(f"tw::atomic_{s.op}(&{pointer}[{index}], {value});")
         self.line(f"{{ const auto value__ = {value}; const auto at__ = {index};")
         self.line(f"  for (int l__ = 0; l__ < {s.value.dtype.lanes}; ++l__)")
         self.line(f"    tw::atomic_{s.op}(&{pointer}[at__[l__]], value__[l__]); }}")
