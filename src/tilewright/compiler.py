@@ -76,14 +76,13 @@ def rendered(program: Program, target: Target) -> Built:
     if target.kind == "cpp":
         return Built(manifest, cpp.render(program, declarations(manifest), params))
     bodies = cuda.render(program, declarations(manifest), params)
-    for stage, body in zip(manifest.stages, bodies, strict=True):
-        if body.smem_bytes > target.shared_bytes:
-            text = f"{stage.entry} of {program.name} has {body.smem_bytes} bytes of shared memory"
+    pairs = zip(manifest.stages, bodies, strict=True)
+    stages = tuple(replace(stage, smem_bytes=body.smem_bytes) for stage, body in pairs)
+    for stage in stages:
+        if stage.smem_bytes > target.shared_bytes:
+            text = f"{stage.entry} of {program.name} has {stage.smem_bytes} bytes of shared memory"
             hint = f"a CTA of {target} has at most {target.shared_bytes}: smaller tiles"
             raise ScheduleError("S103", text, hint=hint)
-    stages = tuple(
-        replace(s, smem_bytes=b.smem_bytes) for s, b in zip(manifest.stages, bodies, strict=True)
-    )
     source = shell.alone(bodies, [s.entry for s in stages])
     return Built(replace(manifest, stages=stages), source, bodies)
 

@@ -51,6 +51,8 @@ def variant(cls: type) -> Any:
     order of definition: `SlidingWindow(window=512)`, `SlidingWindow(512)`. Raises ProgramError (P
     codes).
     """
+    if not isinstance(cls, type) or not cls.__dictoffset__:
+        raise ProgramError("P101", f"{cls!r} is no class, or has __slots__", hint="class Mine: …")
     traced = trace(cls)
     scalars = {v.name: v for v in traced.values if not v.by}
 
@@ -69,7 +71,7 @@ def variant(cls: type) -> Any:
         fixed = {n: v.default for n, v in scalars.items() if v.default is not None} | values
         object.__setattr__(self, "fixed", tuple(sorted(fixed.items())))
 
-    def __setattr__(self: Any, name: str, value: Any) -> None:
+    def __setattr__(self: Any, name: str, value: Any = None) -> None:
         raise AttributeError(f"{cls.__name__} is frozen")
 
     def __repr__(self: Any) -> str:
@@ -83,7 +85,9 @@ def variant(cls: type) -> Any:
 
     functions: list[Any] = [__init__, __setattr__, __repr__, __eq__, __hash__]
     members = {function.__name__: function for function in functions}
-    members |= {"__and__": Combined.__and__, "__or__": Combined.__or__, "traced": traced}
+    for name in ("__and__", "__or__", "__rand__", "__ror__"):
+        members[name] = getattr(Combined, name)
+    members |= {"__delattr__": __setattr__, "traced": traced}
     for name, member in members.items():
         setattr(cls, name, member)
     return cls
@@ -126,6 +130,12 @@ class Combined:
 
     def __or__(self, other: Any) -> "Combined":
         return _combined(self, other, "|")
+
+    def __rand__(self, other: Any) -> "Combined":  # of something else: it is refused
+        return _combined(other, self, "&")
+
+    def __ror__(self, other: Any) -> "Combined":
+        return _combined(other, self, "|")
 
     def __repr__(self) -> str:
         return self.text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -194,6 +194,14 @@ class CopyAsync(Store):
         load = self.value.a if isinstance(self.value, Select) else self.value
         at = load.index[0]  # type: ignore[attr-defined]
         return load, at.base if isinstance(at, Ramp) else at  # type: ignore[return-value]
+
+    def read_at(self, offset: Expr) -> CopyAsync:
+        """The copy with another offset of its first element, under the same condition."""
+        load, value = self.source[0], self.value
+        first = load.index[0]
+        offset = replace(first, base=offset) if isinstance(first, Ramp) else offset
+        load = replace(load, index=(offset,))
+        return replace(self, value=replace(value, a=load) if isinstance(value, Select) else load)
 
 
 @node

@@ -81,20 +81,19 @@ def predicate_loads(program: ir.Program) -> ir.Program:
     and 0 · ∞ is not 0.
     """
     filled = {values_name(t.name) for t in program.tensors if t.is_sparse and t.fill != 0}
-    return ir.map_bodies(program, lambda body: ir.transform(body, lambda s: _visit(s, filled)))
 
+    def visit(s: Any) -> Any:
+        if not isinstance(s, ir.If):
+            return s
+        cond, names = s.cond, ir.free_vars(s.cond)
+        padding = isinstance(cond, ir.Binary) and cond.op == ">=" and ir.is_const(cond.b, 0)
 
-def _visit(s: Any, filled: set[str]) -> Any:
-    if not isinstance(s, ir.If):
-        return s
-    cond, names = s.cond, ir.free_vars(s.cond)
-    padding = isinstance(cond, ir.Binary) and cond.op == ">=" and ir.is_const(cond.b, 0)
+        def guarded(x: ir.Load) -> bool:
+            return not padding or x.buffer.name in filled or bool(ir.free_vars(x) & names)
 
-    def guarded(x: ir.Load) -> bool:
-        return not padding or x.buffer.name in filled or bool(ir.free_vars(x) & names)
+        return _rewrite(s.body, s.cond, guarded) or s
 
-    body = _rewrite(s.body, s.cond, guarded)
-    return s if body is None else body
+    return ir.map_bodies(program, lambda body: ir.transform(body, visit))
 
 
 def _rewrite(s: ir.Stmt, cond: ir.Expr, guarded: Any) -> ir.Stmt | None:

@@ -91,13 +91,12 @@ class NestBuilder:
     def _statement_around(self, t: Statement) -> str:
         """The output of the statement in whose loops `t` is computed: the root, or the reduction
         whose index it needs."""
-        is_placed = t.out.tensor.name in self.placed
-        if is_placed or self._names_of(t, axes=False) <= self._names_of(self.root, axes=False):
+        name = t.out.tensor.name
+        own, around = (self._names_of(x, axes=False) for x in (t, self.root))
+        if name in self.placed or own <= around:
             return self.root.out.tensor.name
-        for reader in (*self.temps, self.root):
-            if t.out.tensor.name in names_read(*reader.values):
-                return reader.out.tensor.name
-        raise AssertionError(f"nobody reads {t.out}")
+        readers = (x for x in (*self.temps, self.root) if name in names_read(*x.values))
+        return next(readers).out.tensor.name
 
     def _names_of(self, st: Statement, *, axes: bool = True) -> set[str]:
         return {x.name for x in (*ir.indices_of(st.out), *(st.axes if axes else ()))}

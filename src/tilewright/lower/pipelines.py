@@ -176,8 +176,7 @@ def _carried(f: Any) -> Any:
             first = ir.substitute(start, {f.name: f.begin})
             before.extend((ir.Alloc(b), ir.Store(b, (), first, "sum")))
             steps.append(ir.Store(b, (), form.steps[f.name], "sum"))
-        new = ir.add(registers[load.buffer.name, start], rest)
-        return replace(s, value=ir.transform(s.value, lambda x: new if x is at else x))
+        return s.read_at(ir.add(registers[load.buffer.name, start], rest))
 
     body = ir.seq(ir.transform(f.body, visit), *steps)
     return ir.If(ir.binary("<", f.begin, f.end), ir.seq(*before, replace(f, body=body)))

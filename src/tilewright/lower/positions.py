@@ -4,6 +4,7 @@ for each format of a decomposition; outputs that no nest covers get their initia
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from tilewright import dtypes
@@ -185,11 +186,8 @@ class _Builder:
         at their own rows only."""
         structure = driver.structure if driver else ""
         composed = bool(structure) and self.tensors[structure].format.is_composed
-        own = [
-            t
-            for t in temps
-            if driver and t.op and driver in (drivers.driver_of(t), drivers.outer_driver(t))
-        ]
+        sums = [(t, drivers.driver_of(t), drivers.outer_driver(t)) for t in temps if t.op]
+        own = [t for t, *drivers_of in sums if driver and driver in drivers_of]
         followers = {t.out.tensor.name: ir.identity_of(t.op, t.out.dtype) for t in own}
 
         def visit(e: Any) -> Any:
@@ -229,11 +227,6 @@ def _keeps_rows(fmt: Any, out: ir.Access, around: Driver, is_like: bool) -> bool
 def _root_driver(st: Statement, temps: list[Statement]) -> Driver:
     """The structure that the loops of a root statement follow, and its indices; or nothing."""
     axes = {x.name for x in ir.indices_of(st.out)}
-    return drivers.driver_of(st) or next(
-        (
-            d
-            for d in (*drivers.drivers_read(st), *map(drivers.outer_driver, temps))
-            if d and axes & set(d.indices)
-        ),
-        Driver("", ()),
-    )
+    inside = chain(drivers.drivers_read(st), map(drivers.outer_driver, temps))
+    followed = (d for d in inside if d and axes & set(d.indices))
+    return drivers.driver_of(st) or next(followed, Driver("", ()))

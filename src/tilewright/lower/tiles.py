@@ -55,11 +55,8 @@ class _Tiler:
 
     def visit(self, s: Any) -> Any:
         if isinstance(s, ir.For):
-            mine = [
-                c for c in ir.statements(s, ir.Compute)
-                if c.mma and (ir.reduces(s, c) or s.name == c.mma[0])
-            ]  # fmt: skip
-            if mine:
+            products = (c for c in ir.statements(s, ir.Compute) if c.mma)
+            if mine := [c for c in products if ir.reduces(s, c) or s.name == c.mma[0]]:
                 return self.reduce(s, mine)
         return ir.rebuild_body(s, self.visit)
 

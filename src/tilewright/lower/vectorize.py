@@ -77,12 +77,9 @@ class _Unroller:
             self.copies += 1
             body = ir.substitute(s.body, {s.name: ir.Const(i, s.var.dtype)})
             copies.append(_renamed_lets(body, f".{self.copies}") if s.extent > 1 else body)
-        return _without_repeated_prefetches(ir.seq(*copies))
-
-
-def _without_repeated_prefetches(s: ir.Stmt) -> ir.Stmt:
-    once = {b if isinstance(b, ir.Prefetch) else n: b for n, b in enumerate(ir.lines(s))}
-    return ir.seq(*once.values())
+        lines = enumerate(ir.lines(ir.seq(*copies)))
+        once = {b if isinstance(b, ir.Prefetch) else n: b for n, b in lines}
+        return ir.seq(*once.values())  # each prefetch once
 
 
 def _renamed_lets(s: ir.Stmt, suffix: str) -> ir.Stmt:

@@ -14,6 +14,7 @@ end in this.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from tilewright.errors import ScheduleError, illegal
 from tilewright.ir.atoms import Atom
 from tilewright.ir.nodes import Access, For, LoopKind, Nest, Program, Stmt
-from tilewright.ir.rewrite import statements, walk
+from tilewright.ir.rewrite import map_bodies, statements, walk
 from tilewright.schedule import arguments as rule
 from tilewright.schedule import loops, programs, staging
 from tilewright.schedule.arguments import A_NAME, AN_ATOM, FAR, NAMES, NEAR, TWO_NAMES, takes
@@ -454,27 +455,26 @@ class Schedule:
         """Apply a verb to the selected nests. `missing`: the name that no nest has and the message
         that says so (by default, of a loop: the first argument). `new_names`: the verb introduces
         names of loops, which are checked."""
-        program = self.lowered.program
-        count, number = 0, 0
-        stages = []
-        for stage in program.stages:
-            nests = []
-            for nest in stage:
-                if self.selected is None or number in self.selected:
-                    body, changed = verb(nest.body, *args, **options)
-                    count += changed
-                    if changed and new_names:
-                        self._check_names(verb.__name__, body)
-                    nest = replace(nest, body=body)
-                nests.append(nest)
-                number += 1
-            stages.append(tuple(nests))
+        program, numbers, count = self.lowered.program, itertools.count(), 0
+
+        def applied(body: Stmt) -> Stmt:
+            nonlocal count
+            number = next(numbers)
+            if self.selected is not None and number not in self.selected:
+                return body
+            body, changed = verb(body, *args, **options)
+            count += changed
+            if changed and new_names:
+                self._check_names(verb.__name__, body)
+            return body
+
+        program = map_bodies(program, applied)
         if not count:
             name, why = missing or (args[0], f"no loop is called {args[0]!r}")
             raise self._unknown(verb.__name__, name, why)
         recorded = tuple((k, v) for k, v in options.items() if v)
         step = Step(verb.__name__, args, recorded, self.selected)
-        return self._recorded(replace(program, stages=tuple(stages)), step)
+        return self._recorded(program, step)
 
     def _unknown(self, verb: str, name: str, why: str) -> ScheduleError:
         known = self.loops

@@ -25,6 +25,8 @@ def indices(dims: str) -> Any:
 
     A dimension may occur twice (square matrices); its second loop is then called m1. One dimension
     returns one index, not a tuple."""
+    if not isinstance(dims, str):
+        raise refusal("P101", f"indices over {dims!r}", hint='names of dimensions, as "m n"')
     trace = current()
     created: list[Index] = []
     for word in dims.split():
@@ -34,12 +36,7 @@ def indices(dims: str) -> Any:
         if checked_name(name, "an index", "P102") in used:
             hint = "indices and parameters have names of their own"
             raise refusal("P102", f"index {name!r} is not a new name", hint=hint)
-        known = {d for t in trace.tensors.values() for d in t.dims}
-        parsed: str | int = int(dim) if dim.isdigit() else dim
-        if isinstance(parsed, str) and parsed not in known:
-            hint = f"dimensions: {', '.join(sorted(str(k) for k in known))}"
-            raise refusal("P102", f"no parameter has a dimension {parsed!r}", hint=hint)
-        created.append(Index(name, dim=parsed))
+        created.append(Index(name, dim=int(dim) if dim.isdigit() else _known(dim)))
         trace.indices.append(created[-1])
     return created[0] if len(created) == 1 else tuple(created)
 
@@ -52,12 +49,17 @@ def _loop_name(dim: str, used: set[str]) -> str:
 
 
 def size(dim: str) -> Expr:
-    """The run-time size of a dimension."""
+    """The run-time size of a dimension. Raises ProgramError[P102]."""
+    return ir.size_var(_known(dim))
+
+
+def _known(dim: str) -> str:
+    """A dimension that a parameter has. Raises ProgramError[P102] for another one."""
     known = {d for t in current().tensors.values() for d in t.dims if isinstance(d, str)}
-    if dim not in known:
+    if not isinstance(dim, str) or dim not in known:
         hint = f"dimensions: {', '.join(sorted(known))}"
         raise refusal("P102", f"no parameter has a dimension {dim!r}", hint=hint)
-    return ir.size_var(dim)
+    return dim
 
 
 def stored(access: Any) -> Expr:
@@ -87,15 +89,14 @@ def _reduce(op: str) -> Callable[..., Expr]:
         if not axes or not all(isinstance(a, Index) for a in axes):
             raise refusal("P104", f"{op} over {over!r}: not indices", hint="over=j or over=(j, k)")
         body = as_expr(value)
+        dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
         if where is not None:
-            kind = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
-            body = _computed_in(body, kind)
-            body = ir.select(condition_of(op, where), body, ir.identity_of(op, kind))
+            body = _computed_in(body, dtype)
+            body = ir.select(condition_of(op, where), body, ir.identity_of(op, dtype))
         missing = {a.name for a in axes} - free_vars(body)
         if missing:
             rule = f"{op} over {', '.join(sorted(missing))}, which its body does not use"
             raise refusal("P104", rule, hint="where=tw.stored(A[i, j]) ranges over what A stores")
-        dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
         return ir.Reduce(op, axes, _computed_in(body, dtype), dtype)
 
     reduction.__name__ = reduction.__qualname__ = op

@@ -55,11 +55,6 @@ class Format:
         return (self,)
 
     @property
-    def unique_rows(self) -> bool:
-        """Whether each row is stored at one position of the outermost level."""
-        return self.levels[0].unique
-
-    @property
     def is_exact(self) -> bool:
         """Whether only entries are stored, no explicit zeros around them."""
         return self.is_tight and max(self.blocks) == 1

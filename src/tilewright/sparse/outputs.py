@@ -25,8 +25,9 @@ class Output:
     structure_of: ir.Tensor | None = None
 
     def like(self, tensor: ir.Tensor) -> "Output":
-        if not tensor.is_sparse:
-            raise refusal("P103", f"{tensor.name} is dense: it has no structure to share")
+        if not getattr(tensor, "is_sparse", False):
+            hint = "tw.out.like(A) of a sparse parameter or temporary"
+            raise refusal("P103", f"{tensor!r} has no structure to share", hint=hint)
         return replace(self, structure_of=tensor)
 
     def named(self, name: str) -> "Output":
@@ -90,7 +91,9 @@ class Update:
 
 
 def update(tensor: ir.Tensor) -> Update:
-    """Writes into a parameter: see `Update`."""
+    """Writes into a parameter: see `Update`. Raises ProgramError[P101]."""
+    if not isinstance(tensor, ir.Tensor):
+        raise refusal("P101", f"update({tensor!r}): no parameter", hint="tw.update(Y)[i](…)")
     return Update(tensor)
 
 
