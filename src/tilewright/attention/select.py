@@ -26,7 +26,7 @@ from tilewright.errors import ArgumentError, ProgramError
 from tilewright.ir.body import Body
 from tilewright.ir.nodes import Access, Binary, Cast, Index, Reduce
 from tilewright.ir.rewrite import free_vars, walk
-from tilewright.ops import recipes
+from tilewright.ops import schedules
 from tilewright.ops.paging import pages_before_kernel
 from tilewright.runtime import cuda
 from tilewright.runtime.kernel import Kernel
@@ -60,7 +60,7 @@ def by_page(s: Schedule) -> Schedule:
     tensor = next(t for t in s.program.tensors if t.is_sparse)
     lane = str(tensor.dims[-1])
     if not s.target.is_cuda:
-        return recipes.vectors(s.parallel(rows[0]), lane)
+        return schedules.vectors(s.parallel(rows[0]), lane)
     s = functools.reduce(lambda s, row: s.bind(row, "cta.y"), rows, s)
     for n in range(len(s.nests)):
         s = s.on(n)
@@ -79,7 +79,7 @@ def _sums(s: Schedule, page: str, lane: str, tensor: Any) -> Schedule:
             if a.dtype == b.dtype and a.dtype.itemsize == 2 and sizes[lane] % 16 == 0 and most > 15:
                 operands = [x.tensor for x in walk(values[0], Access)]
                 return _tiles(s, (page, column.name, lane), min(64, most // 16 * 16), operands)
-    return recipes.dot_products(s, page, lane, sizes[lane], tensor.dtype.itemsize, LOADS)
+    return schedules.dot_products(s, page, lane, sizes[lane], tensor.dtype.itemsize, LOADS)
 
 
 def _tiles(s: Schedule, loops: tuple[str, str, str], block: int, operands: list[Any]) -> Schedule:

@@ -14,7 +14,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
 from tilewright.runtime.manifest import Manifest, TensorSpec
-from tilewright.runtime.view import View, address, named_view, row_major_strides
+from tilewright.runtime.view import View, address, check_gradient, named_view, row_major_strides
 
 Span = tuple[str, int, int]
 """The name of an argument, and the first address and the end of its bytes."""
@@ -136,6 +136,7 @@ def _wrong_dtype(spec: TensorSpec, expected: dtypes.DType, actual: dtypes.DType)
 def scalar_value(spec: TensorSpec, dtype: dtypes.DType, arg: Any) -> float | int:
     """The number, or the bits of a 16-bit float, that a scalar parameter holds."""
     value: float | int | None = None
+    check_gradient(arg, f"argument {spec.name}")
     if not isinstance(arg, (str, bytes)):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             value = float(arg) if dtype.is_float else int(arg)

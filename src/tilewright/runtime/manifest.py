@@ -100,7 +100,6 @@ class Built:
 
     manifest: Manifest
     source: str
-    entries: tuple[str, ...]
     bodies: tuple[Body, ...] = ()
 
     def to_bytes(self) -> bytes:
@@ -111,11 +110,9 @@ class Built:
         """The value that `to_bytes` wrote; None for bytes of any other form."""
         try:
             fields = json.loads(data)
-            source, entries = fields["source"], tuple(fields["entries"])
-            if not all(isinstance(text, str) for text in (source, *entries)):
-                return None
-            bodies = tuple(Body(**tuples(b)) for b in fields["bodies"])
-            return cls(manifest_from(fields["manifest"]), source, entries, bodies)
+            source, bodies = fields["source"], tuple(Body(**tuples(b)) for b in fields["bodies"])
+            built = cls(manifest_from(fields["manifest"]), source, bodies)
+            return built if isinstance(source, str) else None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
