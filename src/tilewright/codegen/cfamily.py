@@ -30,7 +30,7 @@ _METHODS: dict[type, str] = {
 
 @dataclass
 class Renderer:
-    """Renders one program. `params` says which names are fields of which struct."""
+    """Renders a nest of a program. `params` says which names are fields of which struct."""
 
     program: ir.Program
     params: Params
