@@ -75,7 +75,7 @@ def serialize_threads(program: ir.Program) -> ir.Program:
     def visit(s: Any) -> Any:
         if isinstance(s, barriers):
             return ir.seq()
-        if isinstance(s, ir.Alloc):
+        if isinstance(s, ir.AllocRow):
             return replace(s, rest=(), along=(), steps=())  # a CPU keeps all of a row
         if isinstance(s, ir.For) and s.kind in (*ir.THREADS, "threads"):
             s = replace(s, kind="serial")
