@@ -1,4 +1,4 @@
-"""`tilewright bench model`: tokens a second of a real model, for prompts and for answers.
+"""`bench model`: tokens a second of a real model, for prompts and for answers.
 
 Beside it, where `llama_cpp` is installed and the target is a CPU, llama.cpp on the same file, with
 as many threads, in turns with ours. Then one, two and four answers at once, in turns too.

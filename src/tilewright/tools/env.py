@@ -69,9 +69,8 @@ def _try(name: str, probe: Callable[[], str], hint: str = "") -> Line:
 
 
 def _failure(name: str, error: Exception, hint: str = "") -> Line:
-    if isinstance(error, TilewrightError):
-        return name, error.message, "bad", error.hint or hint
-    return name, f"{type(error).__name__}: {error}", "bad", hint
+    message = getattr(error, "message", f"{type(error).__name__}: {error}")
+    return name, message, "bad", getattr(error, "hint", "") or hint
 
 
 def _python() -> Iterable[Line]:
