@@ -152,7 +152,8 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
     took_s = replay(engine, jobs, pace)
     if args.timeline:
         shown = [(at - began, seconds, decision) for at, seconds, decision in steps]
-        args.timeline.write_text(json.dumps(timeline(as_simulated(jobs, pace, shown))), "utf-8")
+        text = json.dumps(timeline(as_simulated(jobs, pace, shown)))
+        args.timeline.write_text(text, encoding="utf-8")
     if not args.fast:
         check(Engine(file, args.target, Options(context=context, share=False)), jobs)
     name = f"{args.trace.name.split('.')[0]} x{args.speed:g} lengths x{args.lengths:g}"
