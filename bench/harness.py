@@ -445,7 +445,8 @@ def require_torch() -> Any:
             hint="pip install 'tilewright[torch]'",
         ) from None
     if not torch.cuda.is_available():
-        raise ArgumentError("A105", "torch finds no GPU here", hint="--target cpp")
+        hint = "a machine with a GPU, or a suite that takes --target cpp"
+        raise ArgumentError("A105", "torch finds no GPU here", hint=hint)
     return torch
 
 

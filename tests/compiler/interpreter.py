@@ -115,7 +115,7 @@ class _Nest:
         elif isinstance(s, ir.Store):
             self.store(s.buffer, s.index, self.value(s.value), s.op)
         elif isinstance(s, ir.Alloc):
-            self.allocate(s.buffer, s.extents)
+            self.allocate(s.buffer, s.extents if isinstance(s, ir.AllocRow) else ())
         elif isinstance(s, ir.Scatter):
             row, key, value = self.rows[s.workspace.name], self.value(s.key), self.value(s.value)
             row[key] = row[key] + value if key in row else value

@@ -19,7 +19,8 @@ from tilewright.ir import core as ir
 # The method of a renderer that gives the text of a node.
 _METHODS: dict[type, str] = {
     ir.Seq: "seq", ir.For: "loop", ir.Merge: "merge", ir.Drain: "drain", ir.If: "guard",
-    ir.Let: "let", ir.Alloc: "alloc", ir.Store: "store", ir.CopyAsync: "copy_async",
+    ir.Let: "let", ir.Alloc: "alloc", ir.AllocRow: "alloc_row", ir.Store: "store",
+    ir.CopyAsync: "copy_async",
     ir.Commit: "commit", ir.Wait: "wait", ir.Sync: "sync", ir.Prefetch: "prefetch", ir.Mma: "mma",
     ir.LoadTile: "load_tile", ir.Scatter: "scatter", ir.Const: "const", ir.Var: "var",
     ir.Index: "var", ir.Load: "load", ir.Binary: "binary", ir.Unary: "unary", ir.Cast: "cast",
@@ -31,7 +32,7 @@ _METHODS: dict[type, str] = {
 
 @dataclass
 class Renderer:
-    """Renders one program. `params` says which names are fields of which struct."""
+    """Renders a nest of a program. `params` says which names are fields of which struct."""
 
     program: ir.Program
     params: Params

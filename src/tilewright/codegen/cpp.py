@@ -21,18 +21,18 @@ class CppRenderer(MergeRenderer):
             pass  # one of the body: every row leaves it empty
         elif b.scope == "fragment":
             self.line(f"float {c_name(b.name)}[{' * '.join(map(self.expr, b.shape))}] = {{}};")
-        elif b.scope == "row":
-            name, kind = c_name(b.name), self.type(b.dtype)
-            count = " * ".join(f"static_cast<int64_t>({self.expr(e)})" for e in s.extents)
-            self.line(f"{kind}* const {self.restrict} {name} = {name}__row.sized({count});")
         else:
             super().alloc(s)
+
+    def alloc_row(self, s: ir.AllocRow) -> None:
+        name, kind = c_name(s.buffer.name), self.type(s.buffer.dtype)
+        count = " * ".join(f"static_cast<int64_t>({self.expr(e)})" for e in s.extents)
+        self.line(f"{kind}* const {self.restrict} {name} = {name}__row.sized({count});")
 
     def body_pointers(self, nest: ir.Nest) -> list[str]:
         rows = dict.fromkeys(  # once, though the body of a loop may be there twice
             f"tw::row_memory<{self.type(x.buffer.dtype)}> {c_name(x.buffer.name)}__row;"
-            for x in ir.statements(nest.body, ir.Alloc)
-            if x.extents
+            for x in ir.statements(nest.body, ir.AllocRow)
         )
         rows |= dict.fromkeys(
             f"tw::row_workspace<{self.type(self.program.index)}, {self.type(x.buffer.dtype)}> "
@@ -67,7 +67,7 @@ def render(program: ir.Program, declarations: str, params: Params) -> str:
         text.append(prelude("mma_cpu.h"))
     if has(program.nests, ir.Merge, ir.Drain):
         text.append(prelude("lists.h"))
-    if any(x.extents for n in program.nests for x in ir.statements(n.body, ir.Alloc)):
+    if has(program.nests, ir.AllocRow):
         text.append(prelude("rows.h"))
     text += [declarations, *atom_texts(program, "cpp")]
     for number, stage in enumerate(program.stages):

@@ -38,10 +38,6 @@ class CudaRenderer(MergeRenderer):
     fragment_count: int = 0
     held: frozenset[str] = frozenset()  # registers of operands that are declared here
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.written = self.params.written
-
     def block(self, head: str, body: ir.Stmt) -> None:
         held, self.fragments = self.held, {}
         super().block(head, body)
@@ -99,7 +95,7 @@ class CudaRenderer(MergeRenderer):
     def load_verb(self, b: ir.Buffer) -> str:
         """How memory is read: weights through the read-only path; inputs, which a launch before may
         have written, too, where launches do not overlap; what the program writes by plain loads."""
-        if b.name in self.written or b.scope == "shared":
+        if b.name in self.params.written or b.scope == "shared":
             return "load"
         return "load_const" if b.kind == "weight" else "load_input"
 
@@ -121,7 +117,8 @@ class CudaRenderer(MergeRenderer):
         if not (isinstance(e.a, ir.Load) and e.cond.dtype.lanes == 1 and is_zero):
             return super().select(e)
         buffer, index = e.a.buffer, e.a.index[0]
-        if buffer.name in self.written or not (e.dtype.lanes == 1 or isinstance(index, ir.Ramp)):
+        is_gather = e.dtype.lanes > 1 and not isinstance(index, ir.Ramp)
+        if is_gather or buffer.name in self.params.written:
             return super().select(e)
         index = index.base if isinstance(index, ir.Ramp) else index
         kind, verb = _vector_of(buffer, index, e.dtype.lanes), self.load_verb(buffer)

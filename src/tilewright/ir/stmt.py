@@ -218,15 +218,21 @@ class Wait(Stmt):
 
 @node
 class Alloc(Stmt):
-    """Loop level: declares a register, shared, fragment or row buffer until the end of its `Seq`.
-    A fragment buffer is an array of float32 fragments, (slots, rows, columns), and starts at 0, as
-    an address that a loop carries does.
-
-    `extents`: the shape of a row buffer, which is known at run time only. `kept`: that of the part
-    which a GPU keeps. The elements behind its first dimension are in an array: a row starts at
-    `rest`, and its dimension n runs along dimension `along[n]` in steps of `steps[n]`."""
+    """Loop level: declares a register, shared or fragment buffer, or a row workspace, until the end
+    of its `Seq`. A fragment buffer is an array of float32 fragments, (slots, rows, columns), and
+    starts at 0, as an address that a loop carries does."""
 
     buffer: Buffer
+
+
+@node
+class AllocRow(Alloc):
+    """Declares a row buffer, of a shape `extents` that is known at run time only.
+
+    `kept`: the shape of the part which a GPU keeps. The elements behind its first dimension are in
+    an array: a row starts at `rest`, and its dimension n runs along dimension `along[n]` in steps
+    of `steps[n]`."""
+
     extents: tuple[Expr, ...] = ()
     kept: tuple[Expr, ...] = ()
     rest: tuple[Load, ...] = ()

@@ -113,8 +113,9 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "If": lambda s: f"if {expr_text(s.cond)}",
     "Compute": _compute,
     "Store": _store,
-    "Alloc": lambda s: (
-        f"alloc {replace(s.buffer, shape=s.extents or s.buffer.shape)}"
+    "Alloc": lambda s: f"alloc {s.buffer}",
+    "AllocRow": lambda s: (
+        f"alloc {replace(s.buffer, shape=s.extents)}"
         + (f", behind {_commas(s.kept)} at {_commas(s.rest)}" if s.rest else "")
     ),
     "Prefetch": lambda s: f"prefetch {expr_text(s.element)}",

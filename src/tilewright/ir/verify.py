@@ -120,7 +120,7 @@ class _Checker:
 def _buffer_fields(cls: type) -> tuple[str, ...]:
     """The fields of a node class for the buffers that it uses, and does not declare itself."""
     names = (f.name for f in fields(cls) if str(f.type).startswith("Buffer"))
-    return () if cls in (ir.Alloc, ir.Reduction) else tuple(names)
+    return () if issubclass(cls, (ir.Alloc, ir.Reduction)) else tuple(names)
 
 
 def _fault(x: Any) -> str:

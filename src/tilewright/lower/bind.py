@@ -75,7 +75,7 @@ def serialize_threads(program: ir.Program) -> ir.Program:
     def visit(s: Any) -> Any:
         if isinstance(s, barriers):
             return ir.seq()
-        if isinstance(s, ir.Alloc):
+        if isinstance(s, ir.AllocRow):
             return replace(s, rest=(), along=(), steps=())  # a CPU keeps all of a row
         if isinstance(s, ir.For) and s.kind in (*ir.THREADS, "threads"):
             s = replace(s, kind="serial")
@@ -187,10 +187,6 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
         nested = isinstance(s.body, ir.For) and s.body.kind == "fragment"
         within = inside if nested else inside | {"thread.x"}  # each lane stores what it holds
         return replace(s, body=_threads(s.body, extents, within))
-    if isinstance(s, (ir.For, ir.If)):
-        return replace(s, body=_threads(s.body, extents, inside))
-    if isinstance(s, ir.Seq):
-        return ir.seq(*(_threads(b, extents, inside) for b in s.body))
     if isinstance(s, ir.Store) and s.buffer.scope in ("global", "part", "shared"):
         for kind, var in (("thread.x", THREAD_X), ("thread.y", THREAD_Y)):
             if extents[kind] > 1 and kind not in inside:
@@ -198,7 +194,7 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
         return s
     if isinstance(s, ir.Mma):
         _check_tile(inside)
-    return s
+    return ir.rebuild_body(s, lambda x: _threads(x, extents, inside))
 
 
 def _barrier(x: int, inside: frozenset[str]) -> ir.Sync:

@@ -146,7 +146,7 @@ class _Nest:
             self.statement(s.body, loops)
         elif isinstance(s, ir.Compute):
             self._compute(s, loops)
-        elif isinstance(s, ir.Alloc):
+        elif isinstance(s, ir.AllocRow):
             shown = replace(s.buffer, name=f"{s.buffer.name} (row)", shape=s.kept)
             self._rows[s.buffer.name] = shown
         elif isinstance(s, (ir.Let, ir.Store, ir.Scatter)):

@@ -8,7 +8,7 @@ the outermost loop that binds all its indices.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tilewright.errors import ProgramError
 from tilewright.ir import core as ir
@@ -336,26 +336,18 @@ class NestBuilder:
         self, st: Statement, body: ir.Expr, reader: Reader
     ) -> tuple[tuple[ir.Reduction, ...], ir.Expr]:
         """The reductions of a statement with an epilogue, and the value that it stores; or
-        `body` alone."""
-        name = st.out.tensor.name
-        row, is_plain = self.tables.rows.get(name), not isinstance(st, Fused)
-        if st.op and is_plain and name in self.placed and (not row or row.extents):
-            value = reader.expr(body)
-            total = ir.Buffer(f"{name}.0", value.dtype, (), "register")
-            return (ir.Reduction(total, st.op, value),), ir.Load(total, (), total.dtype)
-        if not isinstance(st, Fused):
-            return (), reader.expr(body)
-        totals = {t.out.tensor.name: ir.Buffer(t.out.tensor.name, t.out.dtype, (), "register")
-                  for t in st.totals}  # fmt: skip
-        reductions = tuple(
-            ir.Reduction(totals[t.out.tensor.name], t.op, reader.expr(t.value)) for t in st.totals
-        )
-
-        def scalar(x: Any) -> Any:
-            is_total = isinstance(x, ir.Load) and x.buffer.name in totals
-            return ir.Load(totals[x.buffer.name], (), x.dtype) if is_total else x
-
-        return reductions, ir.transform(reader.expr(st.epilogue), scalar)
+        `body` alone. A sum that is placed and kept in an array has its total for an epilogue."""
+        name, rows = st.out.tensor.name, self.tables.rows
+        if isinstance(st, Fused):
+            rows |= {t.out.tensor.name: Row(t.out.tensor, (), ()) for t in st.totals}
+            totals = ((rows[t.out.tensor.name].buffer, t) for t in st.totals)
+            reductions = [ir.Reduction(b, t.op, reader.expr(t.value)) for b, t in totals]
+            return tuple(reductions), reader.expr(st.epilogue)
+        value = reader.expr(body)
+        if not st.op or name not in self.placed or (name in rows and not rows[name].extents):
+            return (), value
+        total = ir.Buffer(f"{name}.0", value.dtype, (), "register")
+        return (ir.Reduction(total, st.op, value),), ir.Load(total, (), total.dtype)
 
     def _stored_guard(self, st: Statement, scope: Scope, lets: list[ir.Stmt]) -> list[ir.Expr]:
         """The test that an entry is stored, for a reduction whose last level is searched, not

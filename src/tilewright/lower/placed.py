@@ -80,13 +80,13 @@ class Row:
         scope = "row" if extents else "register"
         return ir.Buffer(self.tensor.name, self.tensor.dtype, shape, scope)
 
-    def alloc(self, out: ir.Access, scope: Scope) -> ir.Alloc:
+    def alloc(self, out: ir.Access, scope: Scope) -> ir.AllocRow:
         """Its declaration, in the scope around its loops; with the array of the temporary where its
         length is not constant, and a GPU keeps a part of it."""
         tables, tensor = scope.tables, self.tensor
         most = next((p.most for p in tables.program.placed if p.temporary == tensor.name), 0)
         if not most or all(isinstance(e, ir.Const) for e in self.extents):
-            return ir.Alloc(self.buffer, self.extents, self.extents)
+            return ir.AllocRow(self.buffer, self.extents, self.extents)
         below = self.extents[1 : len(self.levels)]
         inner = [int(e.value) for e in below if isinstance(e, ir.Const)]
         if len(inner) + 1 < len(self.levels):
@@ -111,7 +111,7 @@ class Row:
             along = (*(0 for _ in names), *(n - first + 1 for n in self.dims))
         kept = (ir.as_expr(max(most // prod(inner), 1)), *self.extents[1:])
         rest = (ir.Load(array, tuple(at), tensor.dtype),)
-        return ir.Alloc(self.buffer, self.extents, kept, rest, along, tuple(steps))
+        return ir.AllocRow(self.buffer, self.extents, kept, rest, along, tuple(steps))
 
     def element(self, scope: Scope, e: ir.Access, coords: Sequence[ir.Expr]) -> ir.Load:
         """The element at coordinates. Raises ScheduleError[S102] where no loop follows them."""

@@ -91,8 +91,6 @@ class _Materializer:
     def _plain(self, s: ir.Stmt) -> ir.Stmt:
         if isinstance(s, (ir.For, ir.If)):
             return replace(s, body=self.visit(s.body))
-        if isinstance(s, ir.Seq):
-            return self.visit(s)
         if isinstance(s, ir.Compute):
             alloc = [ir.Alloc(s.out.buffer)] if s.out.buffer.scope == "register" else []
             if s.reductions:  # no loop reduces: each total is its one value

@@ -6,7 +6,7 @@ from typing import Any
 from tilewright.errors import illegal
 from tilewright.ir import core as ir
 
-Rows = dict[str, tuple[ir.Alloc, ir.Buffer]]  # declarations, and the buffers that replace them
+Rows = dict[str, tuple[ir.AllocRow, ir.Buffer]]  # declarations, and the buffers that replace them
 
 
 def keep_rows(program: ir.Program) -> ir.Program:
@@ -40,7 +40,7 @@ def _seq(s: ir.Seq, around: tuple[ir.For, ...], rows: Rows) -> ir.Stmt:
     shared: set[str] = set()
     ends: list[int] = []  # the lines before a barrier
     for n, b in enumerate(s.body):
-        if isinstance(b, ir.Alloc) and b.extents:
+        if isinstance(b, ir.AllocRow):
             kept = _kept(b, s, around)
             rows = rows | {b.buffer.name: (b, kept)}
             shared |= {b.buffer.name} if kept.scope == "shared" else set()
@@ -61,7 +61,7 @@ def _used(kind: type, statements: tuple[ir.Stmt, ...]) -> set[str]:
     return {x.buffer.name for x in nodes if x.buffer.scope == "row"}
 
 
-def _kept(alloc: ir.Alloc, body: ir.Seq, around: tuple[ir.For, ...]) -> ir.Buffer:
+def _kept(alloc: ir.AllocRow, body: ir.Seq, around: tuple[ir.For, ...]) -> ir.Buffer:
     """The buffer in the place of a row. Raises ScheduleError[S102] where its size is not known."""
     row, threads = alloc.buffer, [f.end for f in around if f.kind in ir.THREADS]
     if not all(isinstance(e, ir.Const) for e in alloc.kept):
@@ -76,7 +76,7 @@ def _kept(alloc: ir.Alloc, body: ir.Seq, around: tuple[ir.For, ...]) -> ir.Buffe
     return replace(row, name=f"{row.name}.row", shape=(*threads, *alloc.kept), scope="shared")
 
 
-def _access(x: Any, around: tuple[ir.For, ...], alloc: ir.Alloc, buffer: ir.Buffer) -> Any:
+def _access(x: Any, around: tuple[ir.For, ...], alloc: ir.AllocRow, buffer: ir.Buffer) -> Any:
     """A load or store of an element of a row, or of the one in the array."""
     threads = [f.var for f in around if f.kind in ir.THREADS]
     first = threads[: len(buffer.shape) - len(x.index)]

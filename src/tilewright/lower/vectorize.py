@@ -181,7 +181,7 @@ class _Vectorizer:
             value = self.vector(s.value)
             self.varying[s.var.name] = value.dtype
             return ir.Let(ir.Var(s.var.name, value.dtype), value)
-        if isinstance(s, ir.Alloc) and s.buffer.scope != "row":
+        if isinstance(s, ir.Alloc) and not isinstance(s, ir.AllocRow):
             self.registers.add(s.buffer.name)
             return ir.Alloc(replace(s.buffer, dtype=s.buffer.dtype.vector(self.lanes)))
         if isinstance(s, ir.If):

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from tilewright import dtypes
 from tilewright.build import Definition, kernels, named_recipe, program
 from tilewright.errors import ArgumentError
+from tilewright.ir.atoms import HALVES
 from tilewright.runtime.view import view
 from tilewright.schedule import Schedule
 from tilewright.sparse import trace
@@ -20,7 +21,6 @@ from tilewright.sparse.trace import dense, indices, out
 ROWS, COLS, DEPTH = 16, 8, 16  # one tile operation of a CPU
 WARP_ROWS, WARP_COLS = 32, 32  # elements of C in registers of a CPU
 LOAD = 8  # elements that a thread copies at once: 16 bytes
-HALVES = ("float16", "bfloat16")
 
 
 class Tile(NamedTuple):

@@ -2,9 +2,10 @@
 the rewrite behind the method of `Schedule` of its name, which says what it does.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 from tilewright import dtypes
 from tilewright.errors import illegal
@@ -13,24 +14,35 @@ from tilewright.ir.levels import Compressed, Dense
 from tilewright.ir.names import COPIES, GeneratedName, stride_name
 from tilewright.schedule.tree import computes, matches, unknown
 
+T = TypeVar("T")
 MOST_COPIES = 64  # of an output
 
 
+def _named(kind: str, name: str, known: Mapping[str, T]) -> T:
+    """What a name stands for. Raises ScheduleError[S101] for one that is not in `known`."""
+    if name not in known:
+        raise unknown(f"no {kind} {name!r}", f"there are: {', '.join(known) or 'none'}")
+    return known[name]
+
+
+def _statement(program: ir.Program, output: str) -> ir.Assign:
+    """The statement of an output or a temporary, the first of several updates."""
+    statements = {s.out.tensor.name: s for s in program.body[::-1]}
+    return _named("output or temporary", output, statements)
+
+
 def order_axes(program: ir.Program, output: str, *axes: str) -> ir.Program:
-    has = {x.name for x in ir.indices_of(_statement(program, output))}
-    wrong = [a for a in axes if a not in has]
+    has = {x.name: x for x in ir.indices_of(_statement(program, output))}
     if len(set(axes)) < len(axes):
         raise illegal(f"order_axes{axes!r}", "each axis once")
-    if wrong:
-        raise unknown(f"{output} has no axis {', '.join(wrong)}", f"axes: {', '.join(sorted(has))}")
+    for axis in axes:
+        _named(f"axis of {output} is called", axis, has)
     return replace(program, orders=(*program.orders, (output, *axes)))
 
 
 def compute_at(program: ir.Program, temporary: str, loop: str, scope: str, most: int) -> ir.Program:
     """The lowering checks what it takes."""
-    known = [t.name for t in program.tensors if t.role == "temp"]
-    if temporary not in known:
-        raise unknown(f"no temporary {temporary!r}", f"temporaries: {', '.join(known) or 'none'}")
+    _named("temporary", temporary, {t.name: t for t in program.tensors if t.role == "temp"})
     if most and scope != "row":
         raise illegal(f"most is {most}, and scope {scope!r}", 'scope="row" has a most')
     rest = (p for p in program.placed if p.temporary != temporary)
@@ -42,19 +54,9 @@ def merge_sums(program: ir.Program, output: str) -> ir.Program:
     return replace(program, merged=(*program.merged, output))
 
 
-def _statement(program: ir.Program, output: str) -> ir.Assign:
-    statement = next((s for s in program.body if s.out.tensor.name == output), None)
-    if statement is None:
-        known = ", ".join(s.out.tensor.name for s in program.body)
-        raise unknown(f"no statement computes {output!r}", f"outputs: {known}")
-    return statement
-
-
 def fuse_axes(program: ir.Program, structure: str) -> ir.Program:
-    tensor = next((t for t in program.tensors if t.name == structure and t.is_sparse), None)
-    if tensor is None:
-        known = ", ".join(t.name for t in program.tensors if t.is_sparse)
-        raise unknown(f"no sparse tensor {structure!r}", f"there are: {known}")
+    sparse = {t.name: t for t in program.tensors if t.is_sparse}
+    tensor = _named("sparse tensor", structure, sparse)
     for fmt in tensor.format.formats:
         rows, *cols = fmt.levels
         is_list = len(cols) == 1 and isinstance(cols[0], Compressed)
@@ -64,13 +66,10 @@ def fuse_axes(program: ir.Program, structure: str) -> ir.Program:
 
 
 def specialize(program: ir.Program, dim: str, size: int) -> ir.Program:
-    known = sorted({str(d) for t in program.tensors for d in t.dims})
-    if dim not in known:
-        raise unknown(f"no dimension {dim!r}", f"dimensions: {', '.join(known)}")
-    most = (1 << (8 * program.index.itemsize - 1)) - 1
-    if size > most:
+    _named("dimension", dim, {str(d): d for t in program.tensors for d in t.dims})
+    if size > program.index.most:
         why = f"specialize({dim!r}, {size}): coordinates are {program.index}"
-        raise illegal(why, f"at most {most}, or typed(index='int64')", where="size")
+        raise illegal(why, f"at most {program.index.most}, or typed(index='int64')", where="size")
     known_size = dict(program.sizes).get(dim, size)
     if known_size != size:
         raise illegal(f"{dim} is {known_size} already", "one size a dimension")
@@ -78,11 +77,7 @@ def specialize(program: ir.Program, dim: str, size: int) -> ir.Program:
 
 
 def privatize(program: ir.Program, output: str, loop: str, copies: int) -> ir.Program:
-    """The program rewrite behind `Schedule.privatize`."""
-    tensor = next((t for t in program.tensors if t.name == output and t.role == "output"), None)
-    if tensor is None:
-        known = ", ".join(t.name for t in program.outputs)
-        raise unknown(f"no output {output!r}", f"outputs: {known}")
+    tensor = _named("output", output, {t.name: t for t in program.outputs})
     every = (c for n in program.nests for c in computes(n.body))
     updates = [c for c in every if c.out.buffer.name == output]
     if tensor.kind == "state":

@@ -27,8 +27,7 @@ def cache(
     body: ir.Stmt, buffer: str, loop: str, scope: CacheScope = "register", padding: float = 0
 ) -> tuple[ir.Stmt, int]:
     """`padding`: the value of slots without an entry."""
-    reads = (x for c in computes(body) for e in _values(c) for x in ir.walk(e) if _is_memory(x))
-    if not any(_is_of(x.buffer.name, buffer) for x in reads):
+    if not any(_reads(e, buffer) for c in computes(body) for e in _values(c)):
         return body, 0
     return rewrite_loops(
         body, (loop,), lambda f: _Staging(body, f, buffer, scope, padding).result()
@@ -40,12 +39,11 @@ def _values(c: ir.Compute) -> tuple[ir.Expr, ...]:
     return (*(r.value for r in c.reductions), c.value)
 
 
-def _is_memory(x: Any) -> bool:
-    return isinstance(x, ir.Load) and x.buffer.scope in ("global", "part")
-
-
-def _is_of(name: str, operand: str) -> bool:
-    return name in (operand, values_name(operand))
+def _reads(e: ir.Expr, operand: str) -> list[ir.Load]:
+    """The loads of an operand from memory."""
+    names = operand, values_name(operand)
+    loads = (x for x in ir.walk(e, ir.Load) if x.buffer.scope in ("global", "part"))
+    return [x for x in loads if x.buffer.name in names]
 
 
 def pipeline(body: ir.Stmt, loop: str, stages: int) -> tuple[ir.Stmt, int]:
@@ -92,12 +90,10 @@ class _Staging:
             self._access(x, c)
             for c in computes(at.body)
             for value in self._computed(c)
-            for x in ir.walk(value)
-            if _is_memory(x) and _is_of(x.buffer.name, operand)
+            for x in _reads(value, operand)
         ]
         if not accesses:
-            hint = "name the loop around the read; epilogues are computed outside of loops that "
-            hint += "reduce"
+            hint = "a loop around the read; epilogues are computed outside of loops that reduce"
             raise self.refuse(f"loop {at.name} reads no {operand}", hint)
         self.access, self.path = accesses[0]
         scopes = [[s for s in path if not isinstance(s, ir.If)] for _, path in accesses]
@@ -166,14 +162,14 @@ class _Staging:
         def visit(x: Any) -> Any:
             return inside if x == source else x
 
-        def reads(s: Any) -> Any:
+        def rewritten(s: Any) -> Any:
             if isinstance(s, ir.Compute):
                 sums = tuple(replace(r, value=ir.transform(r.value, visit)) for r in s.reductions)
                 value = ir.transform(s.value, visit) if s.value in self._computed(s) else s.value
                 return replace(s, value=value, reductions=sums)
-            return ir.rebuild_body(s, reads)
+            return ir.rebuild_body(s, rewritten)
 
-        fill, body = ir.seq(ir.Alloc(scratch), self._fill(scratch, loops)), reads(self.at.body)
+        fill, body = ir.seq(ir.Alloc(scratch), self._fill(scratch, loops)), rewritten(self.at.body)
         lines = list(ir.lines(body))
         copied = _copied(lines)
         barrier = isinstance(lines[copied], ir.Sync)  # after the copies before this one
