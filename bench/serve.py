@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.harness import Row, base_row, note
+from bench.harness import Row, base_row, note, progress
 from bench.simulate import Replay, in_time, percentiles, simulate_rows, timeline
 from tilewright.errors import ArgumentError
 from tilewright.serve.engine import Engine, Options
@@ -239,6 +239,7 @@ def replay(engine: Engine, jobs: list[Job], pace: Pace, how: Sampling = _PLAINLY
             running[request].cached = request.cached
             if request.finish:
                 del running[request]
+                progress(len(jobs) - len(waiting) - len(running), len(jobs), "requests")
     took_s = time.perf_counter() - began
     for request in running:
         engine.cancel(request)

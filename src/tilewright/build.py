@@ -160,15 +160,11 @@ class Definition:
 
     def scheduled(self, target: Target | str = "cpp") -> Schedule:
         """The schedule after its recipe, if there is one: to print it and to try verbs."""
-        from tilewright import compiler
-
-        return compiler.scheduled(self.program, self.recipe, parse_target(target))
+        return _compiler().scheduled(self.program, self.recipe, parse_target(target))
 
     def lower(self, target: Target | str = "cpp", watch: Watch | None = None) -> Program:
         """The program at the loop level for a target. `watch(name, program)` sees each pass."""
-        from tilewright import compiler
-
-        return compiler.lowered(self.scheduled(target), watch)
+        return _compiler().lowered(self.scheduled(target), watch)
 
     def build(self, target: Target | str = "cpp") -> Kernel:
         """Compile for a target, through the cache: a program, recipe and target that were built
@@ -213,6 +209,13 @@ def kernels(define: Callable[P, Definition]) -> Callable[Concatenate[str, P], Ke
     return functools.cache(kernel)  # type: ignore[return-value]
 
 
+def _compiler() -> Any:
+    """The module, which kernels from the cache do not need."""
+    from tilewright import compiler
+
+    return compiler
+
+
 def _build(d: Definition, target: Target) -> Kernel:
     if target.kind == "cpp" and not compilers.has_compiler():
         compilers.warn_of_interpreter()
@@ -225,18 +228,14 @@ def _build(d: Definition, target: Target) -> Kernel:
     if d.recipe is None or isinstance(d.recipe, NamedRecipe):
         key = _key(program, d.recipe, target)
     else:  # a user's function: the key has the steps that it took
-        from tilewright import compiler
-
-        scheduled = compiler.scheduled(program, d.recipe, target)
-        steps = compiler.steps_of(scheduled, program)
+        scheduled = _compiler().scheduled(program, d.recipe, target)
+        steps = _compiler().steps_of(scheduled, program)
         key = None if steps is None else _key(program, steps, target)
     data = program_cache.load(key) if key else None
     built = Built.from_bytes(data) if data else None
     if built is None:
-        from tilewright import compiler
-
-        scheduled = scheduled or compiler.scheduled(program, d.recipe, target)
-        built = compiler.built(scheduled)
+        scheduled = scheduled or _compiler().scheduled(program, d.recipe, target)
+        built = _compiler().built(scheduled)
         if key:
             with contextlib.suppress(BuildError):  # the next process lowers again
                 program_cache.save(key, built.to_bytes())
@@ -281,7 +280,8 @@ def _cpp_kernel(built: Built, target: Target) -> Kernel:
         source = _variant_source(variants, built.source)
         return cxx.load_cpp(source, name=built.manifest.name, isa=target.arch)
 
-    return Kernel(built.manifest, launch.CpuLauncher(load, built.entries), built.source)
+    entries = tuple(s.entry for s in built.manifest.stages)
+    return Kernel(built.manifest, launch.CpuLauncher(load, entries), built.source)
 
 
 def _cuda_kernel(built: Built, target: Target) -> Kernel:

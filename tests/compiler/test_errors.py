@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,77 @@ PROGRAMS = [
 @pytest.mark.parametrize(("code", "name", "act"), PROGRAMS, ids=range(len(PROGRAMS)))
 def test_programs_refused(code, name, act):
     refusal(ProgramError, code, name, act, hint=False)
+
+
+anything: Any = 3
+SYMBOLS = [  # what Python and other libraries want a number for, with what they say
+    ("real number", lambda i, j, a: math.exp(a[i, j])),
+    ("int()", lambda i, j, a: int(a[i, j])),
+    ("__round__", lambda i, j, a: round(a[i, j])),
+    ("abs()", lambda i, j, a: abs(a[i, j])),
+    ("len()", lambda i, j, a: len(a)),
+    ("subscriptable", lambda i, j, a: a[i, j][0]),
+    ("indices must be", lambda i, j, a: [1, 2][i]),
+    ("interpreted as an integer", lambda i, j, a: range(i)),
+    ("not iterable", lambda i, j, a: sum(a[i, j])),
+    ("not callable", lambda i, j, a: a(i, j)),
+    ("__format__", lambda i, j, a: f"{a[i, j]:.2f}"),
+    ("maximum() missing", lambda i, j, a: tw.maximum(a[i, j])),  # type: ignore[call-arg]
+    ("'where'", lambda i, j, a: tw.update(a).append[i, j](1, j)),
+    ("over 3", lambda i, j, a: tw.indices(anything)),
+    ("update(3)", lambda i, j, a: tw.update(anything)),
+    ("3", lambda i, j, a: tw.out.named(anything)[i, j](a[i, j])),
+]
+
+
+@pytest.mark.parametrize(("text", "act"), SYMBOLS, ids=range(len(SYMBOLS)))
+def test_symbols_are_no_numbers(text, act):
+    caught = refusal(ProgramError, "P101", text, over(act, a=D))
+    assert __file__ in caught.where
+
+
+@pytest.mark.parametrize("wrong", [3, None, ["m"]])
+def test_what_is_no_dimension_and_no_structure(wrong):
+    refusal(ProgramError, "P102", repr(wrong), over(lambda i, j, a: tw.size(wrong), a=D))
+    refusal(ProgramError, "P103", repr(wrong), over(lambda i, j, a: tw.out.like(wrong), a=D))
+
+
+def _scale(x):
+    return x * "2".join(3)  # type: ignore[arg-type]
+
+
+def _needs_two(x, y):
+    return x * y
+
+
+OWN = [
+    ("can only join an iterable", lambda i, j, a: _scale(a[i, j])),
+    ("missing 1 required positional", lambda i, j, a: _needs_two(a[i, j])),  # type: ignore[call-arg]
+    ("'int' and 'NoneType'", lambda i, j, a: 3 * None),  # type: ignore[operator]
+]
+
+
+@pytest.mark.parametrize(("text", "act"), OWN, ids=range(len(OWN)))
+def test_a_fault_of_the_traced_function_stays_its_own(text, act):
+    """With the lines that lead to it."""
+    with pytest.raises(TypeError) as caught:
+        over(act, a=D)()
+    assert type(caught.value) is TypeError and caught.value.__cause__ is None
+    assert text in str(caught.value)
+    assert str(caught.traceback[-1].path) == __file__
+
+
+def test_the_line_at_which_a_symbol_is_no_number():
+    def half(x):
+        return math.exp(x)
+
+    def program(a=D):
+        i, j = tw.indices("m n")
+        return tw.out[i, j](half(a[i, j]))
+
+    caught = refusal(ProgramError, "P101", "real number", lambda: tw.program(program))
+    assert caught.where == f"{__file__}:{half.__code__.co_firstlineno + 1}"
+    assert isinstance(caught.__cause__, TypeError)
 
 
 def test_p101_outside_a_program():

@@ -94,9 +94,12 @@ def test_tensors_of_torch(rng, kind):
     torch = pytest.importorskip("torch")
     dense = matrix("random", 8, 5, rng)
     tensor = torch.from_numpy(dense)
-    for given in (getattr(tensor, kind)(), getattr(tensor.clone().requires_grad_(), kind)()):
+    recorded = getattr(tensor.clone().requires_grad_(), kind)()
+    refused(lambda: CSR.pack(recorded), "A111")
+    for given in (getattr(tensor, kind)(), recorded):
         for fmt in (CSR, tw.hyb(), tw.bsr(2)):
-            np.testing.assert_array_equal(fmt.pack(given).dense(), dense)
+            with torch.no_grad():
+                np.testing.assert_array_equal(fmt.pack(given).dense(), dense)
     packed = CSR.pack(getattr(tensor.bfloat16(), kind)())
     assert packed.dtype.name == "bfloat16" and packed.nnz == np.count_nonzero(dense)
     got, wanted = dtypes.bfloat16_values(packed.dense()), tensor.bfloat16().float().numpy()
@@ -183,7 +186,10 @@ def test_other_layouts_of_scipy(rng):
 def test_values_of_torch():
     torch = pytest.importorskip("torch")
     packed, new = CSR.pack(np.eye(3, dtype=np.float32)), torch.tensor([1.5, 2.5, 3.5])
-    for given in (new, new.clone().requires_grad_(), [1.5, 2.5, 3.5]):
+    recorded = new.clone().requires_grad_()
+    refused(lambda: packed.with_values(recorded), "A111")
+    refused(lambda: CSR.pack(np.eye(3), values=recorded), "A111")
+    for given in (new, recorded.detach(), [1.5, 2.5, 3.5]):
         np.testing.assert_array_equal(packed.with_values(given).dense(), np.diag([1.5, 2.5, 3.5]))
         assert CSR.pack(np.eye(3), values=given).entry_values().tolist() == [1.5, 2.5, 3.5]
     half = packed.with_values(new.bfloat16())

@@ -4,6 +4,7 @@ shared memory without bank conflicts, and the tile operations."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import cache
 from typing import Any
@@ -13,18 +14,20 @@ import pytest
 from tests.compiler import test_cta
 from tests.compiler.bsr_spmm import bsr_spmm_definition
 from tests.compiler.cases import after_every_pass, arguments, called, numbers, spmm
+from tests.compiler.cta import element
 from tests.compiler.test_mma import half, product
 
 import tilewright as tw
+from tilewright import dtypes
 from tilewright.codegen.prelude_files import prelude
 from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple, parted, terms
-from tilewright.ir.atoms import ATOMS, element
+from tilewright.ir.atoms import ATOMS
 from tilewright.ir.names import ADDRESS, STRIDE, is_generated
 from tilewright.ir.rewrite import free_vars, map_bodies, rebuild, transform, walk
 from tilewright.lower import AFTER_SCHEDULE, run_passes
-from tilewright.lower.pipelines import pipeline_loops
+from tilewright.lower.pipelines import carry_addresses, pipeline_loops
 from tilewright.ops.gemm import TILES, Tile, gemm_definition, gemm_program, gpu_recipe
 from tilewright.target import target
 from tilewright.toolchain import compilers, cxx, nvrtc
@@ -311,6 +314,24 @@ def test_an_address_serves_all_copies_of_an_operand(name):
 def test_what_an_iteration_looks_up_is_no_address_that_a_loop_carries():
     copies, steps = copies_and_addresses("gathered")
     assert copies and not [x for x in steps if x.buffer.name.startswith("X.")]
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize("is_one_node", [False, True])
+def test_a_condition_keeps_the_offset_that_a_copy_gives_up(lanes, is_one_node):
+    """Whether or not both are one node of the program."""
+    k, n, i32 = ir.Var("k"), ir.Var("n"), dtypes.int32
+    a, s = (ir.Buffer(name, dtypes.float32, (n,)) for name in ("A", "S"))
+    at, again = (ir.binary("+", ir.binary("*", k, 64), ir.Var("thread")) for _ in range(2))
+    condition = ir.binary("<", at if is_one_node else again, n)
+    read: Any = at if lanes == 1 else ir.Ramp(ir.binary("*", at, 4), i32.vector(4))
+    load = ir.Load(a, (read,), dtypes.float32.vector(lanes))
+    copy = ir.CopyAsync(s, (ir.as_expr(0),), ir.Select(condition, load, load, load.dtype))
+    loop = ir.For(k, ir.as_expr(0), ir.as_expr(8), ir.seq(copy, ir.Commit()))
+    program = dataclasses.replace(machine_case("small")[0], stages=((ir.Nest("one", loop),),))
+    [carried] = walk(carry_addresses(program).stages[0][0].body, ir.CopyAsync)
+    assert carried.value.cond == condition and isinstance(carried.source[1], ir.Load)
+    assert carried.value.b == load and carried.source[0].dtype == load.dtype
 
 
 @pytest.mark.parametrize("name", ["small", "few"])  # with more than one copy ahead

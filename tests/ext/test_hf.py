@@ -164,7 +164,8 @@ def test_what_is_not_supported_is_refused():
         assert caught.value.code == code
 
     raises("A101", dropout=0.1)
-    raises("A101", q=q.clone().requires_grad_())
+    raises("A111", q=q.clone().requires_grad_())
+    raises("A111", s_aux=torch.zeros(4, requires_grad=True))
     raises("A101", position_bias=torch.zeros(1))
     raises("A102", torch.full((1, 1, 3, 3), 0.5))
     raises("A103", torch.zeros(1, 4, 3, 3, dtype=torch.bool))
@@ -172,6 +173,17 @@ def test_what_is_not_supported_is_refused():
     additive[..., 1] = torch.finfo(torch.float32).min
     o, _ = hf.attend(module, q, k, torch.arange(96.0).reshape(1, 2, 3, 16), additive)
     assert o.shape == (1, 3, 4, 16) and o[0, 0, 0, 0] == 16
+
+
+def test_a_forward_that_records_gradients_is_refused(model):
+    """Inference mode, and weights that are frozen, need no words of the caller's."""
+    model.set_attn_implementation("tilewright")
+    ids = torch.randint(2, 60, (1, 5))
+    with pytest.raises(ArgumentError, match="A111"):
+        model(ids)
+    with torch.inference_mode():
+        wanted = model(ids).logits
+    close(model.requires_grad_(False)(ids).logits, wanted)
 
 
 @pytest.mark.gpu

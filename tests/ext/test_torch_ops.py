@@ -123,3 +123,30 @@ def test_misuse_has_coded_errors(rng):
         torch_ops.operator(tw.Attention(4, 2, 24)).plan(table)
     with pytest.raises(ArgumentError, match="A103"):
         torch_ops.operator(tw.Attention(4, 2, 32))(batch.q, *pages, table)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_gradients_are_refused_not_lost(rng, backend):
+    """A graph that torch compiles would not ask again, so its trace is refused."""
+    batch, (k, v), table = inputs(rng)
+    operator = torch_ops.operator(tw.Attention(4, 2, 24))
+    o, lse = operator(batch.q, k, v, table)
+    new, at = torch.zeros(3, 2, 24), torch.zeros(3, dtype=torch.int32)
+
+    def append(key):
+        torch_ops.append(k, v, key, new, at, at, list(table[1:]))
+
+    for act, x in (
+        (lambda q: operator(q, k, v, table)[0], batch.q),
+        (lambda o: torch_ops.merge([o, o], [lse, lse])[0], o),
+        (append, new),
+    ):
+        recorded, compiled = x.clone().requires_grad_(), torch.compile(act, backend=backend)
+        before = k.clone()
+        with pytest.raises(ArgumentError, match="A111"):
+            act(recorded)
+        with pytest.raises(RuntimeError, match="A111"):
+            torch.compile(act, fullgraph=True, backend=backend)(recorded)
+        torch.testing.assert_close(k, before, rtol=0, atol=0, equal_nan=True)
+        with torch.no_grad():
+            compiled(recorded)

@@ -15,6 +15,7 @@ from tilewright import dtypes
 from tilewright.errors import ArgumentError
 from tilewright.runtime import view as views
 from tilewright.runtime.arguments import check_overlaps
+from tilewright.runtime.transfer import to_host
 from tilewright.runtime.view import View, allocate, byte_span, view
 
 
@@ -49,7 +50,7 @@ def test_numpy_arrays(name: str, rng: np.random.Generator) -> None:
         assert v.is_contiguous == x.flags.c_contiguous
 
 
-def test_fast_address_is_the_slow_one(rng: np.random.Generator) -> None:
+def test_addresses_of_slices(rng: np.random.Generator) -> None:
     whole = rng.standard_normal((6, 5, 4))
     for x in [random_slices(rng, whole) for _ in range(50)]:
         assert view(x).pointer == x.ctypes.data
@@ -247,8 +248,14 @@ def test_torch_tensors(rng: np.random.Generator) -> None:
 def test_torch_gradients_and_subclasses() -> None:
     torch = pytest.importorskip("torch")
     weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    v = view(weight)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            v = view(weight)
     assert (v.dtype, v.pointer) == (dtypes.bfloat16, weight.data_ptr())
+    with pytest.raises(ArgumentError, match="A111"):
+        view(weight)
+    with pytest.raises(ArgumentError, match="A111"):
+        to_host(weight)
     assert not allocate(weight, (3,), v.dtype).requires_grad
     assert isinstance(allocate(weight, (2,), dtypes.float32), torch.Tensor)
 

@@ -35,10 +35,10 @@ def attend(
     (batch, kv_heads, kv, …), which are read where they are. `options`: scaling, softcap, s_aux
     (sinks), is_causal; of continuous batching cu_seq_lens_q, cu_seq_lens_k, sliding_window, where a
     batch of 1 has the rows and the keys of all requests, one behind the other. Raises
-    ArgumentError: A101 for training and for what is not supported."""
-    if options.get("dropout") or (torch.is_grad_enabled() and query.requires_grad):
-        hint = "with torch.no_grad(): …; train with another attn_implementation"
-        raise ArgumentError("A101", "attention of tilewright has no derivatives", hint=hint)
+    ArgumentError: A111 where gradients are recorded, A101 for what else is not supported."""
+    if options.get("dropout"):
+        hint = "train with another attn_implementation"
+        raise ArgumentError("A101", "dropout is not supported", where="dropout", hint=hint)
     for name in _REFUSED:
         if options.get(name) is not None and options[name] is not False:
             raise ArgumentError("A101", f"{name} is not supported", where=name, hint="eager")
@@ -52,7 +52,7 @@ def attend(
         key, value = key[:, :, :rows], value[:, :, :rows]
     tensors = {} if attention_mask is None else {"bits": _bits(attention_mask, key.shape[2])}
     if options.get("s_aux") is not None:
-        tensors["sinks"] = options["s_aux"].detach().float()
+        tensors["sinks"] = options["s_aux"].float()
     variant = composed(causal, -1, options.get("softcap") or 0.0, frozenset(tensors))
     attn = Attention(heads, key.shape[1], dim, variant, options.get("scaling"), value.shape[3])
     lengths = torch.full((batch,), key.shape[2], dtype=torch.int32, device=query.device)
@@ -71,7 +71,7 @@ def _attend_packed(
     _, heads, rows, dim = query.shape
     indptr, starts = (options[f"cu_seq_lens_{n}"].int() for n in "qk")
     used = int(indptr[-1])
-    tensors = {} if options.get("s_aux") is None else {"sinks": options["s_aux"].detach().float()}
+    tensors = {} if options.get("s_aux") is None else {"sinks": options["s_aux"].float()}
     window = (options.get("sliding_window") or 0) - 1
     variant = composed(True, window, options.get("softcap") or 0.0, frozenset(tensors))
     attn = Attention(heads, key.shape[1], dim, variant, options.get("scaling"), value.shape[3])

@@ -24,6 +24,7 @@ from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
 from tilewright.attention.workspace import Workspace
 from tilewright.errors import ArgumentError, needed_for
+from tilewright.runtime.view import check_gradient
 
 with needed_for("operators of torch", "torch"):
     import torch
@@ -88,7 +89,7 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     operator, kv = _OPERATORS[key], KV(_table(table), Pool(k, v))
     plan: Any = operator.room
     if plan is None:
-        rows = torch.arange(kv.requests + 1, dtype=torch.int32) if rows is None else rows
+        rows = torch.arange(kv.table.requests + 1, dtype=torch.int32) if rows is None else rows
         plan = operator.attn.plan(rows, kv)
     state = operator.attn.run(q, kv, plan, **dict(zip(operator.names, values, strict=True)))
     return state.o, state.lse
@@ -128,6 +129,19 @@ def _append(*arguments: Any) -> None:
         pages[page, slot] = torch.where(valid.any(), new[row], pages[page, slot])
 
 
+def _checked(function: Any) -> Any:
+    """`function`, but it raises ArgumentError[A111] where gradients are recorded. Graphs that torch
+    compiles ask when they are traced: fakes refuse for all later runs."""
+
+    def checked(*arguments: Any) -> Any:
+        for x in arguments:
+            for one in x if isinstance(x, (list, tuple)) else (x,):
+                check_gradient(one)
+        return function(*arguments)
+
+    return checked
+
+
 def _merge(o: list[Tensor], lse: list[Tensor]) -> tuple[Tensor, Tensor]:
     state = merge_all([State(x.contiguous(), y.contiguous()) for x, y in zip(o, lse, strict=True)])
     return state.o, state.lse
@@ -144,7 +158,7 @@ _IMPLEMENTED = {
         _plan, lambda table, *rest: table[0].new_empty(0),
     ),
     "append(Tensor(a!) k, Tensor(b!) v, Tensor key, Tensor value, Tensor request, Tensor position, "
-    "Tensor[] table) -> ()": (_append, lambda *arguments: None),
+    "Tensor[] table) -> ()": (_checked(_append), lambda *arguments: None),
     "merge(Tensor[] o, Tensor[] lse) -> (Tensor, Tensor)": (
         _merge, lambda o, lse: _like(o[0], o[0].shape[-1]),
     ),
@@ -153,5 +167,5 @@ for _schema, (_function, _fake) in _IMPLEMENTED.items():
     _name, _, _rest = f"tilewright::{_schema}".partition("(")
     torch.library.define(_name, f"({_rest}")
     torch.library.impl(_name, ("cpu", "cuda"), _function)
-    torch.library.register_fake(_name, _fake)
+    torch.library.register_fake(_name, _checked(_fake))
 append, merge = torch.ops.tilewright.append, torch.ops.tilewright.merge

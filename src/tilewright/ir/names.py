@@ -6,7 +6,7 @@ structure, values to a sparse tensor, an accumulator to an output. The name of e
 """
 
 import re
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 SIZE, STRIDE, COUNT = "size", "stride", "count"  # numbers
@@ -23,7 +23,7 @@ _USERS = re.compile(r"(?!.*__)[A-Za-z][A-Za-z0-9_]*")
 def is_users(name: str) -> bool:
     """Whether `name` is allowed as a user's name. Generated names contain a dot, which becomes two
     underscores in C, so that the two kinds never collide."""
-    return _USERS.fullmatch(name) is not None
+    return isinstance(name, str) and _USERS.fullmatch(name) is not None
 
 
 class GeneratedName(NamedTuple):
@@ -54,21 +54,12 @@ def is_generated(name: str, *kinds: str) -> bool:
     return parts is not None and parts.kind in kinds
 
 
-def size_name(dim: str) -> str:
-    """The variable that holds the size of a dimension."""
-    return GeneratedName(dim, SIZE).name
+def _generated(kind: str, owner: str, number: int = -1) -> str:
+    return GeneratedName(owner, kind, number).name
 
 
-def stride_name(array: str, dim: int) -> str:
-    """The variable that holds a stride of a dense array, in elements."""
-    return GeneratedName(array, STRIDE, dim).name
-
-
-def count_name(structure: str, level: int) -> str:
-    """The variable that holds how many positions a level of a sparse structure has."""
-    return GeneratedName(structure, COUNT, level).name
-
-
-def values_name(tensor: str) -> str:
-    """The buffer of the values of a sparse tensor."""
-    return GeneratedName(tensor, VALUES).name
+# The names of a dimension's size, of an array's stride in a dimension (in elements), of how many
+# positions a structure has in a level, and of the values of a sparse tensor.
+size_name, stride_name, count_name, values_name = (
+    partial(_generated, kind) for kind in (SIZE, STRIDE, COUNT, VALUES)
+)

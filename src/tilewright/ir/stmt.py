@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tilewright import dtypes
 from tilewright.ir.atoms import Atom
@@ -195,6 +195,14 @@ class CopyAsync(Store):
         at = load.index[0]  # type: ignore[attr-defined]
         return load, at.base if isinstance(at, Ramp) else at  # type: ignore[return-value]
 
+    def read_at(self, offset: Expr) -> CopyAsync:
+        """The copy with another offset of its first element, under the same condition."""
+        load, value = self.source[0], self.value
+        first = load.index[0]
+        offset = replace(first, base=offset) if isinstance(first, Ramp) else offset
+        load = replace(load, index=(offset,))
+        return replace(self, value=replace(value, a=load) if isinstance(value, Select) else load)
+
 
 @node
 class Commit(Stmt):
@@ -294,6 +302,16 @@ class Nest:
     shared: bool = False
 
 
+class Placement(NamedTuple):
+    """A temporary that is computed in the loop of an index of its reader, the scope of its memory,
+    and the most elements of a row of it that a GPU keeps (0: all)."""
+
+    temporary: str
+    loop: str
+    scope: str
+    most: int
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """A program at any level. `level` is coordinates, positions or loops.
@@ -301,8 +319,7 @@ class Program:
     `stages` groups the nests that run in one launch: nests of a stage are independent of each
     other. `orders` holds loop orders asked for (output name, then axes); `fused` the structures
     whose two axes are walked as one; `merged` the outputs all of whose reductions run in one loop;
-    `placed` temporaries, each with the index in whose loop it is computed, the scope of its memory,
-    and the most elements of a row in it; `sizes` dimensions that are fixed; `index` the type of
+    `placed` the temporaries with a place; `sizes` dimensions that are fixed; `index` the type of
     coordinates.
     """
 
@@ -315,7 +332,7 @@ class Program:
     orders: tuple[tuple[str, ...], ...] = ()
     fused: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
-    placed: tuple[tuple[str, str, str, int], ...] = ()
+    placed: tuple[Placement, ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
     index: dtypes.DType = dtypes.int32
 

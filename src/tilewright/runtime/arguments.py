@@ -14,7 +14,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
 from tilewright.runtime.manifest import Manifest, TensorSpec
-from tilewright.runtime.view import View, address, row_major_strides, view
+from tilewright.runtime.view import View, address, check_gradient, named_view, row_major_strides
 
 Span = tuple[str, int, int]
 """The name of an argument, and the first address and the end of its bytes."""
@@ -56,10 +56,7 @@ class Arguments:
 
     def _add_dense(self, spec: TensorSpec, arg: Any, *, written: bool) -> None:
         name = spec.name
-        try:
-            v = view(arg)
-        except ArgumentError as e:
-            raise _error(e.code, e.message, name, e.hint) from None
+        v = named_view(f"argument {name}", arg)
         dtype = self.dtypes[name]
         is_bits = v.dtype.kind == dtype.numpy.kind == "u"  # bfloat16 may come as uint16
         if v.dtype != dtype and not (is_bits and v.dtype.bits == dtype.bits):
@@ -140,6 +137,7 @@ def _wrong_dtype(spec: TensorSpec, expected: dtypes.DType, actual: dtypes.DType)
 def scalar_value(spec: TensorSpec, dtype: dtypes.DType, arg: Any) -> float | int:
     """The number, or the bits of a 16-bit float, that a scalar parameter holds."""
     value: float | int | None = None
+    check_gradient(arg, f"argument {spec.name}")
     if not isinstance(arg, (str, bytes)):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             value = float(arg) if dtype.is_float else int(arg)

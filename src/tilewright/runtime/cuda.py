@@ -356,7 +356,7 @@ class DeviceArray:
         self._copied("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data, waits)
 
     def to_numpy(self) -> np.ndarray:
-        """A copy on the host, complete when it returns; bfloat16 and 8-bit floats as their bits."""
+        """A copy on the host, complete when it returns; bfloat16 as its bits."""
         out = np.empty(self.shape, self.dtype.numpy)
         if self.nbytes:
             self._copied("cuMemcpyDtoHAsync_v2", out.ctypes.data, self.pointer)

@@ -113,9 +113,7 @@ def driver() -> Driver:
         return _driver()
 
 
-@functools.cache
-def _driver() -> Driver:
-    return Driver()
+_driver = functools.cache(Driver)
 
 
 class Device:
@@ -171,9 +169,7 @@ def device(ordinal: int = 0) -> Device:
         return _device(ordinal)
 
 
-@functools.cache
-def _device(ordinal: int) -> Device:
-    return Device(ordinal)
+_device = functools.cache(Device)
 
 
 def arch_of(major: int, minor: int) -> str:

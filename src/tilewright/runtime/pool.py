@@ -95,9 +95,7 @@ def wanted_threads() -> int:
 
 def available_cores() -> int:
     """Cores in the affinity mask of this process."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def address_of(function: Any) -> int:

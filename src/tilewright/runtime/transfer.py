@@ -8,7 +8,7 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
-from tilewright.runtime.view import describe_torch, view
+from tilewright.runtime.view import check_gradient, describe_torch, view
 
 
 def to_device(array: Any, device: str) -> Any:
@@ -47,10 +47,11 @@ def _ordinal(device: str) -> int | None:
 def to_host(array: Any) -> np.ndarray:
     """Any array as a NumPy array, copied where it is on a device; torch's bfloat16, which NumPy
     does not know, as its bits (uint16). Raises ArgumentError: A107 for elements at a null address,
-    also in a list, A102 for a dtype of torch."""
+    also in a list, A102 for a dtype of torch, A111 for a gradient."""
     if isinstance(array, (list, tuple)):
         array = [x if isinstance(x, (int, float, str)) else to_host(x) for x in array]
     if hasattr(array, "detach"):
+        check_gradient(array)
         return _torch_to_host(array.detach())
     if hasattr(array, "to_numpy"):
         return array.to_numpy()

@@ -59,7 +59,7 @@ def read(matrix: Any) -> Entries:
             raise FormatError("F102", rule, where="matrix", hint=hint)
         return _from_csr(*matrix) if len(matrix) == 4 else _from_coo(*matrix)
     if hasattr(matrix, "layout") and hasattr(matrix, "detach"):
-        return _from_torch(matrix.detach())
+        return _from_torch(matrix)
     if hasattr(matrix, "tocsr"):
         return _from_scipy(matrix)
     return _from_dense(matrix)
@@ -86,6 +86,8 @@ def _from_torch(t: Any) -> Entries:
         cols = _expanded(t.ccol_indices(), len(rows), shape[1])
         return _from_coo((rows, cols), t.values(), shape)
     if layout == "sparse_coo":
+        if t.requires_grad:  # `_values` would hide it
+            return _from_coo(t.coalesce().indices(), t.coalesce().values(), t.shape)
         return _from_coo(t._indices(), t._values(), t.shape, repeats=True)
     hint = "its to_padded_tensor(0.0)" if t.is_nested else "its to_sparse_coo()"
     raise FormatError("F102", f"a torch tensor of layout {layout}", where="matrix", hint=hint)

@@ -9,7 +9,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.ir import nodes as ir
 from tilewright.ir.nodes import Access, Expr, Index, as_expr
-from tilewright.ir.rewrite import computed_in, contains, driving, free_vars
+from tilewright.ir.rewrite import contains, driving, free_vars
 from tilewright.sparse.tracing import checked_name, current, refusal
 
 __all__ = [
@@ -25,6 +25,8 @@ def indices(dims: str) -> Any:
 
     A dimension may occur twice (square matrices); its second loop is then called m1. One dimension
     returns one index, not a tuple."""
+    if not isinstance(dims, str):
+        raise refusal("P101", f"indices over {dims!r}", hint='names of dimensions, as "m n"')
     trace = current()
     created: list[Index] = []
     for word in dims.split():
@@ -34,12 +36,7 @@ def indices(dims: str) -> Any:
         if checked_name(name, "an index", "P102") in used:
             hint = "indices and parameters have names of their own"
             raise refusal("P102", f"index {name!r} is not a new name", hint=hint)
-        known = {d for t in trace.tensors.values() for d in t.dims}
-        parsed: str | int = int(dim) if dim.isdigit() else dim
-        if isinstance(parsed, str) and parsed not in known:
-            hint = f"dimensions: {', '.join(sorted(str(k) for k in known))}"
-            raise refusal("P102", f"no parameter has a dimension {parsed!r}", hint=hint)
-        created.append(Index(name, dim=parsed))
+        created.append(Index(name, dim=int(dim) if dim.isdigit() else _known(dim)))
         trace.indices.append(created[-1])
     return created[0] if len(created) == 1 else tuple(created)
 
@@ -52,12 +49,17 @@ def _loop_name(dim: str, used: set[str]) -> str:
 
 
 def size(dim: str) -> Expr:
-    """The run-time size of a dimension."""
+    """The run-time size of a dimension. Raises ProgramError[P102]."""
+    return ir.size_var(_known(dim))
+
+
+def _known(dim: str) -> str:
+    """A dimension that a parameter has. Raises ProgramError[P102] for another one."""
     known = {d for t in current().tensors.values() for d in t.dims if isinstance(d, str)}
-    if dim not in known:
+    if not isinstance(dim, str) or dim not in known:
         hint = f"dimensions: {', '.join(sorted(known))}"
         raise refusal("P102", f"no parameter has a dimension {dim!r}", hint=hint)
-    return ir.size_var(dim)
+    return dim
 
 
 def stored(access: Any) -> Expr:
@@ -87,16 +89,15 @@ def _reduce(op: str) -> Callable[..., Expr]:
         if not axes or not all(isinstance(a, Index) for a in axes):
             raise refusal("P104", f"{op} over {over!r}: not indices", hint="over=j or over=(j, k)")
         body = as_expr(value)
+        dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
         if where is not None:
-            kind = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
-            body = computed_in(body, kind)
-            body = ir.select(condition_of(op, where), body, ir.identity_of(op, kind))
+            body = _computed_in(body, dtype)
+            body = ir.select(condition_of(op, where), body, ir.identity_of(op, dtype))
         missing = {a.name for a in axes} - free_vars(body)
         if missing:
             rule = f"{op} over {', '.join(sorted(missing))}, which its body does not use"
             raise refusal("P104", rule, hint="where=tw.stored(A[i, j]) ranges over what A stores")
-        dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
-        return ir.Reduce(op, axes, computed_in(body, dtype), dtype)
+        return ir.Reduce(op, axes, _computed_in(body, dtype), dtype)
 
     reduction.__name__ = reduction.__qualname__ = op
     reduction.__doc__ = (
@@ -104,6 +105,23 @@ def _reduce(op: str) -> Callable[..., Expr]:
         f"holds; the identity of {op} where it never does."
     )
     return reduction
+
+
+def _computed_in(e: ir.Expr, to: dtypes.DType) -> ir.Expr:
+    """`e` as `to`, where the integer arithmetic that makes it is done in `to`, not in the narrower
+    types of its operands: a sum of int8 products multiplies in int32. A conversion to a wider
+    integer inside of it changes no value; any other conversion ends the search."""
+    kind = e.dtype
+    if kind.is_int and to.is_int and kind.bits < to.bits:
+        if isinstance(e, ir.Binary) and e.op not in ("<<", ">>"):
+            return ir.Binary(e.op, _computed_in(e.a, to), _computed_in(e.b, to), to)
+        if isinstance(e, ir.Unary):
+            return ir.Unary(e.op, _computed_in(e.a, to), to)
+        if isinstance(e, ir.Select):
+            return ir.Select(e.cond, _computed_in(e.a, to), _computed_in(e.b, to), to)
+        if isinstance(e, ir.Cast) and e.a.dtype.is_int and dtypes.promote(e.a.dtype, kind) == kind:
+            return _computed_in(e.a, to)
+    return ir.cast(e, to)
 
 
 sum_, max_, min_, prod = (_reduce(op) for op in ("sum", "max", "min", "prod"))

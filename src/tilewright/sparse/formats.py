@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class Format:
 
     name: str
     levels: tuple[Level, ...]
+    is_composed: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_levels(self)
@@ -52,11 +53,6 @@ class Format:
     def formats(self) -> tuple["Format", ...]:
         """The formats of its parts: one, itself."""
         return (self,)
-
-    @property
-    def unique_rows(self) -> bool:
-        """Whether each row is stored at one position of the outermost level."""
-        return self.levels[0].unique
 
     @property
     def is_exact(self) -> bool:
@@ -196,6 +192,7 @@ class Composed:
     parts: tuple[tuple[Any, Format], ...]
     disjoint_rows: bool = False
     covers_rows: bool = False
+    is_composed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_tuple(f"composed format {self.name}", "parts", self.parts, _is_part)

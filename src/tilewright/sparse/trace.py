@@ -13,17 +13,28 @@ tensor's fill. Nothing is executed here: `A[i, j]` is a node.
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any, get_args
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir.nodes import Kind, Program, Tensor
+from tilewright.sparse import expressions
 from tilewright.sparse.expressions import *  # noqa: F403 - the language is imported from here
 from tilewright.sparse.formats import plain
 from tilewright.sparse.outputs import out, temp, update  # noqa: F401
 from tilewright.sparse.tracing import Trace, checked_name, refusal, tracing
+
+# What a TypeError says of symbols where they cannot be, as in np.exp(x), float(x) or len(x), and of
+# operations of the language that lack an argument.
+_OPERATIONS = "|".join(name.strip("_") for name in expressions.__all__)
+_OF_SYMBOLS = re.compile(
+    r"('|not |type |to )(Access|Binary|Cast|Const|Index|Reduce|Select|Stored|Tensor|Unary|Var)\b"
+    rf"|^({_OPERATIONS})_?\(\)|^Update\."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +107,15 @@ def trace(
             t.tensors[name] = _parameter(name, d, declared, dtypes_by_name, formats, line)
         try:
             returned = function(**t.tensors)
-        except TypeError as error:  # np.exp(x), float(x), tw.sum(x): what symbols cannot do
+        except TypeError as error:
+            if not _OF_SYMBOLS.search(str(error)):
+                raise  # the function's own fault
+            *_, (frame, _) = walk_tb(error.__traceback__)
             rule = f"{t.name} cannot be traced: {error}"
             hint = "operands are symbols: tw.exp(x), x.cast(…), tw.sum(x, over=j)"
-            raise ProgramError("P101", rule, where=line, hint=hint) from error
+            raise refusal("P101", rule, hint, frame) from error
         results = returned if isinstance(returned, tuple) else (returned,)
-        program = Program(t.name, "coordinates", _in_order(t, results, line), tuple(t.body))
-        return program
+        return Program(t.name, "coordinates", _in_order(t, results, line), tuple(t.body))
 
 
 def _in_order(t: Trace, results: tuple[Any, ...], line: str) -> tuple[Tensor, ...]:

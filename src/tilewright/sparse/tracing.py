@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from tilewright.errors import ProgramError
 from tilewright.ir.names import is_users
@@ -21,6 +22,7 @@ class Trace:
 
 
 _active: list[Trace] = []
+_LIBRARIES = "tilewright.", "numpy.", "torch."
 
 
 @contextmanager
@@ -40,10 +42,10 @@ def current() -> Trace:
     return _active[-1]
 
 
-def refusal(code: str, message: str, hint: str = "") -> ProgramError:
-    """A ProgramError at the file and line of the user's code that called this package."""
-    frame = sys._getframe(1)
-    while frame and frame.f_globals.get("__name__", "").startswith("tilewright."):
+def refusal(code: str, message: str, hint: str = "", frame: Any = None) -> ProgramError:
+    """A ProgramError at the line of the user's code that called this package, or led to `frame`."""
+    frame = frame or sys._getframe(1)
+    while frame and frame.f_globals.get("__name__", "").startswith(_LIBRARIES):
         frame = frame.f_back
     where = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""
     return ProgramError(code, message, where=where, hint=hint)
