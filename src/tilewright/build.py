@@ -146,8 +146,7 @@ class Definition:
                 raise ProgramError("P107", text, where=name, hint=hint)
             if name not in {t.structure for t in self.program.tensors}:
                 text = f"{name} is no sparse parameter with a structure of its own"
-                hint = "dense parameters have no format; one declared like=… shares another's"
-                raise ProgramError("P107", text, where=name, hint=hint)
+                raise ProgramError("P107", text, where=name)
         return replace(self, formats=tuple((dict(self.formats) | of).items()))
 
     def schedule(self, recipe: Recipe) -> Definition:

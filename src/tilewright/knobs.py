@@ -38,11 +38,12 @@ class Knob:
 
 
 def folder(path: str | Path) -> Path:
-    """A path with its `~` resolved. Raises KnobError[K101] where no such user has a home."""
+    """A path with its `~` resolved. Raises KnobError[K101] where no such user has a home, and for
+    what is no path."""
     try:
         return Path(path).expanduser()
-    except RuntimeError as error:
-        rule = f"no folder {str(path)!r}: {error}"
+    except (RuntimeError, TypeError) as error:
+        rule = f"no folder {path!r}: {error}"
         where = "environment variable TILEWRIGHT_CACHE_DIR"
         raise KnobError("K101", rule, where=where, hint="write the folder without ~") from None
 

@@ -105,7 +105,7 @@ class Step:
     """
 
     def __init__(self, bounds: Iterable[Any], overlaps: bool = True) -> None:
-        self.keep = list(bounds)
+        self.keep: list[Any] = list(bounds) if hasattr(bounds, "__iter__") else [bounds]
         self.nodes: list[Node] = []
         self.edges: tuple[Edge, ...] = ()
         recorded = [_launches(b) for b in self.keep]
@@ -155,7 +155,8 @@ def _launches(bound: Any) -> Sequence[Any] | None:
         if isinstance(launcher, CpuLauncher):
             return launcher.launches(bound.kernel, bound.frame)
         return None
-    if not isinstance(bound, (tuple, cuda.Launch)) and not hasattr(bound, "launch"):
+    is_launch = isinstance(bound, cuda.Launch) or (isinstance(bound, tuple) and len(bound) == 5)
+    if not is_launch and not hasattr(bound, "launch"):
         text = f"a step records bound calls, not {type(bound).__name__}"
         raise ArgumentError("A107", text, where="bounds", hint="kernel.bind(…)")
     launch = getattr(bound, "part", None) or getattr(bound, "launch", bound)

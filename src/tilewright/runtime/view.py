@@ -218,8 +218,7 @@ def check_gradient(x: Any, where: str = "") -> None:
     """Refuse a tensor of torch whose gradient would be lost. Raises ArgumentError[A111]."""
     if getattr(x, "requires_grad", False) and sys.modules["torch"].is_grad_enabled():
         text = f"a {type(x).__name__} that requires grad: results would be cut off from its graph"
-        hint = "x.detach(), or call under torch.no_grad()"
-        raise ArgumentError("A111", text, where=where, hint=hint)
+        raise ArgumentError("A111", text, where=where)
 
 
 def describe_torch(x: Any) -> View:

@@ -25,8 +25,7 @@ class Output:
 
     def like(self, tensor: ir.Tensor) -> "Output":
         if not getattr(tensor, "is_sparse", False):
-            hint = "tw.out.like(A) of a sparse parameter or temporary"
-            raise refusal("P103", f"{tensor!r} has no structure to share", hint=hint)
+            raise refusal("P103", f"{tensor!r} has no structure to share", hint="tw.out.like(A)")
         return replace(self, structure_of=tensor)
 
     def named(self, name: str) -> "Output":
@@ -163,8 +162,7 @@ def _check_bound(coords: tuple[ir.Expr, ...], value: ir.Expr) -> None:
         for c, dim in zip(x.coords, x.tensor.dims, strict=True):
             if isinstance(c, ir.Index) and c.dim != dim:
                 rule = f"{c.name} runs over {c.dim} but means {dim} in {x}"
-                hint = "give the index and the tensor the same dimension name"
-                raise refusal("P102", rule, hint=hint)
+                raise refusal("P102", rule)
         if not all(isinstance(c, ir.Index) for c in x.coords[len(x.stored_coords) :]):
             raise refusal("P103", f"{x}: the dense dimensions of a structure are read at indices")
     loose = sorted(ir.free_indices(value).keys() - set().union(*map(ir.free_indices, coords)))
