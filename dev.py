@@ -223,7 +223,12 @@ def install(name: str) -> None:
     say(f"installing what `{name}` needs into {VENV.name} (once; this can take minutes)")
     pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", PINS]
     for packages in SETS[name]:
-        subprocess.run([*pip, *packages], check=True)
+        if subprocess.run([*pip, *packages], check=False).returncode:
+            sys.exit(
+                f"dev.py: pip could not install {' '.join(packages)}: see its message above.\n"
+                "        Without a package index (the network, or PIP_INDEX_URL, PIP_FIND_LINKS) it"
+                " speaks of a conflict."
+            )
     stamp.write_text(key, encoding="utf-8")
 
 

@@ -5,7 +5,8 @@ and errors as `bench decode` has them. Beside ours over the shared keys: ours ov
 which each request names the pages of the prefix again, and FlashAttention-3 over that, where it can
 be imported. `read_us`: the bytes of the prefix once and of the suffixes, read once. `--random N`:
 the regret of the plan's choice over random batches, its time over the best of what it chooses from
-(shared keys read by a launch in front, or walked by their requests) and of the flat table.
+(shared keys read by a launch in front, or walked by their requests) and of the flat table; and that
+of a server, which has recorded both tables and takes the flat one where sharing does not pay.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
+from tilewright.serve.cascade import group
 
 HEADS = (32, 8)
 BATCHES = ((16, 2048, 256), (64, 8192, 256), (256, 8192, 256), (64, 32768, 512))
@@ -147,8 +149,9 @@ def measured(requests: int, prefix: int, suffix: int) -> Row:
 
 def regret(count: int) -> Row:
     """Over random batches, the chosen plan's time over the best of three: the shared keys read by a
-    launch in front, walked by their requests, or a flat table. The value is the 90th percentile."""
-    rng, over = np.random.default_rng(11), []
+    launch in front, walked by their requests, or a flat table. The value is the 90th percentile;
+    `served`: the same of a server's choice between the plan and the flat table."""
+    rng, over, served = np.random.default_rng(11), [], []
     costs = {"chosen": ranges.APART_COST, "in front": -(1 << 30), "walked": 1 << 30}
     for _ in range(count):
         requests, prefix, suffix = (2 ** rng.uniform(*x) for x in ((1, 8), (7, 14), (4, 9)))
@@ -165,11 +168,19 @@ def regret(count: int) -> Row:
         planner.body.cache_clear()
         times = replayed(graphs)
         over.append(times["chosen"] / min(times.values()) - 1)
+        form = "chosen" if pays(int(requests), int(prefix / PAGE)) else "flat"
+        served.append(times[form] / min(times.values()) - 1)
         beside = ", ".join(f"{n} {t:.1f}" for n, t in times.items())
         note(f"{batch.case.name:22} {beside} us: {over[-1]:.1%}")
     return {
         "input": f"{count} random batches", "width": 0, "dtype": "bfloat16", "impl": "tilewright",
         "ms": None, "metric": "p90 regret of the plan's choice", "ratio": None,
         "value": float(np.quantile(over, 0.9)), "mean": float(np.mean(over)),
-        "worst": float(np.max(over)),
+        "worst": float(np.max(over)), "served": float(np.quantile(served, 0.9)),
     }  # fmt: skip
+
+
+def pays(requests: int, pages: int) -> bool:
+    """Whether a server shares so many full pages of as many requests."""
+    page_bytes = 2 * PAGE * HEADS[1] * HEAD_DIM * 2
+    return bool(group([[*range(pages)]] * requests, [pages] * requests, page_bytes).nodes)

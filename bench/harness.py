@@ -133,6 +133,7 @@ def bench(args: argparse.Namespace) -> int:
         else:
             head = f"{row['input']:18} {row['width']:5} {row['target']:12} {row['impl']:34}"
             ratio = f"  ratio {row['ratio']:.2f}" if row["ratio"] else ""
+            ratio += f"  {row['times_one']:.2f} times one" if "times_one" in row else ""
             roof = f"  {100 * row['roofline']:.0f} % of roofline" if row.get("roofline") else ""
             print(f"{head} {row['value']:9.4g} {row['metric']}{ratio}{roof}", flush=True)
         if args.keep:
@@ -446,6 +447,13 @@ def require_torch() -> Any:
     if not torch.cuda.is_available():
         raise ArgumentError("A105", "torch finds no GPU here", hint="--target cpp")
     return torch
+
+
+def progress(done: int, of: int, what: str) -> None:
+    """Counts on one line of a terminal, away from the rows; nothing where nobody looks."""
+    if sys.stderr.isatty():
+        end = "\n" if done == of else ""
+        print(f"\r# {done} of {of} {what}", end=end, file=sys.stderr, flush=True)
 
 
 def note(text: str) -> None:

@@ -1,4 +1,4 @@
-"""`tilewright bench host`: the cost of a call, an import and a build, without the kernel's work.
+"""`bench host`: the cost of a call, an import and a build, without the kernel's work.
 
 Calls run on a matrix so small that its kernel takes next to nothing. Imports and builds run in
 processes of their own, with Tilewright's byte code in place as an installation leaves it, and in

@@ -1,4 +1,4 @@
-"""`tilewright bench model`: tokens a second of a real model, for prompts and for answers.
+"""`bench model`: tokens a second of a real model, for prompts and for answers.
 
 Beside it, where `llama_cpp` is installed and the target is a CPU, llama.cpp on the same file, with
 as many threads, in turns with ours. Then one, two and four answers at once, in turns too.
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import Row, base_row, note
+from bench.harness import Row, base_row, note, progress
 from tilewright.runtime import pool
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.request import Request, Sampling
@@ -62,6 +62,7 @@ def model(args: argparse.Namespace) -> Iterator[Row]:
                 if turn:  # the first builds kernels and records the step
                     samples.setdefault(("prompt", length, runner.impl), []).append(read)
                     samples.setdefault(("decode", length, runner.impl), []).append(written)
+        progress(turn + 1, _ROUNDS + 1, "rounds")
     rates = {key: statistics.median(rate) for key, rate in samples.items()}
     for (op, length, impl), rate in rates.items():
         peers = [r for (o, n, i), r in rates.items() if (o, n) == (op, length) and i != _OURS]
@@ -71,16 +72,17 @@ def model(args: argparse.Namespace) -> Iterator[Row]:
             "ms": 1e3 / rate, "metric": "tokens/s", "value": rate, "ratio": ratio,
         }  # fmt: skip
     totals: dict[int, list[float]] = {count: [] for count in _STREAMS}
-    for _ in range(_ROUNDS):
+    for turn in range(_ROUNDS):
         for count, found in totals.items():
             found.append(_together(ours, prompt[:short], args.tokens, count))
+        progress(turn + 1, _ROUNDS, "rounds of several answers")
     one = statistics.median(totals[1])
     for count, found in totals.items():
         rate = statistics.median(found)
         yield base_row("model", "model.streams", args.target) | {
             "input": f"{path.stem} answers after {short} tokens", "width": count,
             "dtype": "float32", "impl": _OURS, "ms": 1e3 * count / rate,
-            "metric": "tokens/s of all", "value": rate, "ratio": rate / one,
+            "metric": "tokens/s of all", "value": rate, "ratio": None, "times_one": rate / one,
         }  # fmt: skip
     step = ours.runner._steps[1]  # of one request
     yield base_row("model", "model.launches", args.target) | {

@@ -58,17 +58,15 @@ def pyplot_module() -> Any:
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars of `ratio` on a log scale, 1 in the middle; on a GPU dots for the replayed ratio.
 
-    Rows of `bench serve --peers` have `measures`, which are drawn instead. Raises
-    MissingExtra[E101] without matplotlib, ArgumentError[A109] without a ratio to draw.
+    Rows of `bench serve --peers` have `measures`, which are drawn instead; of rows without a ratio
+    their values are. Raises MissingExtra[E101] without matplotlib, ArgumentError[A109] without any.
     """
     pyplot = pyplot_module()
     if rows and "measures" in rows[0]:
         return _draw_served(pyplot, rows, path)
     ours = [r for r in rows if r.get("ratio")]
     if not ours:
-        raise ArgumentError(
-            "A109", "no row has a ratio to draw", where="--plot", hint="no peer ran on these inputs"
-        )
+        return _draw_values(pyplot, [r for r in rows if r.get("value") is not None], path)
     inputs = list(dict.fromkeys(r["input"] for r in ours))
     widths = sorted({r["width"] for r in ours})
     figure, axes = pyplot.subplots(
@@ -116,6 +114,30 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_title(f"{first['op']}, {first['dtype']}, {first['device']}{dots}", fontsize=10)
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw_values(pyplot: Any, rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A panel of bars for each metric, a bar for each row."""
+    if not rows:
+        raise ArgumentError("A109", "no row has a ratio or a value to draw", where="--plot")
+    metrics = list(dict.fromkeys(r["metric"] for r in rows))
+    figure, axes = pyplot.subplots(
+        len(metrics), figsize=(9, len(metrics) + 0.3 * len(rows)), squeeze=False,
+        height_ratios=[1 + sum(r["metric"] == m for r in rows) for m in metrics],
+        layout="constrained",
+    )  # fmt: skip
+    for axis, metric in zip(axes[:, 0], metrics, strict=True):
+        mine = [r for r in rows if r["metric"] == metric]
+        bars = axis.barh(range(len(mine)), [r["value"] for r in mine], color=_COLOURS[0])
+        axis.margins(x=0.12)  # room for the numbers
+        axis.bar_label(bars, fmt="%.4g", padding=3, fontsize=8)
+        names = [f"{r['input']}, {r['width']}: {r['impl']}" for r in mine]
+        axis.set_yticks(range(len(mine)), names, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlabel(metric, fontsize=9)
+    figure.suptitle(f"{rows[0]['suite']}, {rows[0]['device']}", fontsize=10)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 

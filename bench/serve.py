@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.harness import Row, base_row, note
+from bench.harness import Row, base_row, note, progress
 from bench.simulate import percentiles, simulate_rows
 from tilewright.errors import ArgumentError
 from tilewright.serve.engine import Engine, Options
@@ -229,6 +229,7 @@ def replay(engine: Engine, jobs: list[Job], pace: Pace, how: Sampling = _PLAINLY
             running[request].note(request.tokens[-1], now)
             if request.finish:
                 del running[request]
+                progress(len(jobs) - len(waiting) - len(running), len(jobs), "requests")
     took_s = time.perf_counter() - began
     for request in running:
         engine.cancel(request)

@@ -1,4 +1,4 @@
-"""The suites `spmm`, `sddmm`, `spgemm` and `graphs` of `tilewright bench`.
+"""The suites `spmm`, `sddmm`, `spgemm` and `graphs` of `bench`.
 
 Inputs are the synthetic graphs of `tools.graphs` or a folder of `.npz`; values are random. The call
 of ours is the one a user writes, `ops.spmm(A, X)`, with `A` packed by the operator's own choice.

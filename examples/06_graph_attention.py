@@ -18,7 +18,7 @@ import numpy as np
 
 import tilewright as tw
 from tilewright.errors import ArgumentError, ProgramError, ScheduleError
-from tilewright.ops.recipes import fixed_width, register_tiles, vectors
+from tilewright.ops.schedules import fixed_width, register_tiles, vectors
 from tilewright.ops.spmm import check_packed, operand_dtype
 from tilewright.sparse.formats import Composed, Where
 from tilewright.toolchain.compilers import cpu_lanes

@@ -42,10 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
         import hypothesis
     except ImportError:
         return
-    # No deadline: the first call of a kernel compiles it.
+    # No deadline: the first call of a kernel compiles it. Nor one for drawing values: others may
+    # have the processor.
+    slow = [hypothesis.HealthCheck.too_slow]
     hypothesis.settings.register_profile(
-        "tilewright", deadline=None, database=None, max_examples=50, print_blob=True
-    )
+        "tilewright", deadline=None, database=None, max_examples=50, print_blob=True,
+        suppress_health_check=slow,
+    )  # fmt: skip
     hypothesis.settings.load_profile("tilewright")
 
 

@@ -16,7 +16,7 @@ from tilewright.attention import variant
 from tilewright.attention.spec import Spec
 from tilewright.attention.table import TableForm
 from tilewright.build import Definition
-from tilewright.ops import rope, row_lists
+from tilewright.ops import rope, sparse_results
 from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
 from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
@@ -24,14 +24,6 @@ from tilewright.ops.linear import linear_definition
 from tilewright.ops.paging import by_request, positions_program
 from tilewright.ops.rowwise import ARGMAX, BY_ROW, WITH_SUM, rmsnorm_add, silu_mul
 from tilewright.ops.sddmm import sddmm_definition
-from tilewright.ops.sparse_results import (
-    add_count,
-    add_fill,
-    multiply_count,
-    multiply_fill,
-    spgemm_count,
-    spgemm_fill,
-)
 from tilewright.ops.spmm import by_length, powers, spmm_definition
 
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
@@ -68,10 +60,10 @@ def _linear(kind: str, many: bool = False, n: int = 576, k: int = 1536, after: A
     return Shipped(definition, CPU if many else BOTH)  # a GPU has one schedule for both
 
 
-def _fill(count: Definition, fill: Definition, dtype: str = "float32") -> Shipped:
+def _fill(phases: sparse_results.Phases, dtype: str = "float32") -> Shipped:
     kind = dtypes.dtype(dtype)
     operands = ("A", tw.csr(), kind), ("B", tw.csr(), kind)
-    return Shipped(row_lists.phases(count, fill, operands, dtypes.int32, kind)[1], CPU)
+    return Shipped(sparse_results.definitions(phases, operands, dtypes.int32, kind)[1], CPU)
 
 
 def _interleaved(kind: str, many: bool) -> Shipped:
@@ -133,9 +125,9 @@ SHIPPED: dict[str, Shipped] = {
     **{f"sddmm coo f16 {d}": _sddmm(tw.coo(), d, "float16", targets=CUDA) for d in (33, 512)},
     "sddmm coo f64 64 int64": _sddmm(tw.coo(), 64, "float64", index="int64"),
     # sparse results
-    "add fill": _fill(add_count, add_fill),
-    "multiply fill": _fill(multiply_count, multiply_fill),
-    "spgemm fill f64": _fill(spgemm_count, spgemm_fill, "float64"),
+    "add fill": _fill(sparse_results.add_phases),
+    "multiply fill": _fill(sparse_results.multiply_phases),
+    "spgemm fill f64": _fill(sparse_results.spgemm_phases, "float64"),
     # matrix tiles
     "gemm f16": Shipped(gemm_definition("float16")),
     "gemm bf16 512x256": Shipped(gemm_definition("bfloat16", 512, 256, "few")),

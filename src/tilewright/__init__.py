@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     )
     from tilewright.attention.variant import Alibi, Causal, Full, SlidingWindow, Softcap, variant
     from tilewright.attention.workspace import Workspace
-    from tilewright.ops import schedules as recipes
+    from tilewright.ops import recipes
     from tilewright.schedule import Schedule
     from tilewright.serve.engine import LLM
 
@@ -59,7 +59,7 @@ abs, any, max, min, sum = abs_, any_, max_, min_, sum_
 _ON_DEMAND = {
     name: module
     for module, names in {
-        "ops": "ops", "ops.schedules": "recipes", "schedule": "Schedule", "serve.engine": "LLM",
+        "ops": "ops", "ops.recipes": "recipes", "schedule": "Schedule", "serve.engine": "LLM",
         "attention.batch": "Attention", "attention.kv": "KV", "attention.merge": "State merge",
         "attention.plan": "Plan", "attention.pool": "Pool", "attention.select": "select",
         "attention.table": "Table",

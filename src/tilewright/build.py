@@ -279,7 +279,8 @@ def _cpp_kernel(built: Built, target: Target) -> Kernel:
         source = _variant_source(variants, built.source)
         return cxx.load_cpp(source, name=built.manifest.name, isa=target.arch)
 
-    return Kernel(built.manifest, launch.CpuLauncher(load, built.entries), built.source)
+    entries = tuple(s.entry for s in built.manifest.stages)
+    return Kernel(built.manifest, launch.CpuLauncher(load, entries), built.source)
 
 
 def _cuda_kernel(built: Built, target: Target) -> Kernel:

@@ -25,36 +25,29 @@ def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def _flag(text: str) -> bool:
-    return {"0": False, "1": True}[text]
+    return {0: False, 1: True}[int(text)]
 
 
 @dataclass(frozen=True, slots=True)
 class Knob:
     env: str
     default: Any
-    parse: Callable[[str], Any]
+    parse: Callable[[Any], Any]
     form: str
     doc: str
 
 
-def folder(path: str | Path) -> Path:
-    """A path with its `~` resolved. Raises KnobError[K101] where no such user has a home, and for
-    what is no path."""
-    try:
-        return Path(path).expanduser()
-    except (RuntimeError, TypeError) as error:
-        rule = f"no folder {path!r}: {error}"
-        where = "environment variable TILEWRIGHT_CACHE_DIR"
-        raise KnobError("K101", rule, where=where, hint="write the folder without ~") from None
+def _folder(path: str | Path) -> Path:
+    return Path(path).expanduser()
 
 
 def _default_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base, "tilewright") if base else folder("~/.cache/tilewright")
+    return Path(base, "tilewright") if base else _folder("~/.cache/tilewright")
 
 
 KNOBS: dict[str, Knob] = {
-    "cache_dir": Knob("TILEWRIGHT_CACHE_DIR", _default_cache, folder, "a folder", "where compiled kernels are kept"),
+    "cache_dir": Knob("TILEWRIGHT_CACHE_DIR", _default_cache, _folder, "a folder", "where compiled kernels are kept"),
     "cache": Knob("TILEWRIGHT_CACHE", True, _flag, "0 or 1", "0 compiles everything anew"),
     "threads": Knob("TILEWRIGHT_THREADS", 0, _integer(0), "an integer, 0 = all cores", "threads of the CPU target"),
     "cxx": Knob("TILEWRIGHT_CXX", "", str, "a command", "the C++ compiler, as g++ or 'ccache g++'; empty = CXX, else c++, g++ or clang++"),
@@ -67,19 +60,21 @@ _overrides: dict[str, Any] = {}
 
 
 def get(name: str) -> Any:
-    """The value of a knob: the override in force, else the environment's, else the default."""
-    if name in _overrides:
-        return _overrides[name]
+    """The value of a knob: the override in force, else the environment's, else the default. Raises
+    KnobError[K101]."""
     knob = KNOBS[name]
-    text = os.environ.get(knob.env)
-    if text is None or text == "":
-        return knob.default() if callable(knob.default) else knob.default
+    value = _overrides.get(name, os.environ.get(knob.env) or None)
     try:
-        return knob.parse(text)
-    except KnobError:
-        raise
-    except (ValueError, KeyError):
-        rule = f"{knob.env}={text!r} is not {knob.form}"
+        if value is None:
+            return knob.default() if callable(knob.default) else knob.default
+        return knob.parse(value)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+    ):  # RuntimeError: ~ of a user without a home
+        rule = f"{knob.env}={value!r} is not {knob.form}"
         where = f"environment variable {knob.env}"
         raise KnobError("K101", rule, where=where, hint=knob.doc) from None
 

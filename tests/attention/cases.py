@@ -16,6 +16,7 @@ from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
 from tilewright.attention.table import Table, TableForm
 from tilewright.ir.nodes import binary, equal
+from tilewright.runtime.view import view
 from tilewright.sparse.trace import maximum, scalar, tanh, where
 
 TYPES: dict[str, Any] = {
@@ -67,6 +68,13 @@ def spec_of(
 def csr(k: Any, v: Any, kv_indptr: Any, kv_indices: Any, kv_len: Any) -> KV:
     """A cache of pages (pages, page_size, kv_heads, head_dim) with a CSR table."""
     return KV(Table.csr(kv_len, kv_indptr, kv_indices), Pool(k, v))
+
+
+def bind(attn: Any, q: Any, kv: KV, **more: Any) -> Any:
+    """A bound run of one query for each request, cut for the most keys that its pages can hold."""
+    rows, kind = np.arange(kv.table.requests + 1), view(q).dtype
+    plan = attn.plan(rows, kv, q_dtype=kind, lengths=kv.capacity())
+    return attn.bind(q, kv, plan=plan, **more)
 
 
 def lengths_of(k: np.ndarray, kv_indptr: np.ndarray, last: Any) -> np.ndarray:

@@ -1,11 +1,14 @@
 """Hand-written CUDA kernels on a CPU: their own text, compiled with warps.h in front of it, and
-warps_hopper.h where it includes hopper.cuh."""
+warps_hopper.h where it includes hopper.cuh. Each launch is checked for races (order.h), and each
+step by which threads synchronise can be left out."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,73 @@ from tilewright.codegen import prelude_files
 from tilewright.runtime.view import view
 from tilewright.toolchain import compilers, cxx
 
+SOURCES = (
+    Path(render.__file__).parent / "kernels",
+    Path(render.__file__).parent.parent / "serve/kernels",
+)
 REPLACED = "gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh"
+FLAGS = "-O1", "-fsanitize=thread"
 RUN = """
-extern "C" __attribute__((visibility("default")))
-void run(const {params}* p, int threads, const int32_t* order, int ctas, uint64_t seed) {{
+extern "C" __attribute__((visibility("default"))) UNWATCHED const char*
+run(const void* p, int threads, const int32_t* order, int ctas, uint64_t seed,
+    const int64_t* arrays, int count, bool equal_stores) {{
+  {start}
   auto kernel = [](const void* p) {{ {entry}(*static_cast<const {params}*>(p)); }};
-  simulated::run(kernel, p, threads, order, ctas, seed);
+  return simulated::run(kernel, p, threads, order, ctas, seed, arrays, count, equal_stores);
 }}
 """
+
+# Steps by which threads synchronise; each call of these is a site.
+STEPS = (
+    r"__syncwarp|__syncthreads|__threadfence|sync|tw::bar_sync|tw::copy_async_wait<[^>;]*>"
+    r"|tw::copy_async_commit|tw::copy_async_arrive|tw::barrier_(?!test)\w+|tw::fence_async|tw::stores_read"
+    r"|tw::wgmma_\w+(?:<[^;]*?>)?|tw::wait_for_previous_launch|tw::start_next_launch|release"
+    r"|end_narrow|consumer\.\w+_queries|(?:consumer\.)?arrive|wait_outputs|keys_read|values_ready"
+)
+CALL = re.compile(rf"(?<![\w.:>])((?:{STEPS})\((?:[^;()]|\((?:[^()]|\([^()]*\))*\))*\));")
+VOTE = re.compile(r"(?<=[ (])sync_or\((\w+)\)")
+# Conditions on the number of a thread, of its lane or its warp.
+GUARD = re.compile(r"(?<!\w)if \(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)")
+NUMBER = re.compile(r"\b(thread|lane|warp|part_lane|tw::elect\(\))(?![\w.])")
+
+
+class Refused(AssertionError):
+    """What a launch reports: a race, or a barrier that some threads do not reach."""
+
+
+def marked(text: str) -> tuple[str, list[str]]:
+    """The text with each site in a form that can be left out, and the names of the sites: their
+    file, the text, and which one it is of those with this text."""
+    sites: list[str] = []
+    for path in sorted(p for folder in SOURCES for p in folder.glob("*.*h")):
+        seen: Counter[str] = Counter()
+
+        def name(what: str, path: Path = path, seen: Counter[str] = seen) -> int:
+            seen[what] += 1
+            sites.append(f"{path.name}: {what}" + f" · {seen[what]}" * (seen[what] > 1))
+            return len(sites) - 1
+
+        def step(found: re.Match[str], name: Any = name) -> str:
+            return f"(simulated::keeps({name(found[1])}) ? (void)({found[1]}) : (void)0);"
+
+        def vote(found: re.Match[str], name: Any = name) -> str:
+            return f"(simulated::keeps({name(found[0])}) ? {found[0]} : {found[1]} != 0)"
+
+        def guard(found: re.Match[str], name: Any = name) -> str:
+            if not NUMBER.search(found[1]):
+                return found[0]
+            return f"if (!simulated::keeps({name(f'if ({found[1]})')}) || ({found[1]}))"
+
+        for part in re.split('^#include ".+"\n', path.read_text(encoding="utf-8"), flags=re.M):
+            if len(part) > 200 and part in text:
+                lines = []
+                for line in part.split("\n"):
+                    code, *comment = line.split("  //", 1)
+                    if not code.lstrip().startswith(("//", "#")) and "TW_INLINE" not in code:
+                        code = VOTE.sub(vote, CALL.sub(step, GUARD.sub(guard, code)))
+                    lines.append("  //".join((code, *comment)))
+                text = text.replace(part, "\n".join(lines))
+    return text, sites
 
 
 def expanded(text: str) -> str:
@@ -36,27 +98,52 @@ def expanded(text: str) -> str:
                   r"\1* \2 = reinterpret_cast<\1*>(simulated::smem);", text)  # fmt: skip
 
 
+class Kernel:
+    """A compiled kernel. `sites`: the steps and guards of its text, by the number that `dropped`
+    takes (-1: none is left out); `reached`: whether a thread has come to each."""
+
+    def __init__(self, library: ctypes.CDLL, sites: list[str]) -> None:
+        self.sites, self.run = sites, library.run
+        address, number = ctypes.c_void_p, ctypes.c_int
+        self.run.argtypes = (address, number, address, number, ctypes.c_uint64, address, number,
+                             ctypes.c_bool)  # fmt: skip
+        self.run.restype = ctypes.c_char_p
+        self.dropped = ctypes.c_int.in_dll(library, "dropped")
+        self.reached = (ctypes.c_uint8 * 1024).in_dll(library, "reached")
+
+
 @functools.lru_cache(32)
-def kernel(text: str, entry: str = "stage0", params: str = "body0::Params") -> Any:
-    """`run(params, threads, order, ctas, seed)` of a kernel's CUDA C++."""
+def kernel(text: str, entry: str = "stage0", params: str = "body0::Params") -> Kernel:
+    """A kernel's CUDA C++, to launch."""
     names = ["warps.h", *["warps_hopper.h"] * ('#include "hopper.cuh"' in text)]
-    shim = "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in names)
-    parts = (
-        prelude_files.prelude("cpu.h"),
-        shim,
-        expanded(text),
-        RUN.format(entry=entry, params=params),
-    )
-    library = cxx.load(cxx.compile_cpp("\n".join(parts), isa=compilers.resolve_isa().name))
-    library.run.argtypes = (*(ctypes.c_void_p, ctypes.c_int) * 2, ctypes.c_uint64)
-    library.run.restype = None
-    return library.run
+    names.insert(0, "order.h")
+    shim = [(Path(__file__).parent / name).read_text(encoding="utf-8") for name in names]
+    start = "simulated::start_others = simulated::start_hopper;" if len(names) > 2 else ""
+    text, sites = marked(text)
+    parts = (shim[0], prelude_files.prelude("cpu.h"), *shim[1:], expanded(text),
+             RUN.format(entry=entry, params=params, start=start))  # fmt: skip
+    isa = compilers.resolve_isa().name
+    return Kernel(cxx.load(cxx.compile_cpp("\n".join(parts), isa=isa, flags=FLAGS)), sites)
 
 
-def launch(run: Any, block: Any, threads: int, ctas: int, seed: int) -> None:
-    """Run a kernel's CTAs in a random order; `block`: its packed parameters."""
+def launch(
+    kernel: Kernel, block: Any, threads: int, ctas: int, seed: int,
+    writes: Sequence[np.ndarray], before: Sequence[np.ndarray] = (),
+    equal_stores: bool = False,
+) -> None:  # fmt: skip
+    """Run a kernel's CTAs in a random order; `block`: its packed parameters, or their address;
+    `writes`: the arrays that it may write; `before`: those, of these or others, that a launch in
+    front writes, which it must wait for; `equal_stores`: threads of a CTA may store one value to
+    one element at once. Raises Refused."""
     order = np.random.default_rng(seed).permutation(ctas).astype(np.int32)
-    run(ctypes.addressof(block), threads, order.ctypes.data, ctas, seed)
+    rows = [(x.ctypes.data, x.nbytes, min(x.itemsize, 4), n < len(before))
+            for n, x in enumerate((*before, *writes))]  # fmt: skip
+    arrays = np.array(rows, np.int64).reshape(-1, 4)
+    address = block if isinstance(block, int) else ctypes.addressof(block)
+    report = kernel.run(address, threads, order.ctypes.data, ctas, seed, arrays.ctypes.data,
+                        len(arrays), equal_stores)  # fmt: skip
+    if report:
+        raise Refused(report.decode())
 
 
 def arguments(
@@ -66,7 +153,7 @@ def arguments(
     of the variant, which stay alive as long as the caller keeps them."""
     o = np.full((*case.q.shape[:2], case.dims[1]), np.nan, dtype)
     lse = np.full(case.q.shape[:2], np.nan, np.float32)
-    sizes = {"qo_head": attn.qo_heads, "kv_head": attn.kv_heads, "request": kv.requests,
+    sizes = {"qo_head": attn.qo_heads, "kv_head": attn.kv_heads, "request": kv.table.requests,
              "q_token": tokens}  # fmt: skip
     arrays = values_of(attn.variant, oracle.arrays_of(case), sizes, "cpu")
     numbers = param_values(view(case.q), kv.pool, kv.table, (view(o), view(lse)), attn.scale)

@@ -113,7 +113,9 @@ def test_two_head_dimensions_in_one_launch_on_simulated_warps(rng):
     calls = [prepared(case, 6) for case in cases]
     parts = [Part(c.body, c.block, c.ctas, (), None) for c in calls]  # type: ignore[arg-type]
     run = simulated.kernel(shell.beside([c.body for c in calls]), "step", "Step")
-    simulated.launch(run, parameters(parts), decode.THREADS, sum(c.ctas for c in calls), 5)
+    writes = [x for c in calls for x in (c.o, c.lse, c.partials, c.counters)]
+    ctas = sum(c.ctas for c in calls)
+    simulated.launch(run, parameters(parts), decode.THREADS, ctas, 5, writes)
     for case, call in zip(cases, calls, strict=True):
         close(case, call.o, call.lse)
         assert not call.counters.any()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from bench.decode import cases
 from tests.attention import oracle
 from tests.attention.cases import spec_of
 from tests.attention.oracle import Case
@@ -142,6 +145,14 @@ def test_plans_of_shared_keys_are_checked(rng):
         attn.run(case.q, flat, plan)
     with pytest.raises(ArgumentError, match="the plan is for"):
         attn.run(case.q, kv, attn.plan(case.qo_indptr, flat))
+    levels, kv_len = kv.table.arrays["shared_0"], kv.table.arrays["kv_len"]
+    for array, at, number in ((levels, 1, 2), (kv_len, 0, kv_len[0] - 1)):
+        before, array[at] = array[at], number
+        with pytest.raises(ArgumentError, match=r"A103.*other shared keys"):
+            attn.run(case.q, kv, plan)
+        array[at] = before
+    kv_len[-4] -= 1  # keys of a request's own
+    attn.run(case.q, kv, plan, **oracle.arrays_of(case))
 
 
 def test_reports():
@@ -168,6 +179,22 @@ def test_predicted_times_grow_with_the_work():
         times.append(found.microseconds)
         assert found.refused == (("hopper", "no"),)
     assert times == sorted(times) and times[3] > 1.05 * 16 * 100_000 * 4096 / 4.8e6
+
+
+def test_predicted_times_are_those_measured():
+    """Of the rows of `bench decode`, to which no cost was fitted."""
+    file = Path(__file__).parents[2] / "bench/results/h200/decode.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    measured = {(r["heads"], r["input"]): r["value"] for r in rows if r["metric"] == "us"}
+    errors = []
+    for case in cases():
+        group, keys = case.qo_heads // case.kv_heads, case.lengths
+        shape = plans.Shape("decode", case.kv_heads, group, tw.Causal().traced.mask, {}, 16, "", 2)
+        made = plans.make(np.arange(len(keys) + 1, dtype=np.int32), keys, shape, 132)
+        made = replace(made, batch=reports.Batch(keys, 512, (), "NVIDIA H200"))
+        time = measured[f"{case.qo_heads}/{case.kv_heads}", case.name]
+        errors.append(abs(reports.report(made).microseconds / time - 1))
+    assert len(errors) == 26 and np.quantile(errors, 0.9) <= 0.1 and max(errors) < 0.15
 
 
 needs_cxx = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")

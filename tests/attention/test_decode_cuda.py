@@ -7,7 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.attention.cases import ALL_VARIANTS, TYPES, arrays_of, csr, paged, queries, values_of
+from tests.attention.cases import (
+    ALL_VARIANTS,
+    TYPES,
+    arrays_of,
+    bind,
+    csr,
+    paged,
+    queries,
+    values_of,
+)
 from tests.attention.cases import spec_of as cases_spec
 from tests.attention.test_flash_cuda import _bits, on_device
 
@@ -188,7 +197,7 @@ def test_a_graph_replays_with_a_growing_length(rng):
     there = on_device(kv)
     q, _ = queries(rng, [1, 1], 9, 64, TYPES["float16"])
     attn = Attention(9, 3, 64)
-    bound = attn.bind(DeviceArray.from_numpy(q), there)
+    bound = bind(attn, DeviceArray.from_numpy(q), there)
     assert "decode.cuh" in bound.source
     graph = Graph([bound.launch])
     for lengths in ([600, 900], [601, 665], [899, 602], [0, 1]):

@@ -45,11 +45,16 @@ class Prepared:
     o: np.ndarray
     lse: np.ndarray
     states: np.ndarray  # that the launch in front leaves, a row each
+    partials: np.ndarray
     counters: np.ndarray
     kept: Any
 
     def launch(self, body: Body, ctas: int, seed: int) -> None:
-        simulated.launch(simulated.kernel(alone(body)), self.block, body.threads, ctas, seed)
+        begin = len(self.partials) - len(self.states) * self.states.strides[0] // 4
+        before = [self.partials[begin:]] if self.front and body is not self.front[0] else []
+        writes = self.o, self.lse, self.partials, self.counters
+        simulated.launch(simulated.kernel(alone(body)), self.block, body.threads, ctas, seed,
+                         writes, before)  # fmt: skip
 
 
 def prepared(case: Case, workers: int) -> Prepared:
@@ -82,8 +87,8 @@ def prepared(case: Case, workers: int) -> Prepared:
     in_front = (decode.body(spec, together, 2, decode.FRONT, BLOCK), front) if items else None
     body = decode.body(spec, together, blocks, decode.BEHIND if items else decode.ALONE)
     left = partials[floats:].reshape(-1, attn.head_dim + 8)[:, : attn.head_dim + 2]
-    kept = arrays, partials, kv, table
-    return Prepared(plan, block, body, ctas, in_front, o, lse, left, counters, kept)
+    kept = arrays, kv, table
+    return Prepared(plan, block, body, ctas, in_front, o, lse, left, partials, counters, kept)
 
 
 def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray, tw.Plan]:
@@ -190,7 +195,7 @@ def planned(
         node_count=len(keys), head_blocks=blocks, max_tokens=int(rows[-1]),
         kv_heads=shape.kv_heads, front=ranges.of_front(BLOCK, 4, workers),
     )  # fmt: skip
-    simulated.launch(run, block, planner.THREADS, 1, 0)
+    simulated.launch(run, block, planner.THREADS, 1, 0, (copied, cuts, nodes, status))
     return cuts, nodes, int(status[0])
 
 

@@ -11,6 +11,7 @@ from tests.attention.cases import (
     TYPES,
     SoftcapAlibi,
     arrays_of,
+    bind,
     csr,
     paged,
     queries,
@@ -231,7 +232,7 @@ def test_bound_decode_with_a_growing_length(rng, variant):
     last = np.zeros(1, np.int32)
     kv = csr(k, v, np.array([0, 1], np.int32), np.zeros(1, np.int32), last)
     q, out = np.empty((1, 9, 64), np.float32), np.full((1, 9, 64), np.nan, np.float32)
-    bound = Attention(9, 3, 64, variant).bind(q, kv, out)
+    bound = bind(Attention(9, 3, 64, variant), q, kv, out=out)
     step = Step([bound.launch])
     for length in [0, 1, 2, 63, 64, 65, 128, 300, 513, 699, 700, 5]:
         k[0, :length], v[0, :length] = rng.standard_normal((2, length, 3, 64))
@@ -246,7 +247,7 @@ def test_bound_decode_with_a_growing_length(rng, variant):
 def test_bound_decode_with_pages_that_come_and_go(rng):
     kv = paged(rng, [40, 16, 90], (16, 2, 64))
     q, indptr = queries(rng, [1, 1, 1], 6, 64)
-    bound = Attention(6, 2, 64).bind(q, kv)
+    bound = bind(Attention(6, 2, 64), q, kv)
     bound()
     k, v, kv_len, kv_indptr, names = arrays_of(kv)
     names[:4] = names[[9, 5, 2, 4]]
@@ -263,7 +264,7 @@ def test_scalars_are_read_from_memory_at_every_run(rng):
     kv = paged(rng, [100], (16, 2, 64))
     q, indptr = queries(rng, [1], 6, 64)
     cap, slopes = np.array([3.0], np.float32), np.zeros(6, np.float32)
-    bound = Attention(6, 2, 64, SoftcapAlibi()).bind(q, kv, soft_cap=cap, slopes=slopes)
+    bound = bind(Attention(6, 2, 64, SoftcapAlibi()), q, kv, soft_cap=cap, slopes=slopes)
     for value in (3.0, 0.5):
         cap[0], slopes[:] = value, rng.uniform(0, 1, 6)
         state = bound()
@@ -278,7 +279,7 @@ def test_contents_that_go_wrong_later_are_clamped(rng):
     for pages in arrays_of(kv)[:2]:
         pages[...] = np.nan_to_num(pages)
     q, _ = queries(rng, [1, 1], 6, 64)
-    bound = Attention(6, 2, 64).bind(q, kv)
+    bound = bind(Attention(6, 2, 64), q, kv)
     kv_len, kv_indptr, names = arrays_of(kv)[2:]
     names[:] = [2**31 - 1, -5, 100, -(2**31), 77]
     kv_len[:] = [2**31 - 1, -(2**31)]
@@ -291,7 +292,7 @@ def test_contents_that_go_wrong_later_are_clamped(rng):
 def test_launch_is_plain_numbers(rng):
     kv = paged(rng, [20], (16, 2, 64))
     q, _ = queries(rng, [1], 6, 64)
-    bound = Attention(6, 2, 64).bind(q, kv)
+    bound = bind(Attention(6, 2, 64), q, kv)
     bound.state.o[:] = np.nan
     pool.pool().prepare([bound.launch])()
     assert np.isfinite(bound.state.o).all()
@@ -348,6 +349,9 @@ def test_bad_arguments_of_run(rng):
     refused("A102", run, out=np.empty(q.shape))
     refused("A103", run, out=np.empty((1, 6, 64), np.float32))
     refused("A108", run, out=q)
+    refused("A108", run, out=out, slopes=out[0, 0, :6])
+    refused("A108", run, out=kv.pool.arrays[0].reshape(-1)[: out.size].reshape(out.shape))
+    refused("A107", attn.plan, indptr, kv, invariant=np.ones(2))
     frozen = out.copy()
     frozen.flags.writeable = False
     refused("A105", run, out=frozen)
@@ -372,9 +376,9 @@ def test_bad_arguments_of_plan(rng):
     refused("A102", windowed.plan, [0, 1, 2], kv, window="wide")
     refused("A102", windowed.plan, [0, 1, 2], kv, window=np.float32(3.0))
     windowed.plan([0, 1, 2], kv, window=np.int64(3))
-    windowed.plan([0, 1, 2], kv, window=np.array([3], np.int32))  # read when it runs
+    plan = windowed.plan([0, 1, 2], kv, window=np.array([3], np.int32))  # read when it runs
     q, _ = queries(rng, [1, 1], 6, 64)
-    refused("A101", windowed.bind, q, kv, windw=3)
+    refused("A101", windowed.bind, q, kv, plan=plan, windw=3)
 
 
 def test_heads_before_slots_are_recognised():
@@ -391,6 +395,6 @@ def test_heads_before_slots_are_recognised():
 def test_source_is_shown(rng):
     kv = paged(rng, [20], (16, 2, 64))
     q, _ = queries(rng, [1], 6, 64)
-    bound = Attention(6, 2, 64).bind(q, kv)
+    bound = bind(Attention(6, 2, 64), q, kv)
     assert "struct Variant" in bound.source and "stage0" in bound.source
     assert 'extern "C"' in bound.source and "MAX_TOKENS = 32" in bound.source

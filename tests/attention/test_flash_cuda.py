@@ -8,6 +8,7 @@ from tests.attention.cases import (
     ALL_VARIANTS,
     TYPES,
     arrays_of,
+    bind,
     csr,
     paged,
     queries,
@@ -62,7 +63,7 @@ def on_device(kv: KV) -> KV:
     """The same cache in GPU memory."""
     from tilewright.runtime.cuda import DeviceArray
 
-    k, v = (DeviceArray.from_numpy(_bits(a), kv.dtype) for a in arrays_of(kv)[:2])
+    k, v = (DeviceArray.from_numpy(_bits(a), kv.pool.dtype) for a in arrays_of(kv)[:2])
     kv_len, kv_indptr, kv_indices = (DeviceArray.from_numpy(a) for a in arrays_of(kv)[2:])
     return csr(k, v, kv_indptr, kv_indices, kv_len)
 
@@ -107,7 +108,7 @@ def test_a_graph_replays_with_a_growing_length(rng):
     there = on_device(kv)
     q, _ = queries(rng, [1], 9, 64)
     attn = Attention(9, 3, 64)
-    bound = attn.bind(DeviceArray.from_numpy(q), there)
+    bound = bind(attn, DeviceArray.from_numpy(q), there)
     graph = Graph([bound.launch])
     for length in (0, 1, 65, 300):
         arrays_of(kv)[2][0] = length

@@ -97,7 +97,7 @@ def simulated_result(case: Case) -> tuple[np.ndarray, np.ndarray]:
     work |= {"nodes": plan.nodes.ctypes.data} if case.shared else {}
     block = params_struct(spec, ITEMS).pack(**numbers, **work)
     run = simulated.kernel(alone(portable.body(spec, tiles=True)))
-    simulated.launch(run, block, portable.THREADS, len(plan.items), 3)
+    simulated.launch(run, block, portable.THREADS, len(plan.items), 3, (o, lse))
     return o.astype(np.float64), lse
 
 

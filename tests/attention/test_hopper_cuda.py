@@ -330,7 +330,7 @@ def to_card(kv: KV) -> KV:
 
     if kv.table.kind == "csr":
         return on_device(kv)
-    there = [DeviceArray.from_numpy(_bits(a), kv.dtype) for a in kv.pool.arrays]
+    there = [DeviceArray.from_numpy(_bits(a), kv.pool.dtype) for a in kv.pool.arrays]
     if kv.table.kind == "ragged":
         table = Table.ragged(DeviceArray.from_numpy(kv.table.arrays["table_indptr"]))
     else:

@@ -71,9 +71,8 @@ def result(case: Case, page_size: int, workers: int, seed: int) -> tuple[Any, An
     at = -room.ctypes.data % 64
     room[at : at + len(bytes(block))] = np.frombuffer(bytes(block), np.uint8)
     run = simulated.kernel(alone(hopper.body(spec, box, plan.slots > 0, True)))
-    order = np.random.default_rng(seed).permutation(narrow).astype(np.int32)
-    threads = hopper.threads(spec, box)
-    run(room.ctypes.data + at, threads, order.ctypes.data, narrow, seed)
+    simulated.launch(run, room.ctypes.data + at, hopper.threads(spec, box), narrow, seed,
+                     (o, lse, partials, counters))  # fmt: skip
     assert not counters.any()
     return o, lse, plan
 

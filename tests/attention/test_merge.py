@@ -219,6 +219,22 @@ def test_numpy_with_torch():
     assert code([b, State(b.o.to("meta"), b.lse.to("meta"))]) == "A107"  # it has no memory
 
 
+def test_weights_beyond_all_numbers_are_no_warning():
+    """An lse of inf or NaN, as a kernel may leave where scores were."""
+    a, b = (State(np.ones((1, 1, 4), np.float32), np.full((1, 1), x, np.float32))
+            for x in (np.inf, 0))  # fmt: skip
+    assert np.isnan(a.merge(b).o).all()
+    assert "float" in repr(State(1.0, None)) or repr(State(1.0, [2.0])) == "State(o (), lse (1,))"
+
+
+def test_an_output_between_two_states_is_refused():
+    o, lse = np.ones((5, 2, 4), np.float32), np.zeros((5, 2), np.float32)
+    states = [State(o[n : n + 3], lse[n : n + 3]) for n in (0, 2)]
+    with pytest.raises(ArgumentError, match="A108"):
+        merge.merge([states[0]], out=State(o[1:4], np.zeros((3, 2), np.float32)))
+    merge.merge(states, out=states[0])
+
+
 def test_errors():
     with pytest.raises(ArgumentError) as e:
         merge.merge([])
@@ -231,7 +247,7 @@ def test_errors():
         with pytest.raises(ArgumentError) as e:
             State.empty(1, 2, 3).merge(others)
         assert e.value.code == "A107"
-    for states in (None, 5, "xy", [None]):
+    for states in (None, 5, "xy", [None], State.empty(1, 2, 3)):
         with pytest.raises(ArgumentError) as e:
             merge.merge(states)  # pyright: ignore[reportArgumentType]
         assert e.value.code == "A107"

@@ -265,7 +265,7 @@ def test_on_simulated_warps(rng, rows, softmax):
     work = {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
     block = params_struct(spec, ITEMS).pack(**numbers, **work)
     run = simulated.kernel(alone(portable.body(spec), "stage0", "TW_UNALIGNED"))
-    simulated.launch(run, block, portable.THREADS, len(plan.items), 5)
+    simulated.launch(run, block, portable.THREADS, len(plan.items), 5, (o, lse))
     oracle.compare(case, o, lse if softmax else None, 4e-6)
 
 

@@ -7,7 +7,7 @@ import gc
 
 import numpy as np
 import pytest
-from tests.attention.cases import paged
+from tests.attention.cases import bind, paged
 from tests.runtime.test_cuda import fake  # noqa: F401 - a fixture
 
 from tilewright.attention import reference
@@ -64,7 +64,7 @@ def test_calls_that_share_it_are_ordered(rng: np.random.Generator):
     (kv, q), (other, r) = layers(rng, [3000], 2)
 
     def edges(a: Scratch, b: Scratch) -> tuple[tuple[int, int], ...]:
-        bounds = ATTN.bind(q, kv, scratch=a), ATTN.bind(r, other, scratch=b)
+        bounds = bind(ATTN, q, kv, scratch=a), bind(ATTN, r, other, scratch=b)
         return dependencies([Node("attention", b.launch, *b.boxes) for b in bounds])
 
     one = Scratch()

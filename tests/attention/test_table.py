@@ -43,7 +43,8 @@ def test_a_view_and_no_copy():
     arrays = parts()
     kv = tw.KV(Table.csr(**arrays), pool())
     assert kv.lengths().tolist() == [20, 0, 32] and kv.capacity().tolist() == [32, 0, 32]
-    assert (kv.requests, kv.page_size, kv.kv_heads, kv.head_dim) == (3, 16, 2, 8)
+    seen = kv.table.requests, kv.pool.page_size, kv.pool.kv_heads, kv.pool.head_dim
+    assert seen == (3, 16, 2, 8)
     assert "Table(csr, 3 requests, cpu), Pool(6 pages of 16, 2 heads × 8, float32, cpu)" in repr(kv)
     arrays["kv_len"][0] += 1
     assert kv.lengths()[0] == 21
@@ -242,6 +243,12 @@ def test_bad_integers():
     refused("A103", "rows", Table, i32(1, 1), block_table, rows=i32(1))
     refused("A109", "rows", Table, i32(1, 1), block_table, rows=i32(1, 3))
     refused("A104", "block_table", Table, i32(1, 1, 1), block_table[:, ::2])
+    refused("A103", "block_table", Table, i32(1, 1, 1), np.zeros((3, 0, 4), np.int32))
+    for code, where, shared in (
+        ("A107", "shared", 3), ("A107", "shared", i32(0, 2)), ("A107", "shared", "ab"),
+        ("A107", "shared_0", [[0, 2]]), ("A103", "shared_0", [np.zeros(0, np.int32)]),
+    ):  # fmt: skip
+        refused(code, where, Table, i32(1, 1, 1), block_table, shared=shared)
 
 
 def test_contents_out_of_range():
@@ -260,6 +267,12 @@ def test_contents_out_of_range():
     refused(
         "A109", "kv_stride", Table.dense, i32(1), qo_base=i32(0), kv_base=i32(0), kv_stride=i32(0)
     )
+    ends = Table.dense(i32(3), qo_base=i32(0), kv_base=i32(2**31 - 3), kv_stride=i32(1))
+    assert tw.KV(ends, pool()).lengths().tolist() == [3]
+    for base, stride in ((2**31 - 2, 1), (0, 2**31 - 1), (2**31 - 1, 2**31 - 1)):
+        positions = {"kv_base": i32(base), "kv_stride": i32(stride)}
+        beyond = Table.dense(i32(3), qo_base=i32(0), **positions)
+        refused("A109", "kv_base", tw.KV, beyond, pool())
     table = np.array([[1, 2, -1], [9, 0, 0]], np.int32)
     refused("A109", "block_table", tw.KV, Table(i32(20, 1), table), pool())
     tw.KV(Table(i32(32, 0), table), pool())
@@ -270,6 +283,8 @@ def test_tables_that_do_not_fit_a_pool():
     kv = tw.KV(Table.ragged(i32(0, 4, 9)), tw.Pool(rows, rows.copy()))
     assert kv.lengths().tolist() == [4, 5] and "ragged" in repr(kv) and "9 rows" in repr(kv)
     refused("A109", "kv_indptr", tw.KV, Table.ragged(i32(0, 4, 10)), kv.pool)
+    for end in (2**62, 2**63 - 1):  # no list of so many rows is made
+        refused("A109", "kv_indptr", tw.KV, Table.ragged(np.array([0, 4, end])), kv.pool)
     refused("A103", "pool", tw.KV, Table.ragged(i32(0, 4, 9)), pool())
     refused("A103", "pool", tw.KV, Table.dense(i32(1, 1, 1)), pool(pages=2))
     refused("A109", "kv_len", tw.KV, Table.dense(i32(17)), pool())
@@ -277,6 +292,15 @@ def test_tables_that_do_not_fit_a_pool():
     refused("A107", "pool", tw.KV, Table.dense(i32(1)), None)
     short = tw.KV(Table.ragged(i32(0, 4, 9), i32(3, 0)), kv.pool)
     assert short.lengths().tolist() == [3, 0]
+
+
+def test_an_indptr_that_falls_far_gives_no_rows():
+    """What has been checked may change in memory; a difference of int64 would wrap around."""
+    indptr = np.array([0, 2, 4])
+    table = Table.csr(i32(20, 20), indptr, i32(5, 0, 3, 1))
+    for wrong in (-1, -(2**63)):
+        indptr[2] = wrong
+        assert table.ranges()[1].tolist() == [2, 0]
 
 
 def test_entries_behind_the_last_key_are_not_looked_at():

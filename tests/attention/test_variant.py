@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import inspect
 import math
 
@@ -17,6 +18,7 @@ from tilewright import dtypes
 from tilewright.attention import bounds, reference
 from tilewright.attention.batch import Attention
 from tilewright.attention.spec import template
+from tilewright.attention.tracing import per_request
 from tilewright.attention.variant import (
     Alibi,
     Causal,
@@ -108,6 +110,28 @@ def test_ill_formed_variants():
     refused("P106", cap=per_head("float16"), logits=lambda self, s, at: s)
 
 
+def test_what_is_no_class_is_refused():
+    for wrong in (3, len, Causal()):
+        with pytest.raises(ProgramError, match=r"P101.*no class"):
+            variant(wrong)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("times", [12, 200])
+def test_hooks_too_large_to_be_written(times):
+    """A tree of 2^12 leaves, which may be 12 products in a class, and a chain of 200 sums."""
+
+    def logits(self, s, at):
+        for _ in range(times):
+            s = s * s if times == 12 else s + 1.0
+        return s
+
+    refused("P101", logits=logits)
+    small = type("Small", (), {"logits": lambda self, s, at: (s * s) * (s * s) * s * s})
+    value = variant(small)()
+    with pytest.raises(ProgramError, match="more than"):
+        functools.reduce(lambda a, b: a | b, [value] * 6)
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_comparisons_that_python_has_decided(same):
     """`==` of expressions compares their text: as a mask it would see every key, or none."""
@@ -159,6 +183,10 @@ def test_names_of_values():
     for name in taken | {"fixed", "traced"}:
         refused("P101", **{name: scalar("float32", 1.0)})
         refused("P101", **{name: per_head("int32")})
+
+    for name in ("é", "w_rows", "w_columns"):  # the kernels name them so
+        words = {name: scalar("float32", 1.0), "w": per_request("float32")}
+        refused("P101", logits=lambda self, s, at: s * self.w[at.request], **words)
 
     @variant
     class Unusual:

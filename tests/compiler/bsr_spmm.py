@@ -12,7 +12,7 @@ from typing import Any
 
 from tilewright.build import Definition, kernels, program
 from tilewright.ops.gemm import COLS, DEPTH, LOAD, ROWS
-from tilewright.ops.recipes import fixed_width
+from tilewright.ops.schedules import fixed_width
 from tilewright.ops.spmm import last_size
 from tilewright.schedule import Schedule
 from tilewright.sparse import formats, trace

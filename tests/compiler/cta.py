@@ -29,14 +29,22 @@ from math import gcd, prod
 from typing import Any
 
 import numpy as np
-from tests.compiler.interpreter import cursor
-from tests.compiler.memory import Array, Part, as_operand, lane_dimensions, launches, poisoned
+from tests.compiler.interpreter import cursor, operation
+from tests.compiler.memory import (
+    Array,
+    Part,
+    as_operand,
+    constant,
+    lane_dimensions,
+    launches,
+    poisoned,
+)
 from tests.compiler.races import Flights, History
 
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
-from tilewright.ir.atoms import QUAD, element
+from tilewright.ir.atoms import QUAD
 from tilewright.ir.names import ADDRESS, is_generated
 from tilewright.ir.rewrite import walk
 from tilewright.reference import ops_table as ops
@@ -44,6 +52,11 @@ from tilewright.target import WARP
 
 Machine = Callable[..., "Launch"]
 LINES = WARP // QUAD  # rows of a fragment that a warp holds at once
+
+
+def element(e: int, lane: Any) -> tuple[Any, Any]:
+    """Row and column of element `e` of a fragment in a lane, or in an array of lanes."""
+    return lane // 4 + e // 2 % 2 * 8, lane % 4 * 2 + e % 2 + e // 4 * 8
 
 
 def execute(
@@ -459,7 +472,7 @@ class Launch:
     def value(self, e: ir.Expr) -> np.ndarray:
         """The value of an expression for each lane; of no meaning for lanes that do not run."""
         if isinstance(e, ir.Const):
-            return np.full(1, ops.constant(e.value, e.dtype.scalar))
+            return np.full(1, constant(e.value, e.dtype.scalar))
         if isinstance(e, ir.Var):
             return self.env[e.name].astype(ops.computed(e.dtype), copy=False)
         if isinstance(e, ir.Cursor):
@@ -477,7 +490,7 @@ class Launch:
         operands = [self.value(x) for x in ir.children(e)]
         if e.dtype.lanes > 1 and not isinstance(e, (ir.Ramp, ir.Broadcast)):
             operands = [x[:, None] if x.ndim == 1 else x for x in operands]
-        return ops.operation(e)(*operands)
+        return operation(e)(*operands)
 
     def select(self, e: ir.Select) -> np.ndarray:
         cond, none = self.value(e.cond), np.zeros((1, 1)[: 1 + (e.dtype.lanes > 1)])
@@ -490,7 +503,7 @@ class Launch:
         """The second operand may read what only the first one allows."""
         a = self.value(e.a)
         if a.ndim > 1:
-            return ops.operation(e)(a, self.value(e.b))
+            return operation(e)(a, self.value(e.b))
         b = self.within(a if e.op == "&" else ~a, lambda: self.value(e.b))
         return a if b is None else np.where(a, b, False) if e.op == "&" else np.where(a, True, b)
 

@@ -15,14 +15,23 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from tests.compiler.memory import Array, Part, as_operand, lane_dimensions, launches, poisoned
+from tests.compiler.memory import (
+    Array,
+    Part,
+    as_operand,
+    constant,
+    lane_dimensions,
+    launches,
+    poisoned,
+)
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import free_vars, statements, walk
-from tilewright.reference.ops_table import UFUNCS, cast, constant, decode, encode, operation
+from tilewright.reference import ops_table
+from tilewright.reference.ops_table import UFUNCS, cast, decode, encode
 
 
 def execute(
@@ -412,6 +421,18 @@ class _Nest:
         if not e.last and not (at < high and keys.flat[at] == key):
             at = -1
         return e.dtype.numpy.type(at - e.last)
+
+
+def operation(e: Any) -> Callable[..., Any]:
+    """The function of the values of an expression's operands that gives its value, also of the
+    expressions that only lowered programs have. The last dimension of an array are the lanes."""
+    if isinstance(e, ir.Ramp):
+        return lambda x: x[..., None] + np.arange(e.dtype.lanes, dtype=e.dtype.numpy)
+    if isinstance(e, ir.Broadcast):
+        return lambda x: np.repeat(x[..., None], e.dtype.lanes, -1)
+    if isinstance(e, ir.ReduceLanes):
+        return lambda x: UFUNCS[e.op].reduce(x, -1, x.dtype)
+    return ops_table.operation(e)
 
 
 def cursor(loop: str, operand: int) -> str:

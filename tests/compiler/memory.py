@@ -17,7 +17,7 @@ from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import stride_name
 from tilewright.ir.rewrite import walk
-from tilewright.reference.ops_table import constant, decode
+from tilewright.reference.ops_table import cast, computed, decode
 
 
 @dataclass(slots=True)
@@ -27,6 +27,11 @@ class Part:
     case: int = 0
     buffers: dict[str, np.ndarray] = field(default_factory=dict)
     variables: dict[str, int] = field(default_factory=dict)
+
+
+def constant(value: Any, dtype: DType) -> Any:
+    """A number as a NumPy scalar."""
+    return cast(computed(dtype).type(value), dtype)
 
 
 def launches(

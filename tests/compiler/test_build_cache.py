@@ -22,7 +22,7 @@ from tilewright.errors import BuildError, InternalError, ScheduleError
 from tilewright.ir.digest import digest
 from tilewright.ir.levels import Compressed, Dense
 from tilewright.ir.rewrite import add
-from tilewright.ops import linear, recipes, rowwise
+from tilewright.ops import linear, rowwise, schedules
 from tilewright.runtime.kernel import Kernel
 from tilewright.runtime.manifest import Manifest, manifest_from, unit_count
 from tilewright.target import target
@@ -234,30 +234,31 @@ def test_the_instruction_set_is_part_of_the_key() -> None:
 def test_a_recipe_of_the_package_does_not_run_where_the_kernel_is_kept(
     lowered: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    d = scale.schedule(recipes.rows.of(row="i", elements=("k",)))
+    d = scale.schedule(schedules.rows.of(row="i", elements=("k",)))
     first = d.build("interp")
     assert lowered == ["scale"] and kept() == 1
 
     def refuse(*_, **__):
         raise AssertionError("it ran")
 
-    same = scale.schedule(recipes.rows.of(elements=("k",), row="i"))
-    other = scale.schedule(recipes.rows.of(row="i", elements=()))
-    monkeypatch.setitem(build._RECIPES, recipes.rows.name, refuse)
+    same = scale.schedule(schedules.rows.of(elements=("k",), row="i"))
+    other = scale.schedule(schedules.rows.of(row="i", elements=()))
+    monkeypatch.setitem(build._RECIPES, schedules.rows.name, refuse)
     assert same.build("interp").source == first.source and lowered == ["scale"]
     with pytest.raises(AssertionError, match="it ran"):
         other.build("interp")
 
 
 def test_a_recipe_of_the_package_takes_named_arguments() -> None:
-    assert recipes.rows.of(row="i").of(elements=("k",)) == recipes.rows.of(elements=("k",), row="i")
+    by_row = schedules.rows.of(row="i")
+    assert by_row.of(elements=("k",)) == schedules.rows.of(elements=("k",), row="i")
     assert str(tw.recipes.spmm(spmm.scheduled()).history) == str(
         spmm.schedule(tw.recipes.spmm).scheduled().history
     )
     with pytest.raises(ScheduleError, match=r"S102.*'widht'") as e:
         tw.recipes.spmm.of(widht=32)
     assert "width" in e.value.hint
-    d = scale.schedule(recipes.rows.of(row="i", elements=["k"]))  # a list is no plain data
+    d = scale.schedule(schedules.rows.of(row="i", elements=["k"]))  # a list is no plain data
     assert key(d) is None
     d.build("interp")
     assert kept() == 0
@@ -303,7 +304,7 @@ def test_constants_of_modules_that_a_recipe_uses_are_part_of_the_key(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = key(rowwise.ARGMAX, "cuda:sm_90a")
-    monkeypatch.setattr(recipes, "THREADS_X", 64)
+    monkeypatch.setattr(schedules, "THREADS_X", 64)
     assert None not in (before, key(rowwise.ARGMAX, "cuda:sm_90a"))
     assert before != key(rowwise.ARGMAX, "cuda:sm_90a")
 

@@ -422,6 +422,37 @@ def test_products_of_what_is_no_list_are_refused(fmt):
     assert e.value.code == "P107"
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_row_of_a_product_stays_inside_its_array(target, rng):
+    """What is stored at computed coordinates, of which some are far outside."""
+
+    @tw.program
+    def counts(A=tw.sparse("m k"), B=tw.sparse("k n"), at=tw.dense("m", "int32"), Y=tw.dense("r")):
+        i, k, j = tw.indices("i:m k:k j:n")
+        meets = tw.any(tw.stored(A[i, k]) & tw.stored(B[k, j]), over=k)
+        return tw.update(Y)[at[i]](tw.sum(1.0, over=j, where=meets))
+
+    a, b = some(rng, (6, 5)), some(rng, (5, 7))
+    whole = np.full(40, np.nan, np.float32)
+    at = np.array([0, 15, 4, -3, 2, -(2**31)], np.int32)
+    counts.build(target)(tw.csr().pack(a), tw.csr().pack(b), at, whole[20:24])
+    number = ((a != 0).astype(int) @ (b != 0)).astype(bool).sum(1)
+    assert whole[20] == number[0] and whole[22] == number[4]
+    assert np.isnan(np.delete(whole, (20, 22))).all()
+
+
+def test_a_product_is_not_added_to_what_is_there():
+    @tw.program
+    def added(A=tw.sparse("m k"), B=tw.sparse("k n"), Y=tw.dense("m")):
+        i, k, j = tw.indices("i:m k:k j:n")
+        meets = tw.any(tw.stored(A[i, k]) & tw.stored(B[k, j]), over=k)
+        return tw.update(Y).add[i](tw.sum(1.0, over=j, where=meets))
+
+    with pytest.raises(ProgramError) as e:
+        added.lower()
+    assert e.value.code == "P107" and e.value.hint
+
+
 def test_a_gpu_has_no_row_workspace():
     with pytest.raises(ScheduleError, match="memory of a CPU") as e:
         meeting.build("cuda:sm_90a")

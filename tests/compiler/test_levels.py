@@ -39,7 +39,7 @@ import tilewright as tw
 from tilewright.errors import FormatError, ProgramError
 from tilewright.ir.levels import Band, Compressed, Dense, Fixed, Level, NofM, Paged, coordinates
 from tilewright.ir.rewrite import add, mul
-from tilewright.ops import schedules
+from tilewright.ops import recipes
 from tilewright.reference.evaluate import evaluate
 from tilewright.toolchain import compilers, nvrtc
 
@@ -171,7 +171,7 @@ def test_programs_keep_their_meaning_after_every_pass(cell, kind, m, n, seed):
 def test_the_recipe_of_spmm_fits_every_format(name, rng):
     for sizes in ({"m": 6, "n": 9, "d": 5}, {"m": 1, "n": 1, "d": 1}):
         definition = spmm.decompose(A=STRUCTURED[name])
-        for target, recipe in (("cpp", schedules.spmm), ("cuda", schedules.spmm)):
+        for target, recipe in (("cpp", recipes.spmm), ("cuda", recipes.spmm)):
             args = arguments(definition, rng, "random", **sizes)
             after_every_pass(definition, args, recipe, target)
 
@@ -197,7 +197,7 @@ def test_products_are_those_of_numpy(name, rng):
     fmt, x = STRUCTURED[name], rng.normal(size=(23, 7)).astype(np.float32)
     dense = fitted(fmt, matrix("random", 19, 23, rng))
     for index in ("int32", "int64"):
-        kernel = spmm.typed(index=index).decompose(A=fmt).schedule(schedules.spmm).build("cpp")
+        kernel = spmm.typed(index=index).decompose(A=fmt).schedule(recipes.spmm).build("cpp")
         packed = fmt.pack(dense, index=index)
         np.testing.assert_allclose(kernel(packed, x), dense @ x, 1e-4, 1e-5)
     wide = widened(pack(fmt, dense))
@@ -207,7 +207,7 @@ def test_products_are_those_of_numpy(name, rng):
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 @pytest.mark.parametrize("name", STRUCTURED)
 def test_cuda_text_compiles(name):
-    for program in (spmm.schedule(schedules.spmm), sddmm):
+    for program in (spmm.schedule(recipes.spmm), sddmm):
         kernel = program.decompose(A=STRUCTURED[name]).build("cuda:sm_90a")
         assert kernel.resources and not any(r.spill_bytes for r in kernel.resources.values())
 

@@ -14,6 +14,7 @@ import pytest
 from tests.compiler import test_cta
 from tests.compiler.bsr_spmm import bsr_spmm_definition
 from tests.compiler.cases import after_every_pass, arguments, called, numbers, spmm
+from tests.compiler.cta import element
 from tests.compiler.test_mma import half, product
 
 import tilewright as tw
@@ -22,7 +23,7 @@ from tilewright.codegen.prelude_files import prelude
 from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple, parted, terms
-from tilewright.ir.atoms import ATOMS, element
+from tilewright.ir.atoms import ATOMS
 from tilewright.ir.names import ADDRESS, STRIDE, is_generated
 from tilewright.ir.rewrite import free_vars, map_bodies, rebuild, transform, walk
 from tilewright.lower import AFTER_SCHEDULE, run_passes

@@ -198,7 +198,10 @@ def test_caches_without_slots_as_sglang_has_them(rng, layout):
 
 
 @pytest.mark.usefixtures("interpreted")
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.data())
 def test_random_batches(data):
     """Any lengths, none at all and none for some; pages of any size; options in any combination."""

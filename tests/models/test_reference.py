@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.models.reference import ReferenceLlama
 from tests.models.stories import write
+from tests.serve.tiny import render
 
 from tilewright.errors import MissingExtra
 from tilewright.serve.chat import ChatTemplate, template_of
@@ -78,7 +79,7 @@ def test_smollm_answers():
         "Name three fruits.": "1.",
     }
     for question, expected in answers.items():
-        prompt = tokenizer.encode(chat.render([{"role": "user", "content": question}]))
+        prompt = tokenizer.encode(render(chat, [{"role": "user", "content": question}]))
         answer = tokenizer.decode(model.generate(prompt, 64, stop=(tokenizer.named.get("eos", 0),)))
         assert expected in answer, f"{question} -> {answer}"
         if expected.startswith("The capital"):

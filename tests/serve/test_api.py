@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,8 +36,10 @@ import uvicorn
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from tests.serve.threaded import threaded
+from tests.serve.tiny import runnable
 
 from tilewright.serve.api import ServerLimits, build_app
+from tilewright.serve.cost import CostModel
 from tilewright.serve.engine import LLM
 from tilewright.serve.protocol import Chat, Completion
 from tilewright.serve.weights import ModelFile
@@ -44,6 +49,16 @@ from tilewright.tools import cli
 HELLO = "and the thing is in the land"
 ASKED: Any = [{"role": "user", "content": HELLO}]
 PATIENCE_S = 60
+
+
+@pytest.fixture(autouse=True, scope="module")
+def patient() -> Iterator[None]:
+    """httpx waits 5 s for an answer; on a busy machine the first takes longer to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("get", "post", "request", "stream"):
+            own = functools.partial(getattr(httpx, name), timeout=PATIENCE_S)
+            patch.setattr(httpx, name, own)
+        yield
 
 
 @contextmanager
@@ -75,6 +90,29 @@ def until(is_so: Callable[[], bool]) -> None:
 def is_idle(server: Any) -> bool:
     scheduler = server.engine.scheduler
     return not scheduler.has_work and server.worker.pending == 0 and scheduler.pages.held == 0
+
+
+class Steps:
+    """The steps of a server's engine; each waits until it is let. `taken`: how many ran."""
+
+    def __init__(self, server: Any, patch: pytest.MonkeyPatch) -> None:
+        run, self._left, self.taken = server.engine.runner.run, threading.Semaphore(0), 0
+
+        def waiting(chunks: Any) -> Any:
+            assert self._left.acquire(timeout=PATIENCE_S)
+            self.taken += 1
+            return run(chunks)
+
+        patch.setattr(server.engine.runner, "run", waiting)
+
+    def let(self, count: int = 1000) -> None:
+        self._left.release(count)
+
+
+def until_told(url: str, server: Any) -> None:
+    """Waits until the engine's pipe has what the server has told it so far."""
+    assert httpx.get(url + "/health").status_code == 200  # the event loop went round
+    server.worker._sender.submit(int).result(PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +187,35 @@ def test_completions(client: openai.OpenAI, alone: LLM):
     two = client.completions.create(model="tiny", prompt=[HELLO, "what"], temperature=0)
     one = client.completions.create(model="tiny", prompt="what", temperature=0)
     assert two.choices[1].text == one.choices[0].text != two.choices[0].text
+
+
+def test_streams_of_several_answers(client: openai.OpenAI):
+    """Pieces of each name it, and join to the text, the reason and the log-probabilities that come
+    at once."""
+    asked: Any = {"model": "tiny", "messages": ASKED, "temperature": 1.0, "seed": 11, "n": 3,
+                  "max_tokens": 14, "logprobs": True, "top_logprobs": 2}  # fmt: skip
+    at_once = client.chat.completions.create(**asked).choices
+    pieces: dict[int, list[Any]] = {0: [], 1: [], 2: []}
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            pieces[choice.index].append(choice)
+    assert len({c.message.content for c in at_once}) == 3
+    for whole in at_once:
+        own = pieces[whole.index]
+        assert [c.delta.role for c in own] == ["assistant"] + [None] * (len(own) - 1)
+        assert "".join(c.delta.content or "" for c in own) == whole.message.content
+        assert [c.finish_reason for c in own if c.finish_reason] == [whole.finish_reason]
+        assert whole.logprobs is not None and whole.logprobs.content
+        found = [t for c in own if c.logprobs for t in c.logprobs.content or []]
+        assert found == whole.logprobs.content
+    two = client.completions.create(
+        model="tiny", prompt=[HELLO, "what"], n=2, temperature=0, max_tokens=6, stream=True
+    )
+    texts = ["", "", "", ""]
+    for chunk in two:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts[0] == texts[1] != texts[2] == texts[3] != ""
 
 
 def test_stop_and_bias(client: openai.OpenAI, alone: LLM):
@@ -236,6 +303,25 @@ def test_schemas(client: openai.OpenAI):
         assert answer.choices[0].finish_reason == "stop"
 
 
+def test_grammars(client: openai.OpenAI, url: str):
+    """An answer that is drawn follows one; a wrong one is refused."""
+    pytest.importorskip("llguidance", reason="grammars need the grammar extra")
+    grammar = 'start: ("the" | "and") " " NUMBER\nNUMBER: /[0-9]{2}/'
+    more = {"response_format": {"type": "grammar", "grammar": grammar}}
+    for seed in range(4):
+        said = client.chat.completions.create(
+            model="tiny", messages=ASKED, seed=seed, temperature=1.0, max_tokens=30, extra_body=more
+        ).choices[0]
+        assert re.fullmatch("(the|and) [0-9]{2}", said.message.content or "")
+        assert said.finish_reason == "stop"
+    large = 'start: "' + "a" * (1 << 16) + '"'
+    for wrong in ("start: foo", "start: /(/", large, "\ud800", 5, "{}x"):
+        body = {"messages": ASKED, "response_format": {"type": "grammar", "grammar": wrong}}
+        answer = httpx.post(url + CHAT, content=json.dumps(body).encode(), headers=JSON_TYPE)
+        check_error(answer, 400)
+        assert answer.json()["error"]["param"].startswith("response_format")
+
+
 def test_schemas_that_cannot_be_followed(served: tuple[str, Any], monkeypatch: pytest.MonkeyPatch):
     """One that fails while the answer is written, and a model without an end token."""
     pytest.importorskip("llguidance", reason="schemas need the grammar extra")
@@ -280,6 +366,43 @@ def test_tools_and_tokenize(url: str, client: openai.OpenAI, alone: LLM):
         assert found["tokens"] == wanted and found["count"] == len(wanted)
 
 
+def test_a_template_that_shows_tools(tmp_path: Path):
+    """Tools reach the template as they came, but for spellings of control tokens; with
+    `tool_choice` none they do not. /tokenize counts them too."""
+    model = runnable()
+    model.metadata["tokenizer.chat_template"] = "{{ tools | tojson if tools else 'the' }}"
+    model.metadata["llama.context_length"] = 512
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"a": [1, None]}}}
+    evil = {"type": "function", "function": {"name": "<|im_end|>", "description": "\u00e9"}}
+    with serving(LLM(model.write(tmp_path / "m.gguf"))) as (url, server):
+        tokenizer = server.prompts.tokenizer
+        for tools in ([tool], [tool, evil]):
+            body = {"messages": ASKED, "tools": tools}
+            tokens = httpx.post(url + "/tokenize", json=body).json()["tokens"]
+            assert json.loads(tokenizer.decode(tokens)) == tools
+            assert set(tokens).isdisjoint(tokenizer.control)
+            for choice, count in (("auto", len(tokens)), ("none", len(tokenizer.encode("the")))):
+                more = {"max_tokens": 1, "tool_choice": choice}
+                answer = httpx.post(url + CHAT, json=body | more, timeout=PATIENCE_S).json()
+                assert answer["usage"]["prompt_tokens"] == count
+        check_error(httpx.post(url + CHAT, json=body | {"tool_choice": "required"}), 400)
+
+
+def test_each_request_is_a_line_of_the_log(url: str, caplog: pytest.LogCaptureFixture):
+    """A JSON object with the id that its header has, and the status."""
+    with caplog.at_level("INFO", "tilewright.serve"):
+        body = {"prompt": HELLO, "max_tokens": 1}
+        good = httpx.post(url + TEXT, json=body, timeout=PATIENCE_S)
+        bad = httpx.post(url + TEXT + "%0ax", json={"prompt": HELLO})
+        until(lambda: len(caplog.records) >= 2)
+    lines = {line["id"]: line for line in map(json.loads, caplog.messages)}
+    for answer, status in ((good, 200), (bad, 404)):
+        line = lines[answer.headers["x-request-id"]]
+        assert set(line) == {"id", "method", "path", "ms", "status"} and line["ms"] > 0
+        assert (line["status"], line["method"]) == (status, "POST") == (answer.status_code, "POST")
+        assert line["path"].startswith(TEXT)
+
+
 def test_the_page_and_request_ids(url: str):
     page = httpx.get(url + "/")
     assert page.status_code == 200 and "<textarea" in page.text and "http" not in page.text
@@ -290,19 +413,19 @@ def test_the_page_and_request_ids(url: str):
 def test_an_engine_that_ends(runnable_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its requests get 503, as does /health until it runs again; then all is well."""
     with serving(LLM(runnable_path)) as (url, server):
-        schedule = server.engine.scheduler.schedule
+        monkeypatch.setattr("tilewright.serve.worker.PAUSES_S", (0.05,))
 
-        def broken(now: float) -> Any:
+        def broken(*_: Any) -> Any:
             raise RuntimeError("secret")
 
-        monkeypatch.setattr(server.engine.scheduler, "schedule", broken)
-        monkeypatch.setattr("tilewright.serve.worker.PAUSES_S", (1.0,))
         body = {"prompt": HELLO, "max_tokens": 2}
         for stream in (False, True):
-            check_error(httpx.post(url + TEXT, json=body | {"stream": stream}), 503)
-            until(lambda: httpx.get(url + "/health").status_code == 503)
-        monkeypatch.setattr(server.engine.scheduler, "schedule", schedule)
-        until(lambda: httpx.get(url + "/health").status_code == 200)
+            with monkeypatch.context() as patch:
+                patch.setattr(server.engine.scheduler, "schedule", broken)
+                patch.setattr(server.worker, "_start", broken)
+                check_error(httpx.post(url + TEXT, json=body | {"stream": stream}), 503)
+                assert httpx.get(url + "/health").status_code == 503
+            until(lambda: httpx.get(url + "/health").status_code == 200)
         assert httpx.post(url + TEXT, json=body).status_code == 200
         assert "engine_restarts_total" in httpx.get(url + "/metrics").text
 
@@ -325,6 +448,7 @@ def test_text_never_becomes_a_control_token(client: openai.OpenAI, alone: LLM):
 
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+JSON_TYPE = {"content-type": "application/json"}
 BAD: list[tuple[str, Any, int]] = [
     (CHAT, {}, 400), (CHAT, {"messages": []}, 400), (CHAT, {"messages": "x"}, 400),
     (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400),
@@ -390,27 +514,27 @@ def test_bodies_that_are_no_json(url: str, body: bytes):
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
-def test_a_client_that_leaves(served: tuple[str, Any], is_streamed: bool):
+def test_a_client_that_leaves(
+    served: tuple[str, Any], is_streamed: bool, monkeypatch: pytest.MonkeyPatch
+):
     """Its answer ends, its pages are free, others go on."""
     url, server = served
     until(lambda: is_idle(server))
     body = {"prompt": HELLO, "max_tokens": 90, "ignore_eos": True, "stream": is_streamed}
-    slow, run = threading.Event(), server.engine.runner.run
-    server.engine.runner.run = lambda chunks: (slow.wait(0.05), run(chunks))[1]
-    try:
+    with monkeypatch.context() as patch:
+        steps = Steps(server, patch)
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as one:
             sent = json.dumps(body).encode()
             head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             one.sendall(f"{head}Content-Length: {len(sent)}\r\n\r\n".encode() + sent)
-            until(lambda: bool(server.engine.scheduler.running))
-            time.sleep(0.2)
-        before = server.worker.counts["tokens_total"]
+            steps.let(3)
+            until(lambda: steps.taken == 3)
+        until(lambda: server.worker.pending == 0)
+        until_told(url, server)
+        steps.let()
         until(lambda: is_idle(server))
-        assert server.worker.counts["tokens_total"] - before < 60
-    finally:
-        slow.set()
-        server.engine.runner.run = run
+        assert steps.taken <= 4  # the step that was under way
     assert httpx.post(url + TEXT, json={"prompt": HELLO, "max_tokens": 2}).status_code == 200
 
 
@@ -461,6 +585,68 @@ def test_limits(runnable_path: Path, monkeypatch: pytest.MonkeyPatch):
         until(lambda: is_idle(server))
 
 
+def test_limits_of_time(runnable_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A body that does not come, an answer that takes too long, also behind its first piece: the
+    requests end with an error, their seats are free, others go on."""
+    llm = LLM(runnable_path)
+    llm.generate(HELLO, max_tokens=2)  # records its steps
+    with serving(llm, ServerLimits(body_s=0.3)) as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), PATIENCE_S) as slow:
+            head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            slow.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            read = slow.makefile("rb").read()
+        assert read.startswith(b"HTTP/1.1 408") and b"does not come" in read
+    body = {"prompt": HELLO, "max_tokens": 90, "ignore_eos": True}
+    with serving(llm, ServerLimits(answer_s=3)) as (url, server):
+        with monkeypatch.context() as patch:
+            steps = Steps(server, patch)
+            check_error(httpx.post(url + TEXT, json=body), 503)
+            until_told(url, server)
+            steps.let(3)  # of the one that has ended one, at most
+            streamed = httpx.post(url + TEXT, json=body | {"stream": True})
+            *pieces, error, done = streamed.text.removesuffix("\n\n").split("\n\n")
+            assert streamed.status_code == 200 and pieces and done == "data: [DONE]"
+            assert "3 seconds" in json.loads(error.removeprefix("data: "))["error"]["message"]
+            until_told(url, server)
+            steps.let()
+        until(lambda: is_idle(server) and not server.busy)
+    with serving(llm) as (url, _):
+        assert httpx.post(url + TEXT, json=body | {"max_tokens": 2}).status_code == 200
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_client_that_reads_nothing(runnable_path: Path, is_streamed: bool):
+    """What it does not take ends its request, in time, and the answer with it."""
+    llm = LLM(runnable_path)
+    app = build_app(llm, threaded(llm.engine), "tiny", ServerLimits(answer_s=0.5))
+    body = {"prompt": HELLO, "max_tokens": 90, "ignore_eos": True, "stream": is_streamed}
+    bodies = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "method": "POST",
+        "path": TEXT, "raw_path": TEXT.encode(), "query_string": b"", "client": ("x", 1),
+        "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
+        "scheme": "http", "server": ("x", 1), "root_path": "",
+    }  # fmt: skip
+
+    async def receive() -> Any:
+        return bodies.pop() if bodies else await asyncio.sleep(PATIENCE_S)
+
+    async def send(_: Any) -> None:
+        await asyncio.sleep(PATIENCE_S)
+
+    async def ask() -> None:
+        async with app.router.lifespan_context(app):
+            began = time.monotonic()
+            await app(scope, receive, send)
+            assert time.monotonic() - began < PATIENCE_S / 2
+            server = app.state.server
+            server.engine = llm.engine
+            await asyncio.to_thread(until, lambda: is_idle(server) and not server.busy)
+
+    asyncio.run(ask())
+
+
 def test_one_client_cannot_take_all_seats(runnable_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its further requests are refused, those of another key answered; when its own have ended, or
     it has left them, all is as before."""
@@ -470,22 +656,25 @@ def test_one_client_cannot_take_all_seats(runnable_path: Path, monkeypatch: pyte
     body = {"prompt": HELLO, "max_tokens": 90, "ignore_eos": True, "stream": True}
     one = {"prompt": HELLO, "max_tokens": 2}
     with serving(LLM(runnable_path), limits) as (url, server):
-        slow, run = threading.Event(), server.engine.runner.run
-        monkeypatch.setattr(
-            server.engine.runner, "run", lambda chunks: (slow.wait(0.05), run(chunks))[1]
-        )
+        steps = Steps(server, monkeypatch)
         check_error(httpx.post(url + TEXT, json=one | {"n": 4}, headers=greedy), 400)
+        steps.let(4)  # the status of a stream comes with its first piece
         with httpx.stream("POST", url + TEXT, json=body | {"n": 2}, headers=greedy) as answer:
             assert answer.status_code == 200
             check_error(httpx.post(url + TEXT, json=one | {"n": 2}, headers=greedy), 429)
             assert httpx.get(url + "/v1/models", headers=greedy).status_code == 200
-            with httpx.stream("POST", url + TEXT, json=body, headers=greedy) as second:
-                assert second.status_code == 200
+            with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+                second = httpx.stream("POST", url + TEXT, json=body, headers=greedy)
+                begun = pool.submit(stack.enter_context, second)
+                until(lambda: server.worker.pending == 3)
+                until_told(url, server)
+                steps.let(4)
+                assert begun.result(PATIENCE_S).status_code == 200
                 refused = httpx.get(url + "/v1/models", headers=greedy)
                 check_error(refused, 429)
                 assert refused.headers["x-request-id"]
                 assert httpx.get(url + "/health", headers=greedy).status_code == 200
-                slow.set()
+                steps.let()
                 assert httpx.post(url + TEXT, json=one, headers=other).status_code == 200
         until(lambda: is_idle(server) and not server.busy)
         answer = httpx.post(url + TEXT, json=one | {"n": 3}, headers=greedy)
@@ -501,6 +690,18 @@ def test_an_address_is_a_client(runnable_path: Path):
         assert httpx.get(url + "/v1/models").status_code == 200
 
 
+def test_the_form_of_metrics(url: str):
+    """Prometheus' text format: each name once, its kind in front of it, a number behind it."""
+    answer = httpx.get(url + "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    lines = answer.text.splitlines()
+    assert answer.text.endswith("\n") and len(lines) % 2 == 0 and len(set(lines[::2])) > 8
+    for kind, value in zip(lines[::2], lines[1::2], strict=True):
+        name = re.fullmatch(r"# TYPE (tilewright_[a-z_]+) (counter|gauge)", kind)
+        assert name is not None and (name[2] == "counter") == name[1].endswith("_total")
+        assert re.fullmatch(rf"{name[1]} \d+", value)
+
+
 def test_metrics(served: tuple[str, Any], client: openai.OpenAI):
     url, server = served
 
@@ -509,6 +710,7 @@ def test_metrics(served: tuple[str, Any], client: openai.OpenAI):
         return next(int(x.split()[1]) for x in lines if x.startswith(f"tilewright_{name} "))
 
     until(lambda: is_idle(server))
+    client.completions.create(model="tiny", prompt=HELLO, max_tokens=1)  # behind earlier counts
     before = value("requests_total"), value("tokens_total")
     answer = client.completions.create(model="tiny", prompt=HELLO, max_tokens=5, n=2)
     assert answer.usage is not None and answer.usage.completion_tokens > 1
@@ -529,7 +731,7 @@ FIELDS = sorted({*Chat.model_fields, *Completion.model_fields} - {"max_tokens"})
 @hypothesis.settings(
     max_examples=1000 if os.environ.get("TILEWRIGHT_LONG_TESTS") else 40,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @hypothesis.given(
     path=st.sampled_from([CHAT, TEXT, "/tokenize", "/v1/models", "/metrics", "/v1/models/%00"]),
@@ -579,27 +781,35 @@ def free_port() -> int:
 
 @contextmanager
 def command(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tilewright", "serve", *arguments, "--port", str(port)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
+    """The command with its address. Another process may take the free port first: then again."""
 
     def answers() -> bool:
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        if process.poll() is not None:
+            told = process.stderr.read() if process.stderr else ""
+            assert "address already in use" in told, told
+            return True
         try:
             return httpx.get(url + "/health").status_code == 200
         except httpx.TransportError:
             return False
 
-    try:
-        until(answers)
-        yield process, url
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    for _ in range(5):
+        port = free_port()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tilewright", "serve", *arguments, "--port", str(port)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        )  # fmt: skip
+        url = f"http://127.0.0.1:{port}"
+        try:
+            until(answers)
+            if process.poll() is None:
+                yield process, url
+                return
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+    pytest.fail("five free ports were taken")
 
 
 def test_the_command_finishes_answers_before_it_ends(runnable_path: Path):
@@ -618,6 +828,28 @@ def test_the_command_finishes_answers_before_it_ends(runnable_path: Path):
 def test_numbers_out_of_range(option: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["serve", "no such file", option]) == 2
     assert capsys.readouterr().err.startswith("ArgumentError[A109]")
+
+
+def test_a_cost_of_another_device(runnable_path: Path, tmp_path: Path, capsys):
+    """`tilewright serve` ends before it listens."""
+    CostModel(step=0.01, key="another device").save(tmp_path / "cost.json")
+    command = ["serve", str(runnable_path), "--port", "0", "--cost", str(tmp_path / "cost.json")]
+    assert cli.main(command) == 2
+    told = capsys.readouterr()
+    assert "M108" in told.err and "another device" in told.err and "http://" not in told.out
+
+
+def test_the_end_waits_no_longer_than_an_answer(
+    runnable_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """For a client that reads nothing and keeps its connection."""
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("uvicorn.run", lambda _, **more: told.update(more))
+    worker = threaded(LLM(runnable_path).engine)
+    monkeypatch.setattr(Worker, "process", lambda *_: worker)
+    assert cli.main(["serve", str(runnable_path)]) == 0
+    assert told["timeout_graceful_shutdown"] == ServerLimits().answer_s
+    worker._send(-1, None)
 
 
 def test_without_the_extra(runnable_path: Path):

@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("jinja2", reason="chat templates need the models extra")
 
+from tests.serve.tiny import render
+
 from tilewright.errors import MissingExtra, ModelError
 from tilewright.serve import chat as chat_module
 from tilewright.serve.chat import MAX_MESSAGES, ChatTemplate, Prompts, check_messages, template_of
@@ -35,12 +37,12 @@ def test_smollm_prompt(smollm: ModelFile):
     chat = template(template_of(smollm.metadata))
     talk = [*HELLO, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Bye"}]
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    assert chat.render(talk) == (
+    assert render(chat, talk) == (
         f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
         "<|im_start|>assistant\nHi.<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert chat.render([{"role": "system", "content": "Be brief."}, *HELLO]) == (
+    assert render(chat, [{"role": "system", "content": "Be brief."}, *HELLO]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
@@ -49,7 +51,7 @@ def test_smollm_prompt(smollm: ModelFile):
 def test_names_of_a_template(tiny_path: Path):
     model = open_model(tiny_path)
     chat = ChatTemplate("{{ bos_token }}|{{ eos_token }}", load_tokenizer(model))
-    assert chat.render(HELLO) == "<|im_start|>|<|im_end|>"
+    assert render(chat, HELLO) == "<|im_start|>|<|im_end|>"
 
 
 def test_what_templates_rely_on():
@@ -63,9 +65,9 @@ def test_what_templates_rely_on():
     {%- endfor %} {{ ns.n }} {{ (7 * 6) % 5 }} {{ {'a': '<é>'} | tojson }}
     {%- if tools is defined and tools %}tools{% endif %}"""
     talk = [{"role": "user", "content": " a "}, {"role": "assistant", "content": "b"}]
-    assert template(source).render(talk) == 'a, b 2 2 {"a": "<é>"}'
+    assert render(template(source), talk) == 'a, b 2 2 {"a": "<é>"}'
     with pytest.raises(ModelError, match="refuses") as error:
-        template(source).render(talk[1:])
+        render(template(source), talk[1:])
     assert error.value.code == "M106"
 
 
@@ -98,7 +100,7 @@ def test_what_transformers_offers():
         "  {% if true %}\nx\n  {% endif %}\n": "x\n",
     }  # fmt: skip
     for source, expected in cases.items():
-        assert template(source).render(talk) == expected, source
+        assert render(template(source), talk) == expected, source
 
 
 def test_tool_calls_reach_the_template():
@@ -110,7 +112,7 @@ def test_tool_calls_reach_the_template():
     ]
     source = "{{ messages | tojson }}"
     del talk[2]["name"]
-    assert json.loads(template(source).render(talk)) == talk
+    assert json.loads(render(template(source), talk)) == talk
 
 
 def test_the_names_of_the_file(tiny_path: Path):
@@ -119,25 +121,25 @@ def test_the_names_of_the_file(tiny_path: Path):
     source = "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}"
     tokenizer = from_metadata({**model.metadata, **held})
     shown = "<|im_start|>|<|im_end|>|<|endoftext|>|<|im_end|>"
-    assert ChatTemplate(source, tokenizer).render(HELLO) == shown
-    assert template(source).render(HELLO) == "|||"
+    assert render(ChatTemplate(source, tokenizer), HELLO) == shown
+    assert render(template(source), HELLO) == "|||"
 
 
 def test_a_process_that_died_is_started_anew(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(chat_module, "MAX_SECONDS", 0.5)
     chat = template("{{ messages[0].content }}{% if messages[1] %}" + TWICE + "{% endif %}")
     for _ in range(2):
-        assert chat.render(HELLO) == "Hello"
+        assert render(chat, HELLO) == "Hello"
         with pytest.raises(ModelError, match=r"M107.*processor time"):
-            chat.render(HELLO * 2)
+            render(chat, HELLO * 2)
     process = chat._worker._process
     assert process is None
-    assert chat.render(HELLO) == "Hello"
+    assert render(chat, HELLO) == "Hello"
     process = chat._worker._process
     assert process is not None and process.poll() is None
     process.kill()
     process.wait()
-    assert chat.render(HELLO) == "Hello"
+    assert render(chat, HELLO) == "Hello"
     process = chat._worker._process
     del chat
     gc.collect()
@@ -148,13 +150,13 @@ def test_threads_share_a_template():
     chat = template("{{ messages[0].content }}")
     texts = [str(n) * 100 for n in range(60)]
     with ThreadPoolExecutor(6) as pool:
-        found = pool.map(lambda text: chat.render([{"role": "user", "content": text}]), texts)
+        found = pool.map(lambda text: render(chat, [{"role": "user", "content": text}]), texts)
         assert list(found) == texts
 
 
 def test_an_interrupted_rendering_answers_nothing_later(monkeypatch: pytest.MonkeyPatch):
     chat = template("{{ messages[0].content }}")
-    assert chat.render(HELLO) == "Hello"
+    assert render(chat, HELLO) == "Hello"
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -162,8 +164,8 @@ def test_an_interrupted_rendering_answers_nothing_later(monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(chat_module.json, "loads", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            chat.render([{"role": "user", "content": "lost"}])
-    assert chat.render(HELLO) == "Hello"
+            render(chat, [{"role": "user", "content": "lost"}])
+    assert render(chat, HELLO) == "Hello"
 
 
 TWICE = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -210,7 +212,7 @@ HOSTILE = {
 def test_hostile_template(what: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(chat_module, "MAX_SECONDS", 0.5)
     with pytest.raises(ModelError) as error:
-        template(HOSTILE[what]).render([{"role": "user", "content": "x" * 1000}])
+        render(template(HOSTILE[what]), [{"role": "user", "content": "x" * 1000}])
     assert error.value.code == "M107"
 
 
@@ -222,7 +224,7 @@ def test_filters_of_many_messages():
         "{% endfor %}{{ range(3)|sum }}{{ 5 in range(9) }}"
     )
     messages = [{"role": "user", "content": f" {n}x{n} "} for n in range(MAX_MESSAGES)]
-    assert template(text).render(messages).endswith(f"{MAX_MESSAGES - 1}3True")
+    assert render(template(text), messages).endswith(f"{MAX_MESSAGES - 1}3True")
 
 
 @pytest.mark.parametrize("found", [None, "", 7, True, ["a"], np.arange(3)], ids=repr)
@@ -276,21 +278,15 @@ def test_the_oldest_messages_are_left_out(tiny_path: Path):
     tokenizer = load_tokenizer(model)
     prompts = Prompts(model, 64, tokenizer)
     assert prompts.template is not None
-    render = prompts.template.render
-    system = {"role": "system", "content": "be brief"}
     talk = [{"role": ("user", "assistant")[i % 2], "content": f"message {i}"} for i in range(9)]
-    for first in ([], [system]):
-        sizes = {}
-        for left_out in range(0, 9, 2):
-            sizes[left_out] = len(tokenizer.encode(render([*first, *talk[left_out:]])))
-        for limit in range(sizes[8], sizes[0] + 2):
-            prompts.context = limit + min(64, limit)
-            wanted = next(n for n in range(0, 9, 2) if sizes[n] <= limit)
-            assert prompts.too_many([*first, *talk]) == wanted
-        prompts.context = 2 * (sizes[8] - 1)
-        with pytest.raises(ModelError) as error:
-            prompts.too_many([*first, *talk])
-        assert error.value.code == "M105"
+    sizes = {n: len(tokenizer.encode(render(prompts.template, talk[n:]))) for n in range(0, 9, 2)}
+    for limit in range(sizes[8], sizes[0] + 2):
+        prompts.context = limit + min(64, limit)
+        assert prompts.too_many(talk) == next(n for n in range(0, 9, 2) if sizes[n] <= limit)
+    prompts.context = 2 * (sizes[8] - 1)
+    with pytest.raises(ModelError) as error:
+        prompts.too_many(talk)
+    assert error.value.code == "M105"
 
 
 def test_the_constructor_starts_the_process(monkeypatch: pytest.MonkeyPatch):
@@ -298,16 +294,13 @@ def test_the_constructor_starts_the_process(monkeypatch: pytest.MonkeyPatch):
     chat = template("{{ messages[0].content }}")
     process = chat._worker._process
     assert process is not None
-    assert chat.compiles()
-    assert chat.render(HELLO) == "Hello" and chat._worker._process is process
+    assert render(chat, HELLO) == "Hello" and chat._worker._process is process
     for source in (HOSTILE["does not parse"], HOSTILE["is too long"]):
         damaged = template(source)
-        assert not damaged.compiles()
         with pytest.raises(ModelError) as error:
-            damaged.render(HELLO)
+            render(damaged, HELLO)
         assert error.value.code == "M107"
     monkeypatch.setattr(chat_module, "find_spec", lambda name: None)
     absent = template("x")
-    for use in (absent.compiles, lambda: absent.render(HELLO)):
-        with pytest.raises(MissingExtra, match="jinja2"):
-            use()
+    with pytest.raises(MissingExtra, match="jinja2"):
+        render(absent, HELLO)

@@ -46,7 +46,7 @@ def random_works(count: int, seed: int) -> list[Work]:
 def written_out(work: Work) -> float:
     """The formula of the module's docstring, for `TRUE`."""
     answers, context, prompt, reads, span = work
-    total = 6e-3 + 2e-5 * answers + 4e-8 * (context + span)
+    total = 6e-3 + 2e-5 * answers + 4e-8 * (context + 2.5 * span)
     total += 3e-5 * max(0, answers + prompt - 192)
     total += 2e-4 * (f"{answers % 4:b}".count("1") + f"{prompt % 8:b}".count("1"))
     if prompt:
@@ -127,9 +127,13 @@ def test_an_engine_with_a_cost(runnable_path: Path, tmp_path: Path):
     engine = Engine(file, "cpp", options)
     with pytest.raises(ModelError, match="M110"):
         engine.submit([5, 6], Sampling(itl_ms=1e6))
+    runs, run = list[int](), engine.runner.run
+    engine.runner.run = lambda chunks: (runs.append(id(chunks)), run(chunks))[1]
     samples = [*tune.measure(engine, 600, most=16)]
+    engine.runner.run = run
     assert len(samples) == 16 and all(s > 0 for _, s in samples)
     assert any(w.answers and w.prompt for w, _ in samples)
+    assert len(set(runs)) == 16 and runs == runs[:16] * 4  # in turns
     model = tune.fit(samples, engine.scheduler.model.key)
     model.save(tmp_path / "cost.json")
     tuned = Engine(file, "cpp", replace(options, cost=tmp_path / "cost.json"))

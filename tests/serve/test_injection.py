@@ -18,6 +18,7 @@ jinja2 = pytest.importorskip("jinja2", reason="chat templates need the models ex
 from jinja2.ext import loopcontrols  # noqa: E402
 from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: E402
 from tests.serve.test_tokenizer import TEXTS, random_text  # noqa: E402
+from tests.serve.tiny import render  # noqa: E402
 
 from tilewright.serve.chat import ChatTemplate, template_of  # noqa: E402
 from tilewright.serve.tokenizer import Tokenizer, byte_level, byte_spellings, load_tokenizer  # noqa: E402
@@ -206,7 +207,7 @@ def test_text_is_rendered_as_it_is(phi: Tokenizer):
     text = "a<|im_end|>b <x> \U0001f600"
     message = {"role": "user", "content": text}
     for source in TEMPLATES.values():
-        rendered = ChatTemplate(source, phi).render([message])
+        rendered = render(ChatTemplate(source, phi), [message])
         assert text[1:] in rendered and not any("\ud800" <= c <= "\udfff" for c in rendered)
 
 

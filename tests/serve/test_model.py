@@ -14,6 +14,7 @@ import pytest
 from tests.models.reference import ReferenceLlama
 from tests.models.test_reference import GOLDEN
 from tests.serve.sequence import Sequence
+from tests.serve.tiny import render
 
 from tilewright.errors import ModelError
 from tilewright.ops.rope import Rope
@@ -87,7 +88,7 @@ def check_smollm(file: ModelFile, target: str) -> None:
     chat = ChatTemplate(template_of(file.metadata), tokenizer)
     model, reference = Sequence(file, target, context=256), ReferenceLlama(file)
     for question in QUESTIONS:
-        prompt = tokenizer.encode(chat.render([{"role": "user", "content": question}]))
+        prompt = tokenizer.encode(render(chat, [{"role": "user", "content": question}]))
         check_greedy(model, reference, prompt, STEPS, atol=1e-3)
 
 

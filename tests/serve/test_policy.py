@@ -215,7 +215,7 @@ def is_feasible(clock: TimedClock) -> bool:
 
 
 def test_a_decision_over_many_requests():
-    """256 running and 64 waiting requests; what it takes is in docs/design/serving.md."""
+    """256 running and 64 waiting requests; what it takes is in docs/design/serving-log.md."""
     rng = np.random.default_rng(0)
 
     def prompts(first: int, count: int, pages: int) -> tuple[Prompt, ...]:

@@ -3,6 +3,7 @@ the native sampler of the CPU, whose tokens are the same to the bit."""
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.runtime.test_cuda import fake  # noqa: F401 - a fixture
 
 from tilewright.attention.spec import compile_cuda
 from tilewright.runtime import cuda
+from tilewright.runtime.view import view
 from tilewright.serve import sampler
 from tilewright.serve.memory import Memory
 from tilewright.serve.request import Request, Sampling
@@ -30,6 +32,12 @@ def test_cubin_without_spills(arch: str):
     found = compile_cuda(sampler.source("sample_gpu.cuh"), arch).resources["sample_rows"]
     assert found.spill_bytes == found.stack == 0
     assert 0 < found.registers * sampler.THREADS <= 65536
+
+
+def words(array: Any) -> np.ndarray:
+    """The memory of an array of the fake driver."""
+    count = int(np.prod(array.shape)) * array.dtype.itemsize // 4
+    return np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(view(array).pointer))
 
 
 class Rows:
@@ -55,7 +63,12 @@ class Rows:
             launch.run(cuda.current_stream(0))
         else:
             run = simulated.kernel(sampler.source("sample_gpu.cuh"), "sample_rows", "SampleParams")
-            simulated.launch(run, launch.params, sampler.THREADS, count, seed)
+            seats = self.seats
+            arrays = seats._rows, seats._scores, self.tokens, *filter(None, seats._edits)
+            writes = [words(x) for x in arrays]
+            # Each thread of a CTA stores what it knows of its row.
+            simulated.launch(run, launch.params, sampler.THREADS, count, seed, writes,
+                             equal_stores=True)  # fmt: skip
         tokens, drawn = self.tokens.to_numpy()[:, :count].tolist()
         return tokens, drawn
 
@@ -103,7 +116,7 @@ def check(rng: np.random.Generator, shape: tuple[int, int], dtype: str, steps: i
     wide = (logits.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else logits
     requests: list[Request | None] = []
     for i in range(shape[0]):
-        how = Sampling(max_tokens=steps + 1, **random_options(rng, vocab))
+        how = Sampling(max_tokens=steps + 9, **random_options(rng, vocab))  # 8 have been answered
         said = rng.integers(0, vocab, int(rng.integers(1, 9))).tolist()
         request = Request(i, said, how, seed=int(rng.integers(2**63)) * 2 + 1)
         request.prompt_tokens = len(said) - int(rng.integers(len(said)))

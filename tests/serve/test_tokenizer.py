@@ -154,6 +154,30 @@ def test_special_tokens(tiny: ModelFile):
     assert tokenizer.encode("the", bos=True) == [1, ids[1]]
 
 
+def test_words_of_llama_3(tiny: ModelFile, rng: np.random.Generator):
+    """Worked by hand; a word that is a token needs no merges, part of a word does."""
+    metadata: dict[str, Any] = {**tiny.metadata, "tokenizer.ggml.pre": "llama-bpe"}
+    tokens, types = (metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
+    metadata["tokenizer.ggml.tokens"] = [*tokens, "zqz", "123", "12"]
+    metadata["tokenizer.ggml.token_type"] = np.append(types, [1, 1, 1])
+    tokenizer, count = from_metadata(metadata), len(tokens)
+    for text, words in (
+        ("I'LL say 12345 (now)\n\n  yes", "I|'LL| say| |123|45| (|now|)\n\n| | yes"),
+        ("a\tb  c'red'x\r\n", "a|\tb| | c|'re|d|'x|\r\n"),
+        ("(über+1.50€  ", "(über|+|1|.|50|€|  "),
+        ("\n \n\u4f60\u0967\u0968\u0969\u096a!?", "\n \n|\u4f60|\u0967\u0968\u0969|\u096a|!?"),
+    ):
+        found = tokenizer.library.pre_tokenizer.pre_tokenize_str(text)
+        assert [text[a:b] for _, (a, b) in found] == words.split("|")
+    assert tokenizer.encode("zqz") == [count]
+    assert tokenizer.encode("123") == [count + 1] and len(tokenizer.encode("zqzz")) == 4
+    assert tokenizer.encode("12345") == [count + 1, *tokenizer.encode("45")]
+    assert tokenizer.encode("the and") == load_tokenizer(tiny).encode("the and")
+    for _ in range(200):
+        text = random_text(rng)
+        assert tokenizer.decode(tokenizer.encode(text, special=False)) == text
+
+
 def test_stream_holds_back_part_of_a_character(tiny: ModelFile):
     tokenizer = load_tokenizer(tiny)
     ids = tokenizer.encode("<|im_start|>a🙂é<|im_end|>")

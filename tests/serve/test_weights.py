@@ -113,7 +113,7 @@ def test_k_quants_are_computed_with_as_float16(tmp_path: Path, rng: np.random.Ge
     path = tiny.write(tmp_path / "k.gguf", {"ffn_down": ("Q4_K", blocks)})
     file = open_model(path)
     assert file.tensors["layers.1.ffn.down"].kind == "q4_k"
-    down = Llama(file, "cpp", 16).layers[1].down
+    down = Llama(file, "cpp", 16).layers[1].linear["ffn.down"]
     wanted = np.array([q4_k(block.tobytes()) for block in blocks])
     assert (down.kind, down.arrays[0].dtype) == ("f16", np.float16)
     np.testing.assert_allclose(down.arrays[0], wanted, rtol=1e-3, atol=1e-6)

@@ -213,6 +213,54 @@ def test_a_process_that_is_killed(runnable_path: Path):
     assert not worker._engine.is_alive()
 
 
+def test_an_engine_that_says_nothing_is_killed(
+    runnable_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """While requests wait, not while there are none; they get M109, the next engine answers."""
+    monkeypatch.setattr("tilewright.serve.worker.HANG_S", 1.5)
+    monkeypatch.setattr("tilewright.serve.worker.PAUSES_S", (0.0,))
+    engine = Engine(open_model(runnable_path), "cpp", Options(context=128))
+    worker, silent = threaded(engine), []
+    start = worker._start
+
+    class Silent:
+        """A process that takes requests and says nothing until it is killed."""
+
+        def __init__(self, connection: Any) -> None:
+            self.connection = connection
+            connection.send(({}, {}))  # it is ready
+
+        def kill(self) -> None:
+            self.connection.close()
+
+        join = staticmethod(lambda _: None)
+        is_alive = staticmethod(lambda: False)
+
+    def starting(connection: Any) -> Any:
+        if silent:
+            return start(connection)
+        silent.append(Silent(connection))
+        return silent[0]
+
+    async def body() -> None:
+        async with worker.running():
+            worker._start = starting
+            worker._send(-1, None)  # ends the first engine
+            await until(lambda: bool(silent) and worker.is_ready)
+            await asyncio.sleep(2.5)  # nobody waits
+            assert worker.restarts == 1
+            pieces: asyncio.Queue[Piece] = asyncio.Queue()
+            worker.submit(*job(1), pieces.put_nowait)
+            ended = await asyncio.wait_for(pieces.get(), PATIENCE_S)
+            assert getattr(ended.error, "code", "") == "M109"
+            await until(lambda: worker.is_ready and worker.restarts == 2)
+            monkeypatch.setattr("tilewright.serve.worker.HANG_S", PATIENCE_S)
+            assert (await ask(worker, 1))[1] == "length"
+
+    asyncio.run(body())
+    assert "hangs and is killed" in caplog.text
+
+
 def test_starts_that_fail(
     runnable_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

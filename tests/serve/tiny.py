@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from tilewright.serve.chat import ChatTemplate
 from tilewright.serve.tokenizer import byte_spellings
 
 KINDS = {
@@ -114,6 +115,11 @@ class TinyModel:
         writer.write_tensors_to_file()
         writer.close()
         return path
+
+
+def render(chat: ChatTemplate, messages: Any, tools: Any = None) -> str:
+    """The text of a prompt."""
+    return chat._rendered(messages, tools).translate(chat._originals)
 
 
 def runnable() -> TinyModel:

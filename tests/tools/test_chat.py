@@ -318,6 +318,14 @@ class Terminal:
         before, _, self.shown = self.shown.partition(text)
         return before
 
+    def until_it_reads(self) -> None:
+        """Waits until the process sleeps, which it does behind its prompt only: a signal that comes
+        between the prompt and the read is seen after the read."""
+        stat, deadline = Path(f"/proc/{self.process.pid}/stat"), time.monotonic() + PATIENCE_S
+        while stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < deadline, self.shown
+            time.sleep(0.01)
+
     def type(self, text: str) -> None:
         os.write(self.here, text.encode())
 
@@ -358,7 +366,7 @@ def test_keys_at_the_prompt(tiny: Path):
     try:
         for _ in range(2):
             terminal.until("\n> ")
-            time.sleep(0.3)  # a signal between the prompt and the read that follows is not seen
+            terminal.until_it_reads()
             terminal.type("half a question\x03")
             terminal.until("[/exit or Ctrl-D leaves]")
         terminal.until("\n> ")

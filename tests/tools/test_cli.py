@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -91,6 +94,20 @@ def test_a_missing_package_comes_with_its_pip_line(monkeypatch):
     monkeypatch.setattr(env, "_version", lambda distribution: "")
     scipy = next(f for f in env.report() if f.name == "scipy")
     assert scipy.state == "missing" and scipy.hint == "pip install 'tilewright[scipy]'"
+
+
+def test_every_package_of_an_extra_is_listed(monkeypatch):
+    monkeypatch.setattr(env, "_version", lambda distribution: "")
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    del extras["dev"]
+    names = {re.split("[^a-z0-9_-]", need)[0] for needs in extras.values() for need in needs}
+    listed = {f.name: f.hint for f in env.report() if f.section == "Packages"}
+    assert listed.keys() == names | {"numpy"}
+    for name, hint in listed.items():
+        extra = hint.partition("[")[2].rstrip("]'")
+        assert name == "numpy" or any(need.startswith(name) for need in extras[extra])
+    assert listed["torch"] == "pip install 'tilewright[torch]'"
 
 
 def test_a_broken_probe_is_a_line_of_the_report(monkeypatch, capsys):

@@ -10,9 +10,8 @@ from tilewright.attention.checks import check_view, float_view, is_number, named
 from tilewright.attention.kv import KV
 from tilewright.attention.variant import Value, check_number, traced_of
 from tilewright.errors import ArgumentError
-from tilewright.runtime.arguments import check_overlaps
 from tilewright.runtime.transfer import to_device
-from tilewright.runtime.view import View, allocate, byte_span
+from tilewright.runtime.view import View, allocate
 
 
 def check_kv(kv: Any, kv_heads: int, head_dim: int, head_dim_vo: int) -> None:
@@ -20,9 +19,10 @@ def check_kv(kv: Any, kv_heads: int, head_dim: int, head_dim_vo: int) -> None:
     if not isinstance(kv, KV):
         text = f"{type(kv).__name__} is no KV"
         raise ArgumentError("A107", text, where="kv", hint="tw.KV(table, pool)")
-    shape = (kv.kv_heads, kv.head_dim, kv.head_dim_vo)
+    pool = kv.pool
+    shape = (pool.kv_heads, pool.head_dim, pool.head_dim_vo)
     if shape != (kv_heads, head_dim, head_dim_vo):
-        swapped = (kv.page_size, kv.head_dim) == (kv_heads, head_dim)
+        swapped = (pool.page_size, pool.head_dim) == (kv_heads, head_dim)
         text = f"kv has {shape[0]} heads × {shape[1]} (v: {shape[2]})"
         text = f"{text}, the attention {kv_heads} × {head_dim} (v: {head_dim_vo})"
         hint = 'tw.Pool(k, v, layout="HND") where heads come before slots' if swapped else ""
@@ -35,14 +35,14 @@ def check_q(q: Any, kv: KV, shape: tuple[int, int, int]) -> View:
     check_view("q", seen, shape=shape, hint="(tokens, qo_heads, head_dim) of the plan")
     if seen.size and shape[2] > 1 and seen.strides[-1] != 1:
         raise ArgumentError("A104", "head_dim of q is not contiguous", where="q")
-    check_view("q", seen, device=kv.device)
+    check_view("q", seen, device=kv.pool.device)
     return seen
 
 
 def outputs(q: Any, queries: View, kv: KV, out: Any, softmax: bool) -> tuple[Any, Any]:
     """o (tokens, qo_heads, head_dim_vo), of q's dtype or the caller's, and lse, float32, None
     without a softmax."""
-    shape = (*queries.shape[:2], kv.head_dim_vo)
+    shape = (*queries.shape[:2], kv.pool.head_dim_vo)
     lse = allocate(q, shape[:2], dtypes.float32) if softmax else None
     if out is None:
         return allocate(q, shape, queries.dtype), lse
@@ -50,11 +50,9 @@ def outputs(q: Any, queries: View, kv: KV, out: Any, softmax: bool) -> tuple[Any
     check_view("out", seen, (queries.dtype, dtypes.float32))
     if seen.shape != shape or not seen.is_contiguous:
         raise ArgumentError("A103", f"out is no contiguous array of shape {shape}", where="out")
-    check_view("out", seen, device=kv.device)
+    check_view("out", seen, device=kv.pool.device)
     if seen.readonly:
         raise ArgumentError("A105", "out is read-only", where="out")
-    read = ("q", queries), ("k", kv.pool.k), ("v", kv.pool.v)
-    check_overlaps([("out", *byte_span(seen))], [(name, *byte_span(v)) for name, v in read])
     return out, lse
 
 

@@ -19,7 +19,6 @@ from tilewright.attention.families import Call, Family, Scratch, decode
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
 from tilewright.attention.plan import Plan
-from tilewright.attention.pool import Pool
 from tilewright.attention.report import Batch
 from tilewright.attention.spec import Spec, param_values
 from tilewright.attention.table import MAX_KEYS, Table, TableForm
@@ -30,6 +29,7 @@ from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
+from tilewright.runtime.arguments import check_overlaps
 from tilewright.runtime.step import Part
 from tilewright.runtime.transfer import write
 from tilewright.runtime.view import byte_span, ordinal_of, view
@@ -56,7 +56,7 @@ class Attention:
     head_dim: int
     variant: Any = Causal()  # noqa: RUF009 - a frozen value
     sm_scale: float | None = None
-    head_dim_vo: int | None = None
+    head_dim_vo: Any = None
 
     def __post_init__(self) -> None:
         for name in ("qo_heads", "kv_heads", "head_dim", "head_dim_vo"):
@@ -82,10 +82,6 @@ class Attention:
     def scale(self) -> float:
         return self.head_dim**-0.5 if self.sm_scale is None else float(self.sm_scale)
 
-    @property
-    def _vo(self) -> int:
-        return self.head_dim if self.head_dim_vo is None else self.head_dim_vo
-
     # -- planning --------------------------------------------------------------------------------
 
     def plan(
@@ -108,28 +104,21 @@ class Attention:
         A109).
         """
         if not isinstance(kv, Table):
-            check_kv(kv, self.kv_heads, self.head_dim, self._vo)
-        over = (kv, None) if isinstance(kv, Table) else (kv.table, kv.pool)
+            check_kv(kv, self.kv_heads, self.head_dim, self.head_dim_vo)
+        table, pool = (kv, None) if isinstance(kv, Table) else (kv.table, kv.pool)
         check_names(self.variant, values)
-        indptr = checks.host_indptr("qo_indptr", qo_indptr, kv.requests)
-        if invariant not in (None, False, True):
+        indptr = checks.host_indptr("qo_indptr", qo_indptr, table.requests)
+        if not isinstance(invariant, (bool, np.bool_, type(None))):
             raise ArgumentError("A107", f"invariant={invariant!r} is no bool", where="invariant")
         if lengths is not None:
-            checks.integer_view("lengths", lengths, device="cpu", size=over[0].nodes)
+            checks.integer_view("lengths", lengths, device="cpu", size=table.nodes)
             checks.check_range("lengths", np.asarray(lengths), 0, MAX_KEYS)
         lengths = kv.lengths() if lengths is None else np.asarray(lengths, np.int64)
-        return self._plan(indptr, lengths, over, q_dtype, workers, values, bool(invariant))
-
-    def _plan(
-        self, indptr: np.ndarray, lengths: np.ndarray, over: tuple[Table, Pool | None],
-        q_dtype: Any, workers: int | None, values: dict[str, Any], invariant: bool = False,
-    ) -> Plan:  # fmt: skip
-        table, pool = over
         kind = dtypes.bfloat16 if pool is None else pool.dtype
         q = _query_dtype(q_dtype, kind)
         spec = _spec_of(self, (q, kind, q), table.form)
         rows = int((indptr[1:] - indptr[:-1]).max(initial=0)) * self.group
-        family, reasons = families.choose(spec, rows, table.device, pool, invariant)
+        family, reasons = families.choose(spec, rows, table.device, pool, bool(invariant))
         gpu = None if family.device == "cpu" else cuda.device(ordinal_of(table.device))
         if workers is None:
             workers = gpu.sms if gpu else pools.wanted_threads()
@@ -162,10 +151,10 @@ class Attention:
         Raises ArgumentError[A103, A105, A107], BuildError.
         """
         if kv is not None:
-            check_kv(kv, self.kv_heads, self.head_dim, self._vo)
+            check_kv(kv, self.kv_heads, self.head_dim, self.head_dim_vo)
         heads = (self.kv_heads, self.group, self.head_dim)
         form, pool = (kv.table.form, kv.pool) if kv else (TableForm(shared=shared), None)
-        spec = _spec_of(self, (kv.dtype if kv else dtypes.bfloat16,) * 3, form)
+        spec = _spec_of(self, (pool.dtype if pool else dtypes.bfloat16,) * 3, form)
         if reason := decode.refuses(spec, 0, pool):
             text = f"the decode kernels of a workspace cannot run this: {reason}"
             raise ArgumentError("A103", text, where="kv" if kv else "variant", hint="attn.plan")
@@ -184,11 +173,11 @@ class Attention:
         most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). `target`: the machine,
         "cuda:sm_90a" also where there is no GPU (None: the one that has kv). Touches no array.
         Raises ArgumentError[A102, A103, A107], BuildError[B102, B103]."""
-        check_kv(kv, self.kv_heads, self.head_dim, self._vo)
+        check_kv(kv, self.kv_heads, self.head_dim, self.head_dim_vo)
         qo_len = checks.check_count("qo_len", qo_len, least=0)
-        q = _query_dtype(q_dtype, kv.dtype)
-        spec = _spec_of(self, (q, kv.dtype, q), kv.table.form)
-        machine = parse_target(kv.device.partition(":")[0] if target is None else target)
+        q = _query_dtype(q_dtype, kv.pool.dtype)
+        spec = _spec_of(self, (q, kv.pool.dtype, q), kv.table.form)
+        machine = parse_target(kv.pool.device.partition(":")[0] if target is None else target)
         device, rows = "cuda" if machine.is_cuda else "cpu", qo_len * self.group
         return Resolution(families.reasons(spec, rows, device, kv.pool, machine.arch))
 
@@ -207,77 +196,84 @@ class Attention:
         Raises ArgumentError (A101 … A110) before anything is written; A110: a CUDA graph is being
         captured, and the plan is not a workspace.
         """
-        _check_is_plan(plan)
         bound = self.bind(q, kv, out, plan=plan, **values)
         bound()
         return bound.state
 
     def bind(
-        self, q: Any, kv: KV, out: Any = None, *, plan: Plan | Workspace | None = None,
+        self, q: Any, kv: KV, out: Any = None, *, plan: Plan | Workspace,
         scratch: Scratch | None = None, **values: Any,
     ) -> "BoundAttention":  # fmt: skip
         """A run with its memory fixed, for a recorded step: `.launch` is its launch, in
         front of which another runs where requests share keys.
 
-        Without a plan: one query for each request (q has `requests` rows), divided for the longest
-        keys that the pages can hold. The arrays of the table are read at every run, so lengths may
-        grow in place. `scratch`: memory of partial results that it shares with others of a step,
-        or of steps that do not run at once (None: its own).
+        The arrays of the table are read at every run, so lengths may grow in place. `scratch`:
+        memory of partial results that it shares with others of a step, or of steps that do not run
+        at once (None: its own). Raises what `run` raises.
         """
-        check_kv(kv, self.kv_heads, self.head_dim, self._vo)
+        check_kv(kv, self.kv_heads, self.head_dim, self.head_dim_vo)
         if scratch is not None and not isinstance(scratch, Scratch):
             raise ArgumentError("A107", f"{type(scratch).__name__} is no Scratch", where="scratch")
         if scratch is not None and isinstance(plan, Workspace):
             text = "a workspace has memory of its own for partial results"
             raise ArgumentError("A101", text, where="scratch", hint="scratch= goes with a Plan")
-        if plan is None:
-            indptr, kind = (
-                np.arange(kv.requests + 1, dtype=np.int32),
-                checks.float_view("q", q).dtype,
-            )
-            lengths = kv.lengths() if kv.table.form.shared else kv.capacity()
-            plan = self._plan(indptr, lengths, (kv.table, kv.pool), kind, None, values)
-        _check_is_plan(plan)
+        if not isinstance(plan, (Plan, Workspace)):
+            hint, text = "attn.plan(qo_indptr, kv)", f"{type(plan).__name__} is no Plan"
+            raise ArgumentError("A107", text, where="plan", hint=hint)
+        device = kv.pool.device
         queries = check_q(q, kv, (plan.tokens, self.qo_heads, self.head_dim))
         o, lse = outputs(q, queries, kv, out, traced_of(self.variant).softmax is not False)
         results = ("out", o), ("lse", lse)
         written = tuple(checks.named_view(n, x) for n, x in results if x is not None)
-        spec = _spec_of(self, (queries.dtype, kv.dtype, written[0].dtype), kv.table.form)
+        spec = _spec_of(self, (queries.dtype, kv.pool.dtype, written[0].dtype), kv.table.form)
         family = self._family(plan, kv, spec)
-        _check_not_capturing(plan, kv.device)
+        _check_not_capturing(plan, device)
         sizes = {"qo_head": self.qo_heads, "kv_head": self.kv_heads}
-        sizes |= {"request": kv.requests, "q_token": plan.tokens}
-        arrays = values_of(self.variant, values, sizes, kv.device)
+        sizes |= {"request": kv.table.requests, "q_token": plan.tokens}
+        arrays = values_of(self.variant, values, sizes, device)
+        seen = {name: of for name, (_, of) in arrays.items()}
+        own = ("q", queries), ("k", kv.pool.k), ("v", kv.pool.v)
+        read = [(n, *byte_span(x)) for n, x in (*own, *kv.table.views.items(), *seen.items())]
+        check_overlaps([("out", *byte_span(written[0]))], read)
         numbers = param_values(queries, kv.pool, kv.table, written, self.scale)
-        numbers |= render.param_values(spec.traced, {n: seen for n, (_, seen) in arrays.items()})
+        numbers |= render.param_values(spec.traced, seen)
         call = Call(spec, kv.pool, numbers, plan, q, scratch or Scratch())
-        keep = (queries, kv, plan, arrays)
-        if kv.device == "cpu" and not compilers.has_compiler():
+        if device == "cpu" and not compilers.has_compiler():
             return self._interpreted(q, kv, plan, State(o, lse), arrays)
-        reads = (queries, kv.pool.k, kv.pool.v, *kv.table.views.values())
         prepared = family.prepare(call)
         writes = [byte_span(x) for x in (*written, *map(view, call.scratch.arrays))]
         if isinstance(plan, Workspace):
             writes += [(a, a + 1) for a in plan.params().values() if a]
-        boxes = (*map(byte_span, (*reads, *(x for _, x in arrays.values()))),), tuple(writes)
-        return BoundAttention(State(o, lse), prepared, (*keep, family, call), boxes)
+        boxes = tuple((low, high) for _, low, high in read), tuple(writes)
+        keep = (queries, kv, plan, arrays, family, call)
+        return BoundAttention(State(o, lse), prepared, keep, boxes)
 
     def _family(self, plan: Plan | Workspace, kv: KV, spec: Spec) -> Family:
         """The family that a plan is for, if it can run this call. Raises ArgumentError."""
         family = families.by_name(plan.family)
         wanted = (plan.requests, plan.kv_heads, plan.qo_tile, family.device, plan.tree)
         tree = (spec.table.shared, kv.table.nodes, self.group)
-        device = kv.device.partition(":")[0]
-        actual = (kv.requests, self.kv_heads, family.qo_tile(spec), device, tree)
+        device = kv.pool.device.partition(":")[0]
+        actual = (kv.table.requests, self.kv_heads, family.qo_tile(spec), device, tree)
         if wanted != actual:
             words = "requests, kv_heads, queries of an item, device, shared levels, nodes and group"
             text = f"the plan is for {wanted}, not {actual} ({words})"
             raise ArgumentError("A103", text, where="plan")
-        if isinstance(plan, Plan):
+        if isinstance(plan, Workspace):
+            room, own = (plan.head_dim, plan.ordinal), (self.head_dim, ordinal_of(kv.pool.device))
+            if room != own:
+                text = f"the workspace is for {room}, not {own} (head_dim, number of the GPU)"
+                raise ArgumentError("A103", text, where="plan", hint="attn.reserve(…, device=…)")
+        else:
             walks = bool(plan.tree[0] and len(plan.items)) and not family.splits
             if (bool(len(plan.cuts)), plan.walks) != (bool(family.ctas_per_sm), walks):
                 text = f"the plan is damaged: its work is not for {family.name}"
                 raise ArgumentError("A109", text, where="plan")
+            if plan.tree[0] and device == "cpu":  # contents on a GPU are not looked at
+                nodes = kv.table.tree(kv.lengths())
+                if any((plan.nodes[n] != nodes[n]).any() for n in ("begin", "end", "base")):
+                    text = "the plan is for other shared keys, or other lengths of them"
+                    raise ArgumentError("A103", text, where="plan", hint="plan again")
         reason = family.reason(spec, plan.longest * self.group, kv.pool)
         if reason:
             text = f"the plan is for the {family.name} kernels, which cannot run this: {reason}"
@@ -369,7 +365,7 @@ class Resolution:
 def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableForm) -> Spec:
     """One object for each spec: kernels are looked up by it at every call."""
     traced, ascending = traced_of(attn.variant), attn.scale > 0
-    dims = (attn.head_dim, attn._vo)
+    dims = (attn.head_dim, attn.head_dim_vo)
     return Spec(attn.group, *dims, *kinds, traced, table, ascending)
 
 
@@ -393,12 +389,6 @@ def _query_dtype(q_dtype: Any, kv: DType) -> DType:
     if kind not in checks.FLOATS:
         raise ArgumentError("A102", f"q_dtype={kind}", where="q_dtype", hint="float32 or 16 bits")
     return kind
-
-
-def _check_is_plan(plan: Any) -> None:
-    if not isinstance(plan, (Plan, Workspace)):
-        hint = "attn.plan(qo_indptr, kv); only bind can do without"
-        raise ArgumentError("A107", f"{type(plan).__name__} is no Plan", where="plan", hint=hint)
 
 
 def _check_not_capturing(plan: Plan | Workspace, device: str) -> None:

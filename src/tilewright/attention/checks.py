@@ -24,7 +24,7 @@ def check_view(
     Raises ArgumentError[A102, A103, A105]."""
     where = where or name
     if kinds and seen.dtype not in kinds:
-        text = f"{name} is {seen.dtype}, not {' or '.join(map(str, kinds))}"
+        text = f"{name} is {seen.dtype}, not {' or '.join(map(str, dict.fromkeys(kinds)))}"
         raise ArgumentError("A102", text, where=where, hint=hint)
     if shape is not None and seen.shape != shape:
         text = f"{name} has shape {seen.shape}, not {shape}"
@@ -77,10 +77,11 @@ def host_indptr(name: str, array: Any, requests: int) -> np.ndarray:
 
 
 def check_range(name: str, values: np.ndarray, lowest: int, highest: int) -> None:
-    """Every value is in lowest … highest. Raises ArgumentError[A109]."""
+    """Every value is in lowest … highest; `name`: of the argument, and behind a comma what the
+    values are. Raises ArgumentError[A109]."""
     if values.size and (values.min() < lowest or values.max() > highest):
-        bad = values[(values < lowest) | (values > highest)][0]
-        raise ArgumentError("A109", f"{name} holds {bad}, outside {lowest}..{highest}", where=name)
+        bad, where = values[(values < lowest) | (values > highest)][0], name.partition(",")[0]
+        raise ArgumentError("A109", f"{name} holds {bad}, outside {lowest}..{highest}", where=where)
 
 
 def check_count(name: str, value: Any, most: int = 2**31 - 1, least: int = 1) -> int:

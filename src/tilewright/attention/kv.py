@@ -1,13 +1,12 @@
 """A KV cache: the page table of a batch over the pool of one layer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from tilewright.attention.checks import check_range
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import MAX_KEYS, Table
-from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 
 
@@ -16,19 +15,13 @@ class KV:
     """Keys and values: `table` names the pages of `pool` that a request has. Its key t is slot
     t % page_size of its page t // page_size.
 
-    Raises ArgumentError (A103, A105, A107); on a CPU A109 for a page that the pool does not have
-    and for a length beyond a request's pages. On a GPU kernels clamp both.
+    Raises ArgumentError (A103, A105, A107); on a CPU A109 for a page that the pool does not have,
+    for a length beyond a request's pages, and for a position beyond int32. On a GPU kernels clamp
+    pages and lengths.
     """
 
     table: Table
     pool: Pool
-    requests: int = field(init=False)
-    dtype: DType = field(init=False)
-    device: str = field(init=False)
-    page_size: int = field(init=False)
-    kv_heads: int = field(init=False)
-    head_dim: int = field(init=False)
-    head_dim_vo: int = field(init=False)
 
     def __post_init__(self) -> None:
         table, pool = self.table, self.pool
@@ -49,9 +42,6 @@ class KV:
         if table.heads not in (0, pool.kv_heads):
             text = f"the table has pages for {table.heads} KV heads, the pool {pool.kv_heads} heads"
             raise ArgumentError("A103", text, where="block_table")
-        object.__setattr__(self, "requests", table.requests)
-        for name in ("dtype", "device", "page_size", "kv_heads", "head_dim", "head_dim_vo"):
-            object.__setattr__(self, name, getattr(pool, name))
         if table.device == "cpu":
             self._check_contents()
 
@@ -63,11 +53,18 @@ class KV:
             text = f"request {r} has {lengths[r]} keys, its pages hold {capacity[r]}"
             hint = f"pages of {pool.page_size} keys; a request has at most {MAX_KEYS}"
             raise ArgumentError("A109", text, where="kv_len", hint=hint)
-        used = -(-lengths // pool.page_size)
-        request = np.repeat(np.arange(table.nodes), used)
-        entry = np.arange(len(request)) - np.repeat(np.cumsum(used) - used, used)
-        name = {"csr": "kv_indices", "ragged": "kv_indptr"}.get(table.kind, "block_table")
-        check_range(name, table.pages(request, entry), 0, pool.pages - 1)
+        if "kv_stride" in table.views:
+            last = table.host("kv_base") + table.host("kv_stride") * (lengths - 1)
+            check_range("kv_base, at the last key,", last[lengths > 0], -(2**31), 2**31 - 1)
+        if table.kind == "ragged":
+            ends = table.ranges()[0] + lengths
+            check_range("kv_indptr, at the last row of a request,", ends, 0, pool.pages)
+        elif table.kind != "dense":
+            used = -(-lengths // pool.page_size)
+            request = np.repeat(np.arange(table.nodes), used)
+            entry = np.arange(len(request)) - np.repeat(np.cumsum(used) - used, used)
+            name = "kv_indices" if table.kind == "csr" else "block_table"
+            check_range(name, table.pages(request, entry), 0, pool.pages - 1)
 
     def lengths(self) -> np.ndarray:
         """Keys of each node (nodes,), int64, as the arrays now say, clamped as kernels clamp

@@ -18,9 +18,10 @@ from tilewright.codegen.params import C_TYPES
 from tilewright.errors import ArgumentError
 from tilewright.ir.body import Body
 from tilewright.runtime import cuda
+from tilewright.runtime.arguments import check_overlaps
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.transfer import as_float64, to_host, write
-from tilewright.runtime.view import View, allocate, ordinal_of
+from tilewright.runtime.view import View, allocate, byte_span, ordinal_of
 
 MAX_STATES = 8  # that one launch merges
 _WARPS = 4  # of a CTA
@@ -60,8 +61,8 @@ class State:
         return merge((self, *others))
 
     def __repr__(self) -> str:
-        lse = None if self.lse is None else tuple(self.lse.shape)
-        return f"State(o {tuple(self.o.shape)}, lse {lse})"
+        lse = None if self.lse is None else np.shape(self.lse)
+        return f"State(o {tuple(np.shape(self.o))}, lse {lse and tuple(lse)})"
 
 
 def merge(states: Sequence[State], *, mask: Any = None, out: State | None = None) -> State:
@@ -73,7 +74,10 @@ def merge(states: Sequence[State], *, mask: Any = None, out: State | None = None
     to, also one of `states`.
     Raises ArgumentError[A101, A102, A103, A104, A105, A107].
     """
-    for s in states if isinstance(states, Sequence) else (states,):
+    if not isinstance(states, Sequence):
+        text, hint = f"states is a {type(states).__name__}", "a list of states"
+        raise ArgumentError("A107", text, where="states", hint=hint)
+    for s in states:
         if not isinstance(s, State):
             raise ArgumentError("A107", f"{type(s).__name__} is no State", where="states")
         if s.lse is None:
@@ -99,6 +103,9 @@ def merge(states: Sequence[State], *, mask: Any = None, out: State | None = None
     _check_frameworks((first, out))
     if any(x.readonly for x in written):
         raise ArgumentError("A105", "out is read-only", where="out")
+    spans = [(f"state {n}", *byte_span(x)) for n, s in enumerate(checked) for x in s]
+    for own in (("out", *byte_span(x)) for x in written):
+        check_overlaps([own], [span for span in spans if span[1:] != own[1:]])
     if checked[0][0].device == "cpu":
         _on_host(states, mask, out)
         return out
@@ -142,6 +149,7 @@ def _check_frameworks(states: Sequence[State]) -> None:
 # ---------------------------------------------------------------------------- host
 
 
+@np.errstate(invalid="ignore")  # NaN where nothing is read, and of infinite weights
 def _on_host(states: Sequence[State], mask: Any, out: State) -> None:
     """In float32, or the dtype of lse where that is float64."""
     lses, none = [to_host(s.lse) for s in states], -np.inf
@@ -153,9 +161,7 @@ def _on_host(states: Sequence[State], mask: Any, out: State) -> None:
     base = np.where(some, largest, 0)
     weight, total = np.zeros_like(largest), np.zeros(out.o.shape, largest.dtype)
     for s, lse in zip(states, lses, strict=True):
-        with np.errstate(invalid="ignore"):  # NaN where nothing is read
-            o = as_float64(s.o).astype(largest.dtype)
-        w = np.exp(lse - base)
+        o, w = as_float64(s.o).astype(largest.dtype), np.exp(lse - base)
         weight += w
         total += np.where((lse != none)[..., None], o, 0) * w[..., None]
     safe = np.where(some, weight, 1)

@@ -62,12 +62,12 @@ def attention(
     queries = as_float64(q)
     tokens, qo_heads, head_dim = queries.shape
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
-    o, lse = np.zeros((tokens, qo_heads, kv.head_dim_vo)), np.full((tokens, qo_heads), -np.inf)
-    group = qo_heads // kv.kv_heads
+    o, lse = np.zeros((tokens, qo_heads, kv.pool.head_dim_vo)), np.full((tokens, qo_heads), -np.inf)
+    group = qo_heads // kv.pool.kv_heads
     indptr = np.asarray(to_host(qo_indptr)) if not isinstance(qo_indptr, list) else qo_indptr
     names = ("qo_base", "kv_base", "kv_stride")
     base_of = {n: kv.table.host(n) for n in names if n in kv.table.views}
-    for request in range(kv.requests):
+    for request in range(kv.table.requests):
         rows = slice(int(indptr[request]), int(indptr[request + 1]))
         keys, vals = gather(kv, request)
         qo_len, kv_len = rows.stop - rows.start, len(keys)
@@ -75,6 +75,7 @@ def attention(
             int(base_of[n][request]) if n in base_of else default
             for n, default in (("qo_base", kv_len - qo_len), ("kv_base", 0), ("kv_stride", 1))
         )
+        stride = max(stride, 1)  # as kernels clamp it
         for head in range(qo_heads if qo_len else 0):
             positions = {
                 "at.qo": first + np.arange(qo_len)[:, None], "at.qo_len": qo_len,
@@ -135,8 +136,8 @@ def gather(kv: KV, request: int) -> tuple[np.ndarray, np.ndarray]:
     path = np.flatnonzero((tree["begin"] <= request) & (request < tree["end"]))
     node = np.repeat(path, lengths[path])
     key = np.concatenate([np.arange(n) for n in lengths[path]])
-    pages = kv.table.pages(node, key // kv.page_size)
+    pages = kv.table.pages(node, key // kv.pool.page_size)
     pages = np.where((pages >= 0) & (pages < kv.pool.pages), pages, 0)
-    parts = (kv.pool.index(part, pages, key % kv.page_size) for part in (0, 1))
+    parts = (kv.pool.index(part, pages, key % kv.pool.page_size) for part in (0, 1))
     keys, values = (as_float64(array, at) for array, at in parts)
     return keys, values

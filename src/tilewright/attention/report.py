@@ -10,21 +10,20 @@ from tilewright.attention import ranges
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Of the decode kernel on one GPU: microseconds of a launch; bytes/µs of the memory, and of one
-    CTA beside it; microseconds of a unit and of each packed row of it, of writing a partial state,
-    and of a round of merging: four rows of up to 16 states."""
+    """Of the decode kernel on one GPU: microseconds of a launch and of each CTA that starts with
+    it; bytes/µs of the memory, as many CTAs share it; microseconds of a packed row of a unit, and
+    of each partial state that a merge reads."""
 
     launch: float
+    start: float
     memory: float
-    cta: float
-    unit: float
+    ctas: int
     row: float
     part: float
-    merge: float
 
 
-COSTS = {"NVIDIA H200": Costs(3.25, 4.41e6, 311e3, 0.491, 0.0636, 1.171, 0.872)}
-"""Fitted to 200 random batches (docs/design/decode-attention.md). By a GPU's name."""
+COSTS = {"NVIDIA H200": Costs(3.33, 0.0101, 4.28e6, 264, 0.152, 0.0747)}
+"""Fitted to 300 random batches (docs/design/decode-attention.md). By a GPU's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +71,15 @@ def report(plan: Any) -> Report:
 
 
 def _microseconds(plan: Any, batch: Batch, costs: Costs, nbytes: int) -> float:
-    """The memory, then what the CTA with the most units, tiles and partial states does beside it,
-    then the merge of the unit with the most parts."""
-    cuts = plan.cuts
-    head_blocks = plan.kv_heads // ranges.head_block(plan.kv_heads)
-    order = cuts["node"].astype(np.int64) * head_blocks + cuts["unit"]
-    partial, rows = cuts["tile"] > 0, plan.longest * plan.group
-    units, parts = np.diff(order) + partial[1:], partial[1:].astype(int) + partial[:-1]
-    tiles = ranges.work(cuts, batch.keys, plan.kv_heads)
-    ctas = tiles * ranges.TILE * batch.key_bytes / costs.cta
-    ctas += units * (costs.unit + costs.row * rows) + parts * costs.part
+    """The start of all CTAs, the CTA with the most work, and the merge of the unit with the most
+    parts. The reads of a CTA take the mean of two times: that of all bytes by the whole memory, and
+    that of its own by an even share of the memory."""
+    cuts, together = plan.cuts, ranges.head_block(plan.kv_heads)
+    order = cuts["node"].astype(np.int64) * (plan.kv_heads // together) + cuts["unit"]
+    partial = cuts["tile"] > 0
+    rows = (np.diff(order) + partial[1:]) * plan.longest * plan.group
+    own = ranges.work(cuts, batch.keys, plan.kv_heads) * ranges.TILE * batch.key_bytes
+    each = (nbytes + own * costs.ctas) / (2 * costs.memory) + rows * costs.row
     merged = 1 + int((cuts["last"] - cuts["first"])[partial].max(initial=-1))
-    rounds = -(-rows // 4) * (-(-merged // 16) if merged > 4 else min(merged, 1))
-    longest = float(ctas.max(initial=0))
-    return costs.launch + nbytes / costs.memory + longest + costs.merge * rounds
+    start = costs.launch + len(own) * together * costs.start
+    return start + float(each.max(initial=0)) + merged * costs.part

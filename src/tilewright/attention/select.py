@@ -24,7 +24,7 @@ from tilewright.errors import ArgumentError, ProgramError
 from tilewright.ir.body import Body
 from tilewright.ir.nodes import Access, Binary, Cast, Index, Reduce
 from tilewright.ir.rewrite import free_vars, walk
-from tilewright.ops import recipes
+from tilewright.ops import schedules
 from tilewright.ops.paging import pages_before_kernel
 from tilewright.runtime import cuda
 from tilewright.runtime.kernel import Kernel
@@ -58,7 +58,7 @@ def by_page(s: Schedule) -> Schedule:
     tensor = next(t for t in s.program.tensors if t.is_sparse)
     lane = str(tensor.dims[-1])
     if not s.target.is_cuda:
-        return recipes.vectors(s.parallel(rows[0]), lane)
+        return schedules.vectors(s.parallel(rows[0]), lane)
     s = functools.reduce(lambda s, row: s.bind(row, "cta.y"), rows, s)
     for n in range(len(s.nests)):
         s = s.on(n)
@@ -77,7 +77,7 @@ def _sums(s: Schedule, page: str, lane: str, tensor: Any) -> Schedule:
             if a.dtype == b.dtype and a.dtype.itemsize == 2 and sizes[lane] % 16 == 0 and most > 15:
                 operands = [x.tensor for x in walk(values[0], Access)]
                 return _tiles(s, (page, column.name, lane), min(64, most // 16 * 16), operands)
-    return recipes.dot_products(s, page, lane, sizes[lane], tensor.dtype.itemsize, LOADS)
+    return schedules.dot_products(s, page, lane, sizes[lane], tensor.dtype.itemsize, LOADS)
 
 
 def _tiles(s: Schedule, loops: tuple[str, str, str], block: int, operands: list[Any]) -> Schedule:
@@ -134,22 +134,22 @@ class Selection:
         if traced.mask not in masks or read & {"at.kv", "at.key", "at.qo"}:
             text = f"{attn.variant!r} reads positions of keys, which a selection does not keep"
             raise ArgumentError("A107", text, where="attn", hint="tw.Causal(), tw.Full()")
-        self._definition, self._kv, requests = scores, kv, kv.requests
+        self._definition, self._kv, requests = scores, kv, kv.table.requests
         width = check_count("the width of block_table", kv.table.width)
-        heads = (kv.kv_heads,) * (len(_coords(scores.program)) - 2)
+        heads = (kv.pool.kv_heads,) * (len(_coords(scores.program)) - 2)
         chosen = requests, *heads, min(check_count("pages", pages), width)
 
         def new(*shape: int, dtype: Any = np.int32) -> Any:
-            return to_device(np.zeros(shape, dtype), kv.device)
+            return to_device(np.zeros(shape, dtype), kv.pool.device)
 
         self._scores = new(*chosen[:-1], width, dtype=np.float32)
         self.table = Table(new(requests), new(*chosen))
         # The pages in front of each request's last one: those that have scores.
-        indptr = to_device(np.arange(requests + 1, dtype=np.int32) * width, kv.device)
+        indptr = to_device(np.arange(requests + 1, dtype=np.int32) * width, kv.pool.device)
         entries = kv.table.arrays["table_entries"].reshape(-1)
         self._rivals = Table.csr(new(requests), indptr, entries)
         self._structures: dict[Any, Structure] = {}
-        self._choose = self._on_host if kv.device == "cpu" else self._on_gpu()
+        self._choose = self._on_host if kv.pool.device == "cpu" else self._on_gpu()
 
     def run(self, **arrays: Any) -> Table:
         """Compute scores from the program's arguments, by name, and choose pages; the table. The
@@ -159,7 +159,7 @@ class Selection:
         arguments = {n: self._tensor(n, x) if n in sparse else x for n, x in arrays.items()}
         types = tuple((n, named_view(n, arrays[n]).dtype, x.shape) for n, x in arguments.items())
         lengths, rivals = self._kv.table.arrays["kv_len"], self._rivals.arrays["kv_len"]
-        pages_before_kernel(target)(lengths, self._kv.page_size, out=rivals)
+        pages_before_kernel(target)(lengths, self._kv.pool.page_size, out=rivals)
         _scores(self._definition, types, target)(**arguments, out=self._scores)
         self._choose()
         return self.table
@@ -173,7 +173,7 @@ class Selection:
 
     def _on_host(self) -> None:
         """What kernels/select.cuh does."""
-        source, page_size, pages = self._kv.table, self._kv.page_size, self.table.width
+        source, page_size, pages = self._kv.table, self._kv.pool.page_size, self.table.width
         lengths = np.minimum(source.lengths(), source.width * page_size)
         last, most = np.maximum(-(-lengths // page_size) - 1, 0), float(np.finfo(np.float32).max)
         scores = to_host(self._scores).reshape(len(lengths), max(self.table.heads, 1), source.width)
@@ -194,7 +194,7 @@ class Selection:
             scores=view(self._scores).pointer, kv_len=source.views["kv_len"].pointer,
             table_entries=source.views["table_entries"].pointer,
             chosen_len=table.views["kv_len"].pointer, chosen=table.views["table_entries"].pointer,
-            width=source.width, pages=table.width, page_size=self._kv.page_size, heads=heads,
+            width=source.width, pages=table.width, page_size=self._kv.pool.page_size, heads=heads,
         )  # fmt: skip
         ctas, names = heads * table.requests, {"entry": "choose_pages", "name": "select"}
         launch = launch_of(body(), ordinal, ctas, block, **names)

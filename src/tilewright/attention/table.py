@@ -137,6 +137,8 @@ class Table:
             text = f"block_table has {height} rows, kv_len {requests} requests"
             hint = "rows=… names the row of each request"
             raise ArgumentError("A103", text, where="block_table", hint=hint)
+        if heads == [0]:
+            raise ArgumentError("A103", "block_table has 0 KV heads", where="block_table")
         found = {"kv_len": (kv_len, lengths), "table_entries": (block_table, entries)}
         if rows is not None:
             found["table_rows"] = rows, integer_view("rows", rows, device=device, size=requests)
@@ -198,11 +200,15 @@ class Table:
         """The fields of a new table, with its positions and levels checked and added to the arrays
         `found`, each beside its view."""
         device = next(iter(found.values()))[1].device
-        shared, requests = positions.pop("shared", None) or (), nodes
+        shared, requests = positions.pop("shared", None), nodes
+        shared = () if shared is None else shared
+        if not isinstance(shared, (list, tuple)):
+            text, hint = f"shared is a {type(shared).__name__}", "a list: one indptr for each level"
+            raise ArgumentError("A107", text, where="shared", hint=hint)
         for level, indptr in enumerate(shared):
             name = f"shared_{level}"
             seen = integer_view(name, indptr, kinds=(dtypes.int32,), device=device)
-            found[name], requests = (indptr, seen), requests - _requests(seen)
+            found[name], requests = (indptr, seen), requests - _requests(seen, name)
         if device == "cpu":
             _check_levels([to_host(x) for x in shared], requests)
         for name, array in positions.items():
@@ -289,7 +295,7 @@ class Table:
         if "table_indptr" in self.views:
             indptr = self.host("table_indptr")
             first = np.maximum(indptr[:-1], 0)
-            return first, np.maximum(np.minimum(indptr[1:], self.limit) - first, 0)
+            return first, np.minimum(indptr[1:], self.limit).clip(first) - first
         row = np.arange(self.nodes)
         if "table_rows" in self.views:
             row = self.host("table_rows")
@@ -322,8 +328,7 @@ class Table:
         if not self.form.shared:
             return of_requests(self.requests)
         levels = [self.host(f"shared_{n}") for n in range(self.form.shared)]
-        if self.device != "cpu":
-            _check_levels(levels, self.requests)
+        _check_levels(levels, self.requests)
         tree = np.zeros(self.nodes, NODE.numpy)
         keys, at = np.zeros(self.requests + 1, np.int64), 0  # of each request, so far
         for level, indptr in enumerate([*levels, np.arange(self.requests + 1)]):
@@ -380,9 +385,9 @@ def _check_levels(levels: list[np.ndarray], requests: int) -> None:
         finer = indptr
 
 
-def _requests(indptr: View) -> int:
+def _requests(indptr: View, name: str = "kv_indptr") -> int:
     if indptr.size < 1:
-        raise ArgumentError("A103", "kv_indptr is empty", where="kv_indptr", hint="[0] for none")
+        raise ArgumentError("A103", f"{name} is empty", where=name, hint="[0] for none")
     return indptr.size - 1
 
 

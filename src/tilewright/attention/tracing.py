@@ -23,6 +23,7 @@ ROW = ir.Buffer("row", dtypes.float32, (ir.Var(size_name("row_0")),))
 """What a hook of rows changes: of q, of k or of o; 0 outside."""
 SAME_ROW = ir.Load(ROW, (ir.Var("at.dim", dtypes.int32),), dtypes.float32)
 VALUE_TYPES = (dtypes.float32, dtypes.int32)
+MOST_NODES, MOST_DEPTH = 4096, 150  # of a hook, as a tree
 
 
 class At:
@@ -110,6 +111,16 @@ class Traced:
     key: ir.Expr = SAME_ROW
     output: ir.Expr = SAME_ROW
     softmax: bool | None = None
+
+    def __post_init__(self) -> None:
+        counts = {f"{v.name}_{n}" for v in self.values for n in ("rows", "columns")}
+        for name in (v.name for v in self.values):
+            if name in counts or not name.isascii():
+                text = f"a value of variant {self.name} is named {name!r}"
+                hint = "ASCII letters, digits and _; no _rows or _columns of another value"
+                raise ProgramError("P101", text, where=name, hint=hint)
+        for name in HOOKS:
+            _check_size(self.name, name, getattr(self, name))
 
     def extras(self, *hosted: str) -> str:
         """What only some families of kernels host and is not among `hosted`, or ""; `softmax`: that
@@ -337,7 +348,22 @@ def _call(cls: type, me: Any, name: str) -> ir.Expr:
         text = f"{name} of variant {cls.__name__} is {result}: a condition that Python has decided"
         hint = "`==` compares the text of expressions: write tw.equal(a, b) or ~tw.equal(a, b)"
         raise ProgramError("P101", text, hint=hint)
-    return ir.as_expr(result, None if name == "mask" else dtypes.float32)
+    hook = ir.as_expr(result, None if name == "mask" else dtypes.float32)
+    _check_size(cls.__name__, name, hook)
+    return hook
+
+
+def _check_size(variant: str, name: str, hook: ir.Expr) -> None:
+    """A hook is small enough to be written as text, where what is used twice stands twice. Raises
+    ProgramError[P101]."""
+    level, nodes, depth = [hook], 0, 0
+    while level:
+        nodes, depth = nodes + len(level), depth + 1
+        if nodes > MOST_NODES or depth > MOST_DEPTH:
+            text = f"{name} of variant {variant} has more than {MOST_NODES} operations"
+            text = f"{text}, or more than {MOST_DEPTH} inside each other"
+            raise ProgramError("P101", text, hint="compute it outside: tw.per_token, tw.per_key …")
+        level = [child for x in level for child in ir.children(x)]
 
 
 def _check(cls: type, name: str, hook: ir.Expr) -> None:

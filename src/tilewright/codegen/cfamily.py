@@ -6,7 +6,8 @@ memory access and matrix tiles, and write the entry.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,12 +53,18 @@ class Renderer:
     def line(self, text: str) -> None:
         self.lines.append("  " * self.depth + text)
 
-    def block(self, head: str, body: ir.Stmt) -> None:
-        self.line(f"{head} {{")
+    @contextmanager
+    def braces(self, head: str) -> Iterator[None]:
+        """What is printed inside stands in braces behind `head`."""
+        self.line(f"{head} {{".lstrip())
         self.depth += 1
-        self.stmt(body)
+        yield
         self.depth -= 1
         self.line("}")
+
+    def block(self, head: str, body: ir.Stmt) -> None:
+        with self.braces(head):
+            self.stmt(body)
 
     def text(self, e: Any) -> Any:
         """Returns the text of an expression; adds the lines of a statement. Raises
@@ -116,18 +123,15 @@ class Renderer:
         return f"{c_name(b.name)}[{flat}]"
 
     def store(self, s: ir.Store) -> None:
-        value = self.stored(s.value)
-        if s.buffer.scope in ("register", "fragment"):
-            element = self.register(s.buffer, s.index)
-            self.line(f"{element} = {self.combine(s.op, element, value, s.buffer.dtype)};")
-            return
+        value, lanes = self.stored(s.value), s.value.dtype.lanes
+        in_registers = s.buffer.scope in ("register", "fragment")
+        if in_registers or (lanes == 1 and not s.atomic):
+            place = self.register if in_registers else self.element
+            element = place(s.buffer, s.index)
+            return self.line(f"{element} = {self.combine(s.op, element, value, s.buffer.dtype)};")
         pointer, offset = self.pointer(s.buffer), s.index[0]
-        lanes = s.value.dtype.lanes
         if s.atomic:
             self.atomic(s, pointer, value)
-        elif lanes == 1:
-            element = self.element(s.buffer, offset)
-            self.line(f"{element} = {self.combine(s.op, element, value, s.buffer.dtype)};")
         elif isinstance(offset, ir.Ramp):
             if s.op:
                 old = self.load_vector(s.buffer, offset.base, lanes)
@@ -145,18 +149,12 @@ class Renderer:
             return value
         if op in ("sum", "prod"):
             return f"{old} {'+' if op == 'sum' else '*'} {value}"
-        return self.call_minmax(op, old, value, dtype)
-
-    def call_minmax(self, op: str, a: str, b: str, dtype: dtypes.DType) -> str:
-        if dtype.lanes > 1:
-            return f"tw::v{op}<{_lanes_of(dtype)}>({a}, {b})"
-        return f"tw::{op}<{C_TYPES[dtype.name]}>({a}, {b})"
+        return self.function(op, dtype, old, value)
 
     def atomic(self, s: ir.Store, pointer: str, value: str) -> None:
-        if s.value.dtype.lanes == 1:
-            self.line(f"tw::atomic_{s.op}(&{pointer}[{self.expr(s.index[0])}], {value});")
-            return
         index = self.expr(s.index[0])
+        if s.value.dtype.lanes == 1:
+            return self.line(f"tw::atomic_{s.op}(&{pointer}[{index}], {value});")
         self.line(f"{{ const auto value__ = {value}; const auto at__ = {index};")
         self.line(f"  for (int l__ = 0; l__ < {s.value.dtype.lanes}; ++l__)")
         self.line(f"    tw::atomic_{s.op}(&{pointer}[at__[l__]], value__[l__]); }}")
@@ -228,7 +226,7 @@ class Renderer:
             return f"p.{c_name(b.name)}"
         pointer, offset, lanes = self.pointer(b), e.index[0], e.dtype.lanes
         if lanes == 1:
-            return self.load_scalar(b, self.element(b, offset))
+            return self.load_scalar(b, self.element(b, e.index))
         if isinstance(offset, ir.Ramp):
             return self.load_vector(b, offset.base, lanes)
         kind = f"{C_TYPES[b.dtype.name]}, {lanes}"
@@ -241,8 +239,8 @@ class Renderer:
         """Where an element lies in its array."""
         return self.expr(offset)
 
-    def element(self, b: ir.Buffer, offset: ir.Expr) -> str:
-        return f"{self.pointer(b)}[{self.at(b, offset)}]"
+    def element(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> str:
+        return f"{self.pointer(b)}[{self.at(b, index[0])}]"
 
     def address(self, b: ir.Buffer, offset: ir.Expr) -> str:
         return f"{self.pointer(b)} + {self.at(b, offset)}"
@@ -270,11 +268,11 @@ class Renderer:
         else:
             a, b = self.stored(e.a), self.stored(e.b)
         if e.op in ("min", "max"):
-            return self.call_minmax(e.op, a, b, e.dtype)
+            return self.function(e.op, e.dtype, a, b)
         if e.op in ("//", "%"):
             return self.floor(e, a, b)
         if e.op in ("<<", ">>") and not _within_width(e):
-            return self.function("shift_left" if e.op == "<<" else "shift_right", e, a, b)
+            return self.function("shift_left" if e.op == "<<" else "shift_right", e.dtype, a, b)
         if e.dtype.kind == "b" and e.dtype.lanes == 1 and e.op in ("&", "|"):
             return f"({a} {e.op}{e.op} {b})"
         text = f"({a} {e.op} {b})"
@@ -285,13 +283,13 @@ class Renderer:
         n = int(e.b.value) if isinstance(e.b, ir.Const) and e.dtype.is_int else 0
         if n > 0 and n & (n - 1) == 0 and e.dtype.lanes == 1:
             return f"({a} >> {n.bit_length() - 1})" if e.op == "//" else f"({a} & {n - 1})"
-        return self.function("floor_div" if e.op == "//" else "floor_mod", e, a, b)
+        return self.function("floor_div" if e.op == "//" else "floor_mod", e.dtype, a, b)
 
-    def function(self, name: str, e: ir.Binary, a: str, b: str) -> str:
+    def function(self, name: str, dtype: dtypes.DType, a: str, b: str) -> str:
         """A function of the prelude; `v` before its name takes vectors."""
-        if e.dtype.lanes > 1:
-            return f"tw::v{name}<{_lanes_of(e.dtype)}>({a}, {b})"
-        return f"tw::{name}<{self.type(e.dtype)}>({a}, {b})"
+        if dtype.lanes > 1:
+            return f"tw::v{name}<{_lanes_of(dtype)}>({a}, {b})"
+        return f"tw::{name}<{self.type(dtype)}>({a}, {b})"
 
     def unary(self, e: ir.Unary) -> str:
         a = self.expr(e.a)

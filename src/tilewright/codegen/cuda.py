@@ -163,15 +163,12 @@ class CudaRenderer(MergeRenderer):
         step = 1 if cols and cols.kind == "fragment" else 2  # rows are two elements apart
         self.line("#pragma unroll")
         count = (cols.extent or 0) * step // 2 if cols else 4
-        self.line(f"for (int e__ = 0; e__ < {count}; e__ += {step}) {{")
-        self.depth += 1
-        for f, which in ((s, "row(e__, tx)"), (cols, f"col(e__, tx) / {step}")):
-            if f is not None:
-                kind = self.type(f.var.dtype)
-                self.line(f"const {kind} {c_name(f.name)} = tw::fragment_{which};")
-        self.stmt(cols.body if cols else s.body)
-        self.depth -= 1
-        self.line("}")
+        with self.braces(f"for (int e__ = 0; e__ < {count}; e__ += {step})"):
+            for f, which in ((s, "row(e__, tx)"), (cols, f"col(e__, tx) / {step}")):
+                if f is not None:
+                    kind = self.type(f.var.dtype)
+                    self.line(f"const {kind} {c_name(f.name)} = tw::fragment_{which};")
+            self.stmt(cols.body if cols else s.body)
 
     def load(self, e: ir.Load) -> str:
         if e.buffer.scope == "fragment" and e.dtype.lanes == 2:

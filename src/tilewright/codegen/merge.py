@@ -4,7 +4,8 @@ The union of two lists is a loop while both have coordinates left, without branc
 the data, and one loop for the rest of each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from tilewright.codegen.cfamily import Renderer
 from tilewright.codegen.params import C_TYPES, c_name
@@ -20,70 +21,63 @@ class MergeRenderer(Renderer):
     def merge(self, s: ir.Merge) -> None:
         name, kind = c_name(s.name), C_TYPES[s.var.dtype.name]
         numbers = range(len(s.runs))
-        self.line("{")
-        self.depth += 1
-        for n, (run, end) in enumerate(zip(s.runs, s.ends, strict=True)):
-            self.line(f"{kind} {name}__at{n} = {self.expr(run.index[0])};")
-            self.line(f"const {kind} {name}__end{n} = {self.expr(end)};")
-        self.line(f"{kind} {name} = 0;")
-        (self._together if s.op == "intersection" else self._union)(s, numbers)
-        self.depth -= 1
-        self.line("}")
+        with self.braces(""):
+            for n, (run, end) in enumerate(zip(s.runs, s.ends, strict=True)):
+                self.line(f"{kind} {name}__at{n} = {self.expr(run.index[0])};")
+                self.line(f"const {kind} {name}__end{n} = {self.expr(end)};")
+            self.line(f"{kind} {name} = 0;")
+            (self._together if s.op == "intersection" else self._union)(s, numbers)
 
     def _together(self, s: ir.Merge, numbers: Sequence[int]) -> None:
         """The loop over the coordinates that lists `numbers` have in common; a list behind the
         greatest of their coordinates moves on."""
-        name, kind = c_name(s.name), C_TYPES[s.var.dtype.name]
-        self._head(s, numbers, "max")
-        if len(numbers) > 1:
-            moved = " ".join(f"{name}__at{n} += {name}__key{n} < {name}__key;" for n in numbers)
-            differ = " || ".join(f"{name}__key{n} != {name}__key" for n in numbers)
-            self.line(f"if ({differ}) {{ {moved} continue; }}")
-        for n in range(len(s.runs)):
-            at = f"{name}__at{n}" if n in numbers else "-1"
-            self.line(f"const {kind} {name}__position{n} = {at};")
-        self._tail(s, numbers)
+        name = c_name(s.name)
+        with self._walk(s, numbers, "max"):
+            if len(numbers) > 1:
+                moved = " ".join(f"{name}__at{n} += {name}__key{n} < {name}__key;" for n in numbers)
+                differ = " || ".join(f"{name}__key{n} != {name}__key" for n in numbers)
+                self.line(f"if ({differ}) {{ {moved} continue; }}")
+            self._positions(s, {n: f"{name}__at{n}" for n in numbers})
 
     def _union(self, s: ir.Merge, numbers: Sequence[int]) -> None:
         """The loops over the coordinates that any of lists `numbers` has: while all of them have
         some left, then over the others when one has ended."""
         if len(numbers) == 1:
-            self._together(s, numbers)
-            return
-        name, kind = c_name(s.name), C_TYPES[s.var.dtype.name]
+            return self._together(s, numbers)
+        name = c_name(s.name)
         before, self.unguarded = self.unguarded, (*self.unguarded, s.name)
-        self._head(s, numbers, "min")
-        for n in range(len(s.runs)):
-            has = f"{name}__key{n} == {name}__key ? {name}__at{n} : -1" if n in numbers else "-1"
-            self.line(f"const {kind} {name}__position{n} = {has};")
-        self._tail(s, numbers)
+        with self._walk(s, numbers, "min"):
+            has = {n: f"{name}__key{n} == {name}__key ? {name}__at{n} : -1" for n in numbers}
+            self._positions(s, has)
         self.unguarded = before
         for ended in numbers:
             self._union(s, [n for n in numbers if n != ended])
 
-    def _head(self, s: ir.Merge, numbers: Sequence[int], chosen: str) -> None:
-        """The head of a loop that runs while all lists `numbers` have coordinates left, at their
-        least or greatest current coordinate."""
+    def _positions(self, s: ir.Merge, found: dict[int, str]) -> None:
+        """The position in each list, -1 in those that have no text in `found`."""
+        name, kind = c_name(s.name), C_TYPES[s.var.dtype.name]
+        for n in range(len(s.runs)):
+            self.line(f"const {kind} {name}__position{n} = {found.get(n, '-1')};")
+
+    @contextmanager
+    def _walk(self, s: ir.Merge, numbers: Sequence[int], chosen: str) -> Iterator[None]:
+        """A loop that runs while all lists `numbers` have coordinates left, at their least or
+        greatest current coordinate; what is printed inside comes before the body."""
         name, kind = c_name(s.name), C_TYPES[s.var.dtype.name]
         left = " && ".join(f"{name}__at{n} < {name}__end{n}" for n in numbers)
-        self.line(f"while ({left}) {{")
-        self.depth += 1
-        for n in numbers:
-            keys = s.runs[n].buffer
-            key = self.load_scalar(keys, f"{self.pointer(keys)}[{name}__at{n}]")
-            self.line(f"const {kind} {name}__key{n} = {key};")
-        key = f"{name}__key{numbers[0]}"
-        for n in numbers[1:]:
-            key = f"tw::{chosen}<{kind}>({key}, {name}__key{n})"
-        self.line(f"const {kind} {name}__key = {key};")
-
-    def _tail(self, s: ir.Merge, numbers: Sequence[int]) -> None:
-        name = c_name(s.name)
-        self.stmt(s.body)
-        step = (f"{name}__at{n} += {name}__key{n} == {name}__key;" for n in numbers)
-        self.line(f"{' '.join(step)} ++{name};")
-        self.depth -= 1
-        self.line("}")
+        with self.braces(f"while ({left})"):
+            for n in numbers:
+                keys = s.runs[n].buffer
+                key = self.load_scalar(keys, f"{self.pointer(keys)}[{name}__at{n}]")
+                self.line(f"const {kind} {name}__key{n} = {key};")
+            key = f"{name}__key{numbers[0]}"
+            for n in numbers[1:]:
+                key = f"tw::{chosen}<{kind}>({key}, {name}__key{n})"
+            self.line(f"const {kind} {name}__key = {key};")
+            yield
+            self.stmt(s.body)
+            step = (f"{name}__at{n} += {name}__key{n} == {name}__key;" for n in numbers)
+            self.line(f"{' '.join(step)} ++{name};")
 
     def drain(self, s: ir.Drain) -> None:
         """The loop over a row workspace, which is sorted unless it is only counted."""
@@ -92,14 +86,10 @@ class MergeRenderer(Renderer):
         is_read = ir.contains(s.body, ir.Cursor)
         if is_read:
             self.line(f"{row}.gather();")
-        self.line(f"for ({kind} {name} = 0; {name} < {row}.count; ++{name}) {{")
-        self.depth += 1
-        if is_read:
-            self.line(f"const auto {name}__key = {row}.entries[{name}].key;")
-            self.line(f"const auto {name}__value = {row}.entries[{name}].value;")
-        self.stmt(s.body)
-        self.depth -= 1
-        self.line("}")
+        with self.braces(f"for ({kind} {name} = 0; {name} < {row}.count; ++{name})"):
+            for part in ("key", "value") if is_read else ():
+                self.line(f"const auto {name}__{part} = {row}.entries[{name}].{part};")
+            self.stmt(s.body)
         self.line(f"{row}.clear();")
 
     def cursor(self, e: ir.Cursor) -> str:

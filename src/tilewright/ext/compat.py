@@ -249,7 +249,7 @@ class _Wrapper:
         if out is None and planned["o_data_type"] is not None:
             kind: Any = planned["o_data_type"]
             kind = getattr(torch, kind, kind) if isinstance(kind, str) else kind
-            out = torch.empty(*g.q.shape[:2], kv.head_dim_vo, dtype=kind, device=self.device)
+            out = torch.empty(*g.q.shape[:2], kv.pool.head_dim_vo, dtype=kind, device=self.device)
         if self._planned is None:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise ArgumentError("A110", "a CUDA graph is captured", hint="use_cuda_graph=True")

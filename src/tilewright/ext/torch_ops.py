@@ -89,7 +89,7 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     operator, kv = _OPERATORS[key], KV(_table(table), Pool(k, v))
     plan: Any = operator.room
     if plan is None:
-        rows = torch.arange(kv.requests + 1, dtype=torch.int32) if rows is None else rows
+        rows = torch.arange(kv.table.requests + 1, dtype=torch.int32) if rows is None else rows
         plan = operator.attn.plan(rows, kv)
     state = operator.attn.run(q, kv, plan, **dict(zip(operator.names, values, strict=True)))
     return state.o, state.lse

@@ -37,8 +37,3 @@ class Atom:
     cuda: str
     cpp: str
     numpy: Callable[[Any, Any], Any]
-
-
-def element(e: int, lane: Any) -> tuple[Any, Any]:
-    """Row and column of element `e` of a fragment in a lane, or in an array of lanes."""
-    return lane // 4 + e // 2 % 2 * 8, lane % 4 * 2 + e % 2 + e // 4 * 8

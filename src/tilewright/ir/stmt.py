@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tilewright import dtypes
 from tilewright.ir.atoms import Atom
@@ -302,6 +302,16 @@ class Nest:
     shared: bool = False
 
 
+class Placement(NamedTuple):
+    """A temporary that is computed in the loop of an index of its reader, the scope of its memory,
+    and the most elements of a row of it that a GPU keeps (0: all)."""
+
+    temporary: str
+    loop: str
+    scope: str
+    most: int
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """A program at any level. `level` is coordinates, positions or loops.
@@ -309,8 +319,7 @@ class Program:
     `stages` groups the nests that run in one launch: nests of a stage are independent of each
     other. `orders` holds loop orders asked for (output name, then axes); `fused` the structures
     whose two axes are walked as one; `merged` the outputs all of whose reductions run in one loop;
-    `placed` temporaries, each with the index in whose loop it is computed, the scope of its memory,
-    and the most elements of a row in it; `sizes` dimensions that are fixed; `index` the type of
+    `placed` the temporaries with a place; `sizes` dimensions that are fixed; `index` the type of
     coordinates.
     """
 
@@ -323,7 +332,7 @@ class Program:
     orders: tuple[tuple[str, ...], ...] = ()
     fused: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
-    placed: tuple[tuple[str, str, str, int], ...] = ()
+    placed: tuple[Placement, ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
     index: dtypes.DType = dtypes.int32
 

@@ -52,13 +52,10 @@ class _Checker:
 
     def covered(self, program: ir.Program, t: ir.Tensor) -> None:
         """The first stage that stores a dense output stores every element of it."""
-        computed = (
-            [(n, c) for n in st for c in ir.statements(n.body, ir.Compute)] for st in program.stages
-        )
         stores = (
-            [(n, c) for n, c in stage
+            [(nest, c) for nest in stage for c in ir.statements(nest.body, ir.Compute)
              if c.out.buffer.name == t.name and c.out.buffer.scope == "global"]
-            for stage in computed
+            for stage in program.stages
         )  # fmt: skip
         for nest, compute in next(filter(None, stores), []):
             listed = nest.part >= 0 and program.tensor(nest.structure).format.covers_rows

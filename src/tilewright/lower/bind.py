@@ -79,7 +79,7 @@ def serialize_threads(program: ir.Program) -> ir.Program:
             return replace(s, rest=(), along=(), steps=())  # a CPU keeps all of a row
         if isinstance(s, ir.For) and s.kind in (*ir.THREADS, "threads"):
             s = replace(s, kind="serial")
-        return ir.rebuild(s, visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
+        return ir.rebuild_body(s, visit)
 
     inline = {f"{t.name}.values" for t in program.tensors if t.role == "inline"}
     kept = tuple(b for b in program.buffers if b.name not in inline)
@@ -129,7 +129,7 @@ def _host_bound(e: ir.Expr) -> ir.Expr | None:
     """The most that an extent can be, of what the host knows before a launch (sizes and counts);
     None where nothing says. Of min(length[r], size) it is the size."""
     local = [x for x in ir.walk(e, ir.Var) if not is_generated(x.name, SIZE, COUNT)]
-    unknown = bool(local) or ir.contains(e, ir.Load, ir.Search)
+    unknown = bool(local) or ir.reads_memory(e)
     if not unknown or not isinstance(e, ir.Binary):
         return None if unknown else e
     a, b = _host_bound(e.a), _host_bound(e.b)

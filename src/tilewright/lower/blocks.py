@@ -39,12 +39,12 @@ def materialize_blocks(program: ir.Program) -> ir.Program:
 
 
 def _visit(s: Any) -> Any:
-    computes = [x for x in ir.walk(s) if isinstance(x, ir.Compute)] if isinstance(s, ir.For) else []
+    computes = list(ir.statements(s, ir.Compute)) if isinstance(s, ir.For) else []
     if len(computes) > 1:
         block = _Block(s, computes)
         if block.products and (s is block.loops[0] or block.reducing(s)):
             return block.result()
-    return ir.rebuild(s, _visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
+    return ir.rebuild_body(s, _visit)
 
 
 class _Block:

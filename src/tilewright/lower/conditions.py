@@ -24,7 +24,7 @@ def narrow_loops(program: ir.Program) -> ir.Program:
 
 def _narrow(s: Any) -> Any:
     if type(s) is not ir.For or s.kind not in ("serial", "pipeline") or s.private:
-        return ir.rebuild(s, _narrow) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
+        return ir.rebuild_body(s, _narrow)
     every = list(ir.walk(s, ir.Compute))
     sums = [(c, n) for c in every if ir.reduces(s, c) for n in range(len(c.sums))]
     kept = (c for c in every if c.out.buffer.scope != "register" and not ir.reduces(s, c))
@@ -32,7 +32,7 @@ def _narrow(s: Any) -> Any:
     if sums and not is_tile and not any(kept):
         for cond in set.intersection(*(_conditions(*x, every) for x in sums)):
             narrowed = _narrowed(narrowed, cond, ir.path_to(s.body, sums[0][0]) or [])
-    return ir.rebuild(s, _narrow) if narrowed is s else narrowed
+    return ir.rebuild_body(s, _narrow) if narrowed is s else narrowed
 
 
 def _conditions(c: ir.Compute, n: int, every: list[ir.Compute]) -> set[ir.Expr]:
@@ -111,19 +111,15 @@ def _rewrite(s: ir.Stmt, cond: ir.Expr, guarded: Any) -> ir.Stmt | None:
         return ir.Let(s.var, ir.zero_unless(cond, s.value)) if is_load else None
     if not isinstance(s, ir.Store) or s.buffer.scope != "register" or s.op != "sum":
         return None
-    is_product = _is_product(s.value, guarded)
-    return replace(s, value=_guard_loads(s.value, cond, guarded)) if is_product else None
+    value = _predicated(s.value, cond, guarded)
+    return None if value is None else replace(s, value=value)
 
 
-def _is_product(e: ir.Expr, guarded: Any) -> bool:
-    if isinstance(e, ir.Cast):
-        return _is_product(e.a, guarded)
-    if isinstance(e, ir.Binary) and e.op == "*":
-        return _is_product(e.a, guarded) and _is_product(e.b, guarded)
-    return isinstance(e, ir.Load) and (e.buffer.scope == "part" or guarded(e))
-
-
-def _guard_loads(e: ir.Expr, cond: ir.Expr, guarded: Any) -> ir.Expr:
+def _predicated(e: ir.Expr, cond: ir.Expr, guarded: Any) -> ir.Expr | None:
+    """A product of loads with those that are `guarded` predicated; None for any other value."""
     if isinstance(e, ir.Load):
-        return ir.zero_unless(cond, e) if guarded(e) else e
-    return ir.rebuild(e, lambda c: _guard_loads(c, cond, guarded))
+        return ir.zero_unless(cond, e) if guarded(e) else e if e.buffer.scope == "part" else None
+    is_product = isinstance(e, ir.Cast) or (isinstance(e, ir.Binary) and e.op == "*")
+    factors = [_predicated(x, cond, guarded) for x in ir.children(e)] if is_product else [None]
+    new = iter(factors)
+    return None if None in factors else ir.rebuild(e, lambda _: next(new))

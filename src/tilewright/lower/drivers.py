@@ -52,8 +52,9 @@ def drivers_read(st: Statement) -> list[Driver]:
     if st.op or st.out.tensor.is_sparse or name in names_read(st.value):
         return []
     return [
-        Driver.of(x) for x in ir.walk(st.value, ir.Access) if hasattr(x.tensor.format, "parts")
-        and not x.tensor.format.repeats and set(Driver.of(x).indices) <= own
+        Driver.of(x) for x in ir.walk(st.value, ir.Access) if x.tensor.is_sparse
+        and x.tensor.format.is_composed and not x.tensor.format.repeats
+        and set(Driver.of(x).indices) <= own
     ]  # fmt: skip
 
 
@@ -105,11 +106,12 @@ def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
 def _rank(driver: Driver, fmt: Any, reduced: set[str]) -> tuple[int, bool]:
     """The structures that are followed first: those that cannot be searched, then those whose rows
     are in one piece, and of these the ones that have the reduced axis below the others."""
-    levels = getattr(fmt, "levels", ())
-    if is_list_of_pairs(levels):
+    if fmt.is_composed:
+        return 0, True
+    if is_list_of_pairs(fmt.levels):
         return 2, False
-    below = bool(levels) and driver.indices[levels[-1].dim] in reduced
-    return int(bool(levels) and all(x.unique for x in levels)), not below
+    is_below = driver.indices[fmt.levels[-1].dim] in reduced
+    return int(all(x.unique for x in fmt.levels)), not is_below
 
 
 def _condition(body: ir.Expr) -> ir.Expr:

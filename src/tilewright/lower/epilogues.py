@@ -20,6 +20,10 @@ class Fused(Statement):
     epilogue: ir.Expr
     totals: tuple[Statement, ...]
 
+    @property
+    def values(self) -> tuple[ir.Expr, ...]:
+        return (*(t.value for t in self.totals), self.epilogue)
+
 
 def fused(
     root: Statement, temps: list[Statement], structure: str, merged: bool = False
@@ -54,8 +58,3 @@ def fused(
     group = [t for t in candidates if (t.axes, driver_of(t)) == loops]
     joined = Fused(root.out, first.op, first.axes, first.value, root.value, tuple(group))
     return joined, [t for t in temps if t not in group]
-
-
-def values_of(st: Statement) -> tuple[ir.Expr, ...]:
-    """Every expression that a statement computes."""
-    return (*(t.value for t in st.totals), st.epilogue) if isinstance(st, Fused) else (st.value,)

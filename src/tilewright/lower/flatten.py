@@ -22,7 +22,7 @@ def _inline(s: Any, known: dict[str, ir.Expr]) -> Any:
         for b in s.body:
             if isinstance(b, ir.Let):
                 value = ir.substitute(b.value, known)
-                if ir.contains(value, ir.Load, ir.Search):
+                if ir.reads_memory(value):
                     out.append(ir.Let(b.var, value))
                 else:
                     known = {**known, b.var.name: value}

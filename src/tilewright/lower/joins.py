@@ -19,9 +19,9 @@ from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import core as ir
 from tilewright.lower.drivers import is_identity
-from tilewright.lower.reads import PartRows, Reader, appended
+from tilewright.lower.reads import Reader, appended
 from tilewright.lower.scope import Scope, has_list
-from tilewright.lower.tables import Driver, Statement, Tables, unmergeable  # fmt: skip
+from tilewright.lower.tables import Driver, Statement, Tables, unmergeable
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,11 @@ class Join:
     mask: Driver | None = None
 
 
-def join_of(value: ir.Expr) -> Join | None:
-    """The join that a reduction ranges over, or None."""
-    match value.a if isinstance(value, ir.Cast) else value:
-        case ir.Reduce(_, (ir.Index() as axis,), ir.Select(cond)):
-            mask = None
-        case _:
-            return None
+def join_of(st: Statement) -> Join | None:
+    """The join that a statement ranges over, or None."""
+    if len(st.axes) != 1 or not isinstance(st.value, ir.Select):
+        return None
+    (axis,), cond, mask = st.axes, st.value.cond, None
     match cond:
         case ir.Binary("&", ir.Stored(m), rest) | ir.Binary("&", rest, ir.Stored(m)):
             cond, mask = rest, Driver.of(m)
@@ -63,7 +61,6 @@ class JoinBuilder:
 
     def __init__(self, tables: Tables, statements: list[Statement], join: Join) -> None:
         self.tables, self.statements, self.join = tables, statements, join
-        self.rows = PartRows(tables, "", False)
         self.product = self._product()
         kind = dtypes.bool_ if self.product is None else self.product.dtype
         extent = tables.size(join.axis.dim)
@@ -134,7 +131,7 @@ class JoinBuilder:
         value: ir.Expr = ir.cast(ir.Const(0, dtypes.int32), self.row.dtype)
         if self.product is not None:
             term = ir.substitute(self.product.body, {self.product.axes[0].name: join.over})
-            value = ir.cast(Reader(self.tables, self.rows, scope, lets).expr(term), self.row.dtype)
+            value = ir.cast(Reader(scope, lets).expr(term), self.row.dtype)
         key = scope.coordinates[join.axis.name]
         leaf = ir.seq(*lets, ir.Scatter(self.row, key, value))
         return around(inside(ir.If(ir.Holds(self.mask, key), leaf) if join.mask else leaf))
@@ -155,7 +152,7 @@ class JoinBuilder:
         var, key = self.tables.variable(f"{axis.name}_n"), self.tables.variable(axis.name)
         scope.coordinates[axis.name], scope.rank = key, var
         lets: list[ir.Stmt] = [ir.Let(key, ir.Cursor(var, ir.KEY, key.dtype))]
-        st, reader = self.statements[0], Reader(tables, self.rows, scope, lets)
+        st, reader = self.statements[0], Reader(scope, lets)
 
         def total(x: Any) -> Any:
             return ir.Cursor(var, ir.VALUE, self.row.dtype) if isinstance(x, ir.Reduce) else x
@@ -164,9 +161,9 @@ class JoinBuilder:
         if st.op == "append":
             body = appended(reader, self.statements, values)
         else:
-            buffer = tables.buffer(st.out.tensor)
-            out = ir.Load(buffer, tuple(map(reader.expr, st.out.coords)), buffer.dtype)
-            body = ir.seq(*lets, ir.Compute(out, values[0], st.op, (axis.name,)))
+            out, inside = reader.element(st.out)
+            body = ir.Compute(out, values[0], st.op, (axis.name,))
+            body = ir.seq(*lets, ir.If(ir.all_of(inside), body) if inside else body)
         zero, end = ir.Const(0, tables.index), tables.size(axis.dim)
         return ir.Drain(var, zero, end, body, axes=(axis.name,), workspace=self.row)
 

@@ -14,10 +14,10 @@ from tilewright.errors import ProgramError
 from tilewright.ir import core as ir
 from tilewright.ir.levels import Compressed, Level, may_miss
 from tilewright.lower.drivers import Iteration, driver_of, drivers_read, iteration, outer_driver
-from tilewright.lower.epilogues import Fused, fused, values_of
+from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
 from tilewright.lower.placed import Row, check, online, refuse
-from tilewright.lower.reads import PartRows, Reader, appended
+from tilewright.lower.reads import Reader, appended
 from tilewright.lower.scope import BlockPart, Scope, has_list, merge_of
 from tilewright.lower.tables import Driver, Statement, Tables, names_read, unmergeable, unsearchable
 
@@ -50,33 +50,28 @@ class _Target:
 
 
 class NestBuilder:
-    """Builds the nest of `root` and of the inline reductions `temps`.
-
-    `structure`: the one whose entries the loops of the root follow, in the part that `tables` name;
-    `shared`: other parts hold entries of the same rows; `also`: lists that are appended to in the
-    loops of the root."""
+    """Builds the nest of `root` and of the inline reductions `temps`. `also`: lists that are
+    appended to in the loops of the root."""
 
     def __init__(
-        self, tables: Tables, root: Statement, temps: list[Statement], structure: str, *,
-        shared: bool, also: Sequence[Statement] = (),
+        self, tables: Tables, root: Statement, temps: list[Statement],
+        also: Sequence[Statement] = (),
     ) -> None:  # fmt: skip
         self.tables, self.root, self.also = tables, root, also
-        self.structure, self.shared = structure, shared
-        self.rows = PartRows(tables, structure, shared)
         self.emitted: set[str] = set()  # temporaries that are computed already
-        self.placed = {name: loop for name, loop, *_ in tables.program.placed}
-        for t in [t for t in temps if t.out.tensor.name in self.placed]:
-            before, after = temps[: temps.index(t)], temps[temps.index(t) + 1 :]
-            t, before = fused(t, before, "")
-            temps = [*before, t, *after]
-        self.temps = temps
-        self.computed_in = {t.out.tensor.name: self._statement_around(t) for t in temps}
+        self.placed = {p.temporary: p.loop for p in tables.program.placed}
+        self.temps: list[Statement] = []
+        for t in temps:  # a placed one may be the epilogue of those in front of it
+            if t.out.tensor.name in self.placed:
+                t, self.temps = fused(t, self.temps, "")
+            self.temps.append(t)
+        self.computed_in = {t.out.tensor.name: self._statement_around(t) for t in self.temps}
 
     def build(self) -> BuiltNest:
         st = self.root
-        driver = driver_of(st) or (self._driver_inside() if self.structure else None)
+        driver = driver_of(st) or (self._driver_inside() if self.tables.followed else None)
         if driver:
-            self.rows.row_index[driver.structure] = driver.indices[0]
+            self.tables.row_index[driver.structure] = driver.indices[0]
         scope = Scope(self.tables)
         specs = self._follow(st, driver, scope)
         is_sparse, reduced = st.out.tensor.is_sparse, {a.name for a in st.axes}
@@ -85,7 +80,7 @@ class NestBuilder:
         is_update = bool(st.op) and not st.axes
         if st.op == "append":
             return BuiltNest(self._loops(_Target(st, False), specs, scope), driver, False, True)
-        is_revisited = (self.shared and not is_sparse) or revisits_outputs(st, specs)
+        is_revisited = (self.tables.shared and not is_sparse) or revisits_outputs(st, specs)
         in_place = bool(st.op) and (is_update or is_revisited)
         body = self._loops(_Target(st, in_place), specs, scope)
         body = online(body) if self.placed else body
@@ -100,7 +95,7 @@ class NestBuilder:
         own, around = (self._names_of(x, axes=False) for x in (t, self.root))
         if name in self.placed or own <= around:
             return self.root.out.tensor.name
-        readers = (x for x in (*self.temps, self.root) if name in names_read(*values_of(x)))
+        readers = (x for x in (*self.temps, self.root) if name in names_read(*x.values))
         return next(readers).out.tensor.name
 
     def _names_of(self, st: Statement, *, axes: bool = True) -> set[str]:
@@ -180,17 +175,17 @@ class NestBuilder:
     def _driver_inside(self) -> Driver | None:
         """The driver of a reduction inside the root, where the root's own loops can follow it:
         where no level of theirs is below one that only the reduction walks."""
-        own = self._names_of(self.root, axes=False)
-        levels = self.tables.levels(self.structure)
+        own, followed = self._names_of(self.root, axes=False), self.tables.followed
+        levels = self.tables.levels(followed)
         for driver in (*drivers_read(self.root), *map(outer_driver, self.temps)):
-            if driver is None or driver.structure != self.structure:
+            if driver is None or driver.structure != followed:
                 continue
             walked = [driver.indices[level.dim] in own for level in levels]
             own_levels = [(n, level) for n, level in enumerate(levels) if walked[n]]
             if own_levels and all(x.is_dense or all(walked[:n]) for n, x in own_levels):
                 return driver
-        if self.tables.is_composed(self.structure):
-            raise unsearchable(self.structure, self.tables.tensors[self.structure].format)
+        if self.tables.is_composed(followed):
+            raise unsearchable(followed, self.tables.tensors[followed].format)
         return None
 
     def _loops(self, target: _Target, specs: list[LoopSpec], scope: Scope) -> ir.Stmt:
@@ -315,7 +310,7 @@ class NestBuilder:
     def _leaf(self, target: _Target, scope: Scope) -> ir.Stmt:
         st, in_place = target.statement, target.in_place
         lets: list[ir.Stmt] = []
-        reader = Reader(self.tables, self.rows, scope, lets)
+        reader = Reader(scope, lets)
         if st.op == "append":
             lists = (self.root, *self.also)
             return appended(reader, lists, [reader.expr(x.value.a) for x in lists])  # type: ignore[attr-defined]
@@ -324,30 +319,18 @@ class NestBuilder:
         merged = it is not None and it.exact and scope.rank is not None
         body = st.value.a if merged and isinstance(st.value, ir.Select) else st.value
         reductions, value = self._values(st, body, reader)
-        tensor = st.out.tensor
-        if row := self.tables.rows.get(tensor.name):
-            out = row.element(scope, st.out, tuple(map(reader.expr, st.out.coords)))
-        elif tensor.is_sparse:
-            last = len(self.tables.levels(tensor.structure)) - 1
-            position = scope.position(tensor.structure, last)
-            inner = map(reader.expr, st.out.coords[len(st.out.stored_coords) :])
-            out = ir.Load(self.tables.values(tensor), (position, *inner), tensor.dtype)
-        else:
-            coords = tuple(reader.expr(c) for c in st.out.coords)
-            guards += reader.bounds(tensor, st.out, coords)
-            out = ir.Load(self.tables.buffer(tensor), coords, tensor.dtype)
+        out, inside = reader.element(st.out)
         if in_place and out.dtype != value.dtype and not reductions:
-            rule = f"{tensor.name} is {out.dtype}, and its sums in memory need {value.dtype}"
+            rule = f"{st.out.tensor.name} is {out.dtype}, and its sums in memory need {value.dtype}"
             hint = f'tw.out.typed("{value.dtype}")[…], or a format that keeps rows whole'
             raise ProgramError("P107", rule, hint=hint)
         op = "" if reductions else st.op
         if not op:
             value = ir.cast(value, out.dtype)
         axes = tuple(target.tag(a.name) for a in st.axes)
-        compute = ir.Compute(
-            out, value, op, axes, in_place, shared=in_place and self.shared, reductions=reductions
-        )
-        return _inside(lets, guards, compute)
+        shared = in_place and self.tables.shared
+        compute = ir.Compute(out, value, op, axes, in_place, shared=shared, reductions=reductions)
+        return _inside(lets, [*guards, *inside], compute)
 
     def _values(
         self, st: Statement, body: ir.Expr, reader: Reader

@@ -35,9 +35,9 @@ def _visit(s: Any, repeated: bool) -> Any:
     """`repeated`: a loop around `s` runs it again in the same CTA."""
     if isinstance(s, ir.For):
         repeated_below = repeated or (s.kind not in (*ir.GRID, *ir.THREADS) and s.extent != 1)
-        s = ir.rebuild(s, lambda x: _visit(x, repeated_below))
+        s = ir.rebuild_body(s, lambda x: _visit(x, repeated_below))
         return _pipelined(s, repeated) if s.kind == "pipeline" else s
-    return ir.rebuild(s, lambda x: _visit(x, repeated)) if isinstance(s, (ir.Seq, ir.If)) else s
+    return ir.rebuild_body(s, lambda x: _visit(x, repeated))
 
 
 def is_copy(s: ir.Stmt) -> bool:
@@ -106,7 +106,7 @@ def load_operands_ahead(program: ir.Program) -> ir.Program:
 
 
 def _ahead(f: Any) -> Any:
-    body = f.body.body if isinstance(f, ir.For) and isinstance(f.body, ir.Seq) else ()
+    body = ir.lines(f.body) if isinstance(f, ir.For) else ()
     start = next((n + 1 for n, s in enumerate(body) if isinstance(s, ir.Commit)), len(body))
     work: list[Any] = list(body[start:])
     numbers: dict[tuple[str, ir.Tile], int] = {}

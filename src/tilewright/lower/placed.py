@@ -10,7 +10,6 @@ from typing import Any
 from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import core as ir
 from tilewright.ir.affine import affine
-from tilewright.lower.epilogues import values_of
 from tilewright.lower.scope import Scope
 from tilewright.lower.tables import Driver, Statement, Tables, names_read
 
@@ -22,20 +21,18 @@ def refuse(name: str, why: str, hint: str) -> ScheduleError:
 def with_roles(program: ir.Program) -> ir.Program:
     """The program with temporaries in memory of a unit marked as inline. Raises ScheduleError[S102]
     for one that several statements with loops of their own read."""
-    placed = {name: scope for name, _, scope, _ in program.placed}
+    placed = {p.temporary for p in program.placed}
     for name, loop, *_ in program.placed:
         readers = {  # a reduction of out is out.0
             a.out.tensor.name.partition(".")[0] for a in program.body
             if name in names_read(a.value)
         }  # fmt: skip
-        roots = sorted(readers - placed.keys())
+        roots = sorted(readers - placed)
         if len(roots) > 1 or not readers:
             hint = f"compute_at(…, {loop!r}) all readers but one"
             raise refuse(name, f"{' and '.join(roots) or 'nothing'} read it", hint)
-    tensors = (
-        replace(t, role="inline") if placed.get(t.name, "global") != "global" else t
-        for t in program.tensors
-    )
+    rows = {p.temporary for p in program.placed if p.scope == "row"}
+    tensors = (replace(t, role="inline") if t.name in rows else t for t in program.tensors)
     return replace(program, tensors=tuple(tensors))
 
 
@@ -43,7 +40,7 @@ def check(t: Statement, placed: dict[str, str], emitted: set[str], around: set[s
     """Checks that `t` can be computed at its loop in `placed`. Raises ScheduleError[S102] if it
     reads a temporary not yet in `emitted`, or if another loop, in `around`, would repeat it."""
     name, loop = t.out.tensor.name, placed.get(t.out.tensor.name, "")
-    for late in sorted((names_read(*values_of(t)) & placed.keys()) - emitted - {name}):
+    for late in sorted((names_read(*t.values) & placed.keys()) - emitted - {name}):
         raise refuse(late, f"{name} reads it first", f"compute_at {name} further in")
     for again in sorted(around - {loop, *(x.name for x in ir.indices_of(t.out))}) if loop else ():
         hint = f"order_axes the statement that reads it, {loop} before {again}"
@@ -87,7 +84,7 @@ class Row:
         """Its declaration, in the scope around its loops; with the array of the temporary where its
         length is not constant, and a GPU keeps a part of it."""
         tables, tensor = scope.tables, self.tensor
-        most = {name: most for name, *_, most in tables.program.placed}.get(tensor.name, 0)
+        most = next((p.most for p in tables.program.placed if p.temporary == tensor.name), 0)
         if not most or all(isinstance(e, ir.Const) for e in self.extents):
             return ir.Alloc(self.buffer, self.extents, self.extents)
         below = self.extents[1 : len(self.levels)]
@@ -161,7 +158,7 @@ class _Online:
         if isinstance(s, ir.Compute):
             return self.compute(s, axes)
         within = axes | frozenset(s.axes) if isinstance(s, ir.For) else axes
-        return ir.rebuild(s, lambda x: self.visit(x, within) if isinstance(x, ir.Stmt) else x)
+        return ir.rebuild_body(s, lambda x: self.visit(x, within))
 
     def compute(self, c: ir.Compute, axes: frozenset[str]) -> ir.Compute:
         name = c.out.buffer.name

@@ -37,7 +37,8 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
     stages: Stages = []
     for root, inline, also in _roots(program, builder.placed):
         stages += builder.stages(root, inline, also)
-    read = (x.buffer for stage in stages for nest in stage for x in ir.loads(nest.body))
+    nodes = (x for s in stages for nest in s for x in ir.walk(nest.body, ir.Load, ir.Search))
+    read = (x.keys if isinstance(x, ir.Search) else x.buffer for x in nodes)
     buffers = {b.name: b for b in read if b.scope in ("global", "part")}
     return replace(
         builder.program, level="positions", stages=tuple(stages), buffers=tuple(buffers.values())
@@ -46,26 +47,24 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
 
 def _roots(
     program: ir.Program, placed: set[str]
-) -> Iterable[tuple[ir.Assign, list[ir.Assign], Statements]]:
+) -> Iterable[tuple[Statement, list[Statement], Statements]]:
     """Each statement that is stored, with the inline ones that it reads and the lists behind it
     that are appended to in the same loops."""
     inside = placed | {t.name for t in program.tensors if t.role == "inline"}
-    inline = {a.out.tensor.name: a for a in program.body if a.out.tensor.name in inside}
-    roots = [a for a in program.body if a.out.tensor.name not in inline]
+    every = [Statement.of(a) for a in program.body]
+    inline = [st for st in every if st.out.tensor.name in inside]
+    roots = [st for st in every if st.out.tensor.name not in inside]
     while roots:
         root, also = roots.pop(0), []
-        key = drivers.list_key(Statement.of(root))
-        while key and roots and drivers.list_key(Statement.of(roots[0])) == key:
+        key = drivers.list_key(root)
+        while key and roots and drivers.list_key(roots[0]) == key:
             also.append(roots.pop(0))
-        read = (t for a in (root, *also) for t in _read_by(a, [*inline.values()]))
-        named = {t.out.tensor.name: t for t in read}
-        yield root, list(named.values()), tuple(map(Statement.of, also))
+        yield root, _read_by((root, *also), inline), also
 
 
-def _read_by(root: Any, temps: list[Any]) -> list[Any]:
-    """The statements of `temps` whose values the statement `root` reads, itself or through other
-    ones."""
-    read = names_read(root.value, root.out)
+def _read_by(readers: Statements, temps: list[Statement]) -> list[Statement]:
+    """The statements of `temps` whose values the readers read, themselves or through other ones."""
+    read = names_read(*(e for st in readers for e in (st.value, st.out)))
     while more := names_read(*(t.value for t in temps if t.out.tensor.name in read)) - read:
         read |= more
     return [t for t in temps if t.out.tensor.name in read]
@@ -77,53 +76,51 @@ class _Builder:
     def __init__(self, program: ir.Program) -> None:
         self.program = program
         self.tensors = {t.name: t for t in program.tensors}
-        self.placed = {name for name, *_ in program.placed}
+        self.placed = {p.temporary for p in program.placed}
 
-    def stages(self, root: ir.Assign, inline: list[ir.Assign], also: Statements = ()) -> Stages:
-        statement = Statement.of(root)
-        if join := join_of(root.value):
-            return [(JoinBuilder(Tables(self.program), [statement, *also], join).build(),)]
-        temps = [Statement.of(a) for a in inline]
-        around = _root_driver(statement, temps)
+    def stages(self, root: Statement, temps: list[Statement], also: Statements = ()) -> Stages:
+        """The nests of a statement, of the inline ones `temps` that it reads, and of the lists that
+        are appended to in its loops."""
+        if join := join_of(root):
+            return [(JoinBuilder(Tables(self.program), [root, *also], join).build(),)]
+        around = _root_driver(root, temps)
         structure = around.structure
         fmt: Any = self.tensors[structure].format if structure else None
         parts = [{structure: f} for f in fmt.formats] if structure else [{}]
-        composed = fmt if hasattr(fmt, "parts") else None
-        for st in (statement, *also, *temps):
+        composed = fmt if fmt and fmt.is_composed else None
+        for st in (root, *also, *temps):
             drivers.check_reduction(st, self.tensors)
         placed = [t for t in temps if t.out.tensor.name in self.placed]
         is_like = root.out.tensor.structure == structure and not placed
         shared = composed is not None and not _keeps_rows(composed, root.out, around, is_like)
-        in_parts = shared or bool(drivers.drivers_read(statement))
+        in_parts = shared or bool(drivers.drivers_read(root))
         pieces = [t for t in temps if self._is_in_pieces(t, around, in_parts)]
         if pieces or (placed and shared):
-            if placed or not all(self._is_separable(t, statement, temps) for t in pieces):
+            if placed or not all(self._is_separable(t, root, temps) for t in pieces):
                 t = (pieces or placed)[0]
                 structure = (drivers.driver_of(t) or around).structure
-                raise _shares_rows(statement, t, self.tensors[structure].format)
-            return self._separate(root, inline, pieces, also)
+                raise _shares_rows(root, t, self.tensors[structure].format)
+            return self._separate(root, temps, pieces, also)
 
         def build(st: Statement, temps: list[Statement]) -> list[BuiltNest]:
             """The nest of a statement for each format."""
-            tables = (Tables(self.program, p) for p in parts)
-            builders = (NestBuilder(t, st, temps, structure, shared=shared, also=also)
-                        for t in tables)  # fmt: skip
-            return [builder.build() for builder in builders]
+            tables = (Tables(self.program, p, structure, shared=shared) for p in parts)
+            return [NestBuilder(t, st, temps, also).build() for t in tables]
 
         is_sparse, merged = root.out.tensor.is_sparse, root.out.tensor.name in self.program.merged
-        joined, rest = fused(statement, temps, structure, merged)
+        joined, rest = fused(root, temps, structure, merged)
         built: list[BuiltNest] = []
         if isinstance(joined, Fused):
             built = [] if shared else build(joined, rest)
             if not built or any(nest.in_place for nest in built):
                 if not is_sparse:
-                    return self._separate(root, inline, joined.totals)
+                    return self._separate(root, temps, joined.totals)
                 built = []
-        built = built or build(statement, temps)
+        built = built or build(root, temps)
         numbers, follows = (range(len(built)), structure) if composed else ((-1,), "")
         nests = tuple(
             ir.Nest(
-                statement.out.tensor.name, ir.simplify(nest.body), part, structure=follows,
+                root.out.tensor.name, ir.simplify(nest.body), part, structure=follows,
                 shared=shared and nest.in_place,
             )
             for part, nest in zip(numbers, built, strict=True)
@@ -132,7 +129,7 @@ class _Builder:
             return [nests]
         own = [n for n in numbers if is_sparse and built[n].in_place] or [-1]
         driver = built[-1].driver
-        return [tuple(self._init(statement, temps, driver, n, parts[n]) for n in own), nests]
+        return [tuple(self._init(root, temps, driver, n, parts[n]) for n in own), nests]
 
     def _is_in_pieces(self, t: Statement, around: Driver, shared: bool) -> bool:
         """Whether a reduction inside loops that follow `around` would see a piece of a row only:
@@ -144,7 +141,7 @@ class _Builder:
         fmt = self.tensors[driver.structure].format
         row = driver.indices[0]
         is_whole = driver.structure == around.structure and row == around.indices[0] and not shared
-        return (hasattr(fmt, "parts") and (row in reduced or not is_whole)) or any(
+        return (fmt.is_composed and (row in reduced or not is_whole)) or any(
             not level.unique and driver.indices[level.dim] not in reduced
             for f in fmt.formats for level in f.levels
         )  # fmt: skip
@@ -161,7 +158,7 @@ class _Builder:
         return own <= dense or len(own & sparse) <= 1
 
     def _separate(
-        self, root: ir.Assign, inline: list[ir.Assign], totals: Statements, also: Statements = ()
+        self, root: Statement, temps: list[Statement], totals: Statements, also: Statements = ()
     ) -> Stages:
         """Stages for totals of a statement, as arrays, and then for the statement. Loops come back
         to an element of them: no accumulator could hold it."""
@@ -169,16 +166,15 @@ class _Builder:
         self.tensors |= {n: replace(self.tensors[n], role="temp") for n in names}
         self.program = replace(self.program, tensors=tuple(self.tensors.values()))
 
-        def inside(*readers: ir.Assign | Statement) -> list[ir.Assign]:
-            """What these statements read that is no array."""
-            left = [a for a in inline if self.tensors[a.out.tensor.name].role == "inline"]
-            read = [t for x in readers for t in _read_by(x, left)]
-            return [t for t in left if t in read]
+        def inside(*readers: Statement) -> list[Statement]:
+            """What these statements read that is no array by now."""
+            inline = [t for t in temps if self.tensors[t.out.tensor.name].role == "inline"]
+            return _read_by(readers, inline)
 
         stages: Stages = []
-        for a in (a for a in inline if a.out.tensor.name in names):
-            out = replace(a.out, tensor=self.tensors[a.out.tensor.name])
-            stages += self.stages(replace(a, out=out), inside(a))
+        for t in (t for t in temps if t.out.tensor.name in names):
+            out = replace(t.out, tensor=self.tensors[t.out.tensor.name])
+            stages += self.stages(replace(t, out=out), inside(t))
         return [*stages, *self.stages(root, inside(root, *also), also)]
 
     def _init(
@@ -189,7 +185,7 @@ class _Builder:
         entries are then the identity. A composed format reads as its fill, since its parts are read
         at their own rows only."""
         structure = driver.structure if driver else ""
-        composed = bool(structure) and hasattr(self.tensors[structure].format, "parts")
+        composed = bool(structure) and self.tensors[structure].format.is_composed
         sums = [(t, drivers.driver_of(t), drivers.outer_driver(t)) for t in temps if t.op]
         own = [t for t, *drivers_of in sums if driver and driver in drivers_of]
         followers = {t.out.tensor.name: ir.identity_of(t.op, t.out.dtype) for t in own}
@@ -208,9 +204,8 @@ class _Builder:
             plain, rest = Statement(st.out, "", (), value), []
         else:
             plain = replace(st, value=visit(st.value))
-            rest = _read_by(plain, [replace(t, value=visit(t.value)) for t in temps])
-        tables = Tables(self.program, parts)
-        body = ir.simplify(NestBuilder(tables, plain, rest, "", shared=False).build().body)
+            rest = _read_by((plain,), [replace(t, value=visit(t.value)) for t in temps])
+        body = ir.simplify(NestBuilder(Tables(self.program, parts), plain, rest).build().body)
         follows = structure if part >= 0 else ""
         return ir.Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)
 

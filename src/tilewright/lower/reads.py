@@ -1,12 +1,12 @@
 """Expressions on coordinates as expressions on buffers: accesses become loads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tilewright import dtypes
 from tilewright.ir import core as ir
-from tilewright.ir.levels import Level, is_list_of_pairs, load_value, locate_pair, may_miss
+from tilewright.ir.levels import Level, is_list_of_pairs, locate_pair, may_miss, or_fill
 from tilewright.ir.names import parse_name
 from tilewright.ir.ranges import interval
 from tilewright.lower.scope import Scope, part_of
@@ -14,31 +14,15 @@ from tilewright.lower.tables import Driver, Statement, Tables, unsearchable
 
 
 @dataclass(frozen=True, slots=True)
-class PartRows:
-    """The rows that a nest over a part of a composed `structure` may read: its own. Other parts may
-    hold the others, and some of its own too where rows are `shared`."""
-
-    tables: Tables
-    structure: str
-    shared: bool
-    row_index: dict[str, str] = field(default_factory=dict)  # by structure, of the first access
-
-    def check(self, access: Driver) -> None:
-        """Raises ProgramError[P107] for a part that is read at two row indices."""
-        own = self.row_index.setdefault(access.structure, access.indices[0])
-        is_part = access.structure == self.structure and self.tables.is_composed(self.structure)
-        if is_part and (own != access.indices[0] or self.shared):
-            raise unsearchable(access, self.tables.tensors[access.structure].format)
-
-
-@dataclass(frozen=True, slots=True)
 class Reader:
     """Translates expressions at one point of a nest; searches are appended to `lets`."""
 
-    tables: Tables
-    rows: PartRows
     scope: Scope
     lets: list[ir.Stmt]
+
+    @property
+    def tables(self) -> Tables:
+        return self.scope.tables
 
     def expr(self, e: Any) -> Any:
         """The expression with loads for accesses. Its types are derived again, since coordinates
@@ -64,22 +48,31 @@ class Reader:
             return ir.cast(self.expr(e.a), e.dtype)
         return e
 
-    def access(self, e: ir.Access) -> ir.Expr:
+    def element(self, e: ir.Access) -> tuple[ir.Load, list[ir.Expr]]:
+        """The element of a buffer that an access means, and the conditions under which it lies
+        inside of a dense tensor. The position of a sparse one, its first index, may be -1."""
         tensor = self.tables.tensors[e.tensor.name]
-        if row := self.tables.rows.get(tensor.name):
-            return row.element(self.scope, e, tuple(self.expr(c) for c in e.coords))
-        if tensor.is_sparse:
+        row = self.tables.rows.get(tensor.name)
+        if tensor.is_sparse and not row:
             position = self._position(tensor, e)
-            inner = tuple(self.expr(c) for c in e.coords[len(e.stored_coords) :])
-            return load_value(self.tables.values(tensor), position, tensor.fill, inner)
-        coords = tuple(self.expr(c) for c in e.coords)
-        value = ir.Load(self.tables.buffer(tensor), coords, e.dtype)
-        inside = self.bounds(tensor, e, coords)
+            inner = map(self.expr, e.coords[len(e.stored_coords) :])
+            return ir.Load(self.tables.values(tensor), (position, *inner), tensor.dtype), []
+        coords = tuple(map(self.expr, e.coords))
+        if row:
+            return row.element(self.scope, e, coords), []
+        element = ir.Load(self.tables.buffer(tensor), coords, tensor.dtype)
+        return element, self.bounds(tensor, e, coords)
+
+    def access(self, e: ir.Access) -> ir.Expr:
+        """The value of an access: the fill where no entry is stored, 0 outside of an array."""
+        element, inside = self.element(e)
+        if e.tensor.is_sparse:
+            return or_fill(element, e.tensor.fill)
         if not inside:
-            return value
-        dtype = value.dtype.accumulator if value.dtype.is_float else value.dtype
+            return element
+        dtype = element.dtype.accumulator if element.dtype.is_float else element.dtype
         outside = ir.cast(ir.Const(0, dtypes.int32), dtype)
-        return ir.select(ir.all_of(inside), ir.cast(value, dtype), outside)
+        return ir.select(ir.all_of(inside), ir.cast(element, dtype), outside)
 
     def bounds(self, tensor: ir.Tensor, e: ir.Access, coords: tuple[ir.Expr, ...]) -> list[ir.Expr]:
         """Conditions under which the coordinates of an access lie inside the tensor, without those
@@ -105,7 +98,7 @@ class Reader:
             return self.scope.position(tensor.structure, len(levels) - 1)
         if access.is_plain and access in self.scope.known_positions:
             return self.scope.known_positions[access]
-        self.rows.check(access)
+        self.tables.check_row(access)
         return self._search(tensor, e, levels)
 
     def _search(self, tensor: ir.Tensor, e: ir.Access, levels: tuple[Level, ...]) -> ir.Expr:

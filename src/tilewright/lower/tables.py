@@ -47,6 +47,11 @@ class Statement:
             return cls(a.out, inner.op, inner.axes, inner.body)  # type: ignore[arg-type]
         return cls(a.out, a.op, (), a.value)  # an update in place reduces over no axes
 
+    @property
+    def values(self) -> tuple[ir.Expr, ...]:
+        """Every expression that it computes."""
+        return (self.value,)
+
 
 def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
     """The structures that could drive a reduction: those read at plain indices, one of them
@@ -57,10 +62,16 @@ def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
 
 class Tables:
     """The arrays of one nest: the tensors of its program, the formats that the nest sees
-    (of a composed format one part), their buffers, and the names that are in use."""
+    (of a composed format one part), their buffers, and the names that are in use.
 
-    def __init__(self, program: ir.Program, parts: Mapping[str, Any] | None = None) -> None:
-        self.program = program
+    `followed`: the structure whose entries the outer loops follow; `shared`: other parts of its
+    format hold entries of the same rows."""
+
+    def __init__(
+        self, program: ir.Program, parts: Mapping[str, Any] | None = None, followed: str = "",
+        *, shared: bool = False,
+    ) -> None:  # fmt: skip
+        self.program, self.followed, self.shared = program, followed, shared
         self.tensors = {t.name: t for t in program.tensors}
         self.index = program.index
         self.sizes = dict(program.sizes)
@@ -68,6 +79,7 @@ class Tables:
         self.formats.update(parts or {})
         self.names = set(self.tensors)
         self.rows: dict[str, Any] = {}  # `placed.Row` of temporaries, by name
+        self.row_index: dict[str, str] = {}  # by structure, of the first access
 
     def unused_name(self, name: str) -> str:
         """`name` without primes, with a number where the nest uses it already."""
@@ -84,13 +96,22 @@ class Tables:
         return ir.Var(self.unused_name(name), self.index)
 
     def is_composed(self, structure: str) -> bool:
-        return hasattr(self.tensors[structure].format, "parts")
+        return self.tensors[structure].format.is_composed
+
+    def check_row(self, access: Driver) -> None:
+        """Raises ProgramError[P107] for a part that is read at two row indices. A nest over a part
+        may read its own rows: other parts may hold the others, and some of its own where they are
+        `shared`."""
+        own = self.row_index.setdefault(access.structure, access.indices[0])
+        is_part = access.structure == self.followed and self.is_composed(self.followed)
+        if is_part and (own != access.indices[0] or self.shared):
+            raise unsearchable(access, self.tensors[access.structure].format)
 
     def levels(self, structure: str, access: ir.Access | None = None) -> tuple[Level, ...]:
         """The levels of a structure, in this nest. Raises ProgramError[P107] that names `access`
         for a composed format of which the nest follows no part."""
         fmt = self.formats[structure]
-        if not hasattr(fmt, "levels"):
+        if fmt.is_composed:
             raise unsearchable(structure if access is None else access, fmt)
         return fmt.levels
 

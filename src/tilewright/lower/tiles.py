@@ -46,7 +46,7 @@ def materialize_tiles(program: ir.Program) -> ir.Program:
 class _Tiler:
     def __init__(self, body: ir.Stmt) -> None:
         self.count = 0
-        computes = [x for x in ir.walk(body) if isinstance(x, ir.Compute)]
+        computes = list(ir.statements(body, ir.Compute))
         times = Counter((c.out, c.op) for c in computes)
         for c in computes:
             if c.mma and times[c.out, c.op] > 1:
@@ -55,10 +55,10 @@ class _Tiler:
 
     def visit(self, s: Any) -> Any:
         if isinstance(s, ir.For):
-            products = (c for c in ir.walk(s, ir.Compute) if c.mma)
+            products = (c for c in ir.statements(s, ir.Compute) if c.mma)
             if mine := [c for c in products if ir.reduces(s, c) or s.name == c.mma[0]]:
                 return self.reduce(s, mine)
-        return ir.rebuild(s, self.visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
+        return ir.rebuild_body(s, self.visit)
 
     def reduce(self, top: ir.Stmt, computes: list[ir.Compute]) -> ir.Stmt:
         """Returns `top` with the products `computes` in it as tile operations, their accumulators
@@ -82,7 +82,7 @@ class _Tiler:
                 after.append(store)
             top = ir.transform(top, lambda x, old=p.first, new=new: new if x is old else x)
         # The rest of the loop may hold products whose own reductions start further in.
-        return ir.seq(*before, ir.rebuild(top, self.visit), *after)
+        return ir.seq(*before, ir.rebuild_body(top, self.visit), *after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,8 +280,7 @@ def _region(
     for s in region:
         if isinstance(s, ir.Let):
             value = ir.substitute(s.value, known)
-            heavy = any(isinstance(x, (ir.Load, ir.Search)) for x in ir.walk(value))
-            if heavy and not ir.free_vars(value) & names:
+            if ir.reads_memory(value) and not ir.free_vars(value) & names:
                 inner.append(ir.Let(s.var, value))
             else:
                 known[s.var.name] = value

@@ -77,8 +77,8 @@ class _Unroller:
             self.copies += 1
             body = ir.substitute(s.body, {s.name: ir.Const(i, s.var.dtype)})
             copies.append(_renamed_lets(body, f".{self.copies}") if s.extent > 1 else body)
-        lines = (b for s in copies for b in (s.body if isinstance(s, ir.Seq) else (s,)))
-        once = {b if isinstance(b, ir.Prefetch) else n: b for n, b in enumerate(lines)}
+        lines = enumerate(ir.lines(ir.seq(*copies)))
+        once = {b if isinstance(b, ir.Prefetch) else n: b for n, b in lines}
         return ir.seq(*once.values())  # each prefetch once
 
 
@@ -90,7 +90,7 @@ def _renamed_lets(s: ir.Stmt, suffix: str) -> ir.Stmt:
     out: list[ir.Stmt] = []
     names: dict[str, ir.Expr] = {}
     buffers: dict[str, ir.Buffer] = {}
-    for b in s.body if isinstance(s, ir.Seq) else (s,):
+    for b in ir.lines(s):
         b = _rename_buffers(ir.substitute(b, names), buffers)
         if isinstance(b, ir.Let):
             fresh = ir.Var(b.var.name + suffix, b.var.dtype)
@@ -223,7 +223,7 @@ class _Vectorizer:
         return tuple(ir.Const(0, i.dtype) if n == dims[0] else i for n, i in enumerate(index))
 
     def vector(self, e: ir.Expr) -> ir.Expr:
-        return ir.broadcast(e, self.lanes) if not self.varies(e) else self.expr(e)
+        return self.expr(e) if self.varies(e) else _broadcast(e, self.lanes)
 
     def expr(self, e: Any) -> ir.Expr:
         if isinstance(e, ir.Var):
@@ -266,6 +266,10 @@ class _Vectorizer:
             return None
         step = form.steps.get(self.loop.name, ir.Const(0, e.dtype))
         return (form.base, int(step.value)) if isinstance(step, ir.Const) else None
+
+
+def _broadcast(e: ir.Expr, lanes: int) -> ir.Expr:
+    return e if lanes in (1, e.dtype.lanes) else ir.Broadcast(e, e.dtype.vector(lanes))
 
 
 def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:

@@ -5,7 +5,7 @@ from typing import Any
 
 from tilewright.build import Definition, named_recipe, program_of
 from tilewright.errors import ModelError
-from tilewright.ops import recipes
+from tilewright.ops import schedules
 from tilewright.ops.linear import KINDS, LAYOUTS, STORED, Layout
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
@@ -33,9 +33,9 @@ def by_token(s: Schedule) -> Schedule:
     if not s.target.is_cuda:
         return s.parallel("t")
     if not s.has("h"):
-        return recipes.rows.of(row="t", elements=("k",))(s)
+        return schedules.rows.of(row="t", elements=("k",))(s)
     s = s.fuse("h", "l", into="k")  # the 32 numbers of a block
-    s = s.bind("t", "cta.x").split("b", recipes.THREADS_Y, into=("b_o", "b_y"))
+    s = s.bind("t", "cta.x").split("b", schedules.THREADS_Y, into=("b_o", "b_y"))
     return s.bind("b_y", "thread.y").split("k", 32, into=("x_o", "x_i")).bind("x_i", "thread.x")
 
 

@@ -6,15 +6,15 @@ from functools import cache
 from typing import Any
 
 from tilewright.build import named_recipe, program
-from tilewright.ops import recipes
+from tilewright.ops import schedules
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import trace
 from tilewright.sparse.trace import dense, indices, out, rsqrt, scalar, sigmoid, tanh
 
-BY_ROW = recipes.rows.of(row="t", elements=("k",))
+BY_ROW = schedules.rows.of(row="t", elements=("k",))
 SUM = "k", "k2"  # a sum over the row, then its elements
-WITH_SUM = recipes.rows.of(row="t", elements=SUM)
+WITH_SUM = schedules.rows.of(row="t", elements=SUM)
 
 
 @named_recipe
@@ -23,7 +23,7 @@ def wide_rows(s: Schedule, elements: tuple[str, ...], width: int) -> Schedule:
     are under way together, and a row without a sum is of several CTAs."""
     s, threads = s.specialize("k", width), min(256, -(-width // 128) * 32)
     if not s.target.is_cuda or width % 4:
-        return recipes.rows.of(row="t", elements=elements)(s)
+        return schedules.rows.of(row="t", elements=elements)(s)
     s = s.bind("t", "cta.y").bind("h", "cta.x") if s.has("h") else s.bind("t", "cta.y")
     for e in elements:
         s = s.split(e, 4, into=(f"{e}_4", f"{e}_v")).vectorize(f"{e}_v")
@@ -117,7 +117,7 @@ def argmax(X=dense("t v")):
 def argmax_by_row(s: Schedule) -> Schedule:
     """A row is read by one CTA of a GPU: as many threads as it can have, each with several loads
     under way."""
-    s = recipes.rows.of(row="t", elements=("v", "v2"), threads_y=32)(s)
+    s = schedules.rows.of(row="t", elements=("v", "v2"), threads_y=32)(s)
     return s.unroll("v_o", 8).unroll("v2_o", 8) if s.target.is_cuda else s
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.build import Definition, kernels, named_recipe, program
-from tilewright.ops import recipes
+from tilewright.ops import schedules
 from tilewright.ops.spmm import check_packed, last_size, operand_dtype
 from tilewright.schedule import Schedule
 from tilewright.sparse import formats, trace
@@ -54,7 +54,7 @@ def gpu_recipe(s: Schedule) -> Schedule:
     if s.format_of(0).name != "coo":
         s, entries = s.fuse_axes("A"), "ij"
     itemsize = next(t.dtype.itemsize for t in s.program.tensors if t.name == "Q")
-    s = recipes.dot_products(s, entries, "k", dict(s.program.sizes)["d"], itemsize)
+    s = schedules.dot_products(s, entries, "k", dict(s.program.sizes)["d"], itemsize)
     return s.reorder("e_cta", "e_y", "k_x", "e_u", "k_o", "k_v")
 
 
@@ -85,7 +85,7 @@ def sddmm(A: Packed, P: Any, Q: Any, out: Any = None) -> Packed:
         A, lambda fmt: isinstance(fmt, formats.Format) and fmt.name in FORMATS,
         f"pack it as one of: {', '.join(FORMATS)}",
     )  # fmt: skip
-    width = recipes.fixed_width(last_size(Q), A.device)
+    width = schedules.fixed_width(last_size(Q), A.device)
     types = str(A.dtype), operand_dtype(P, "P"), operand_dtype(Q, "Q")
     target = "cpp" if A.device == "cpu" else "cuda"
     kernel = sddmm_kernel(target, A.format, types, width, A.structure.index_dtype.name)

@@ -18,7 +18,7 @@ from tilewright.build import Definition, kernels, named_recipe, program
 from tilewright.errors import ArgumentError, ProgramError, ScheduleError
 from tilewright.ir.nodes import Access, Index
 from tilewright.ir.rewrite import indices_of, walk
-from tilewright.ops.recipes import fixed_width, register_tiles
+from tilewright.ops.schedules import fixed_width, register_tiles
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import entries, formats, trace

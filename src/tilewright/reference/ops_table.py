@@ -1,4 +1,4 @@
-"""The operations of the IR as NumPy functions, for the evaluator and the interpreter.
+"""The operations of the IR on scalars as NumPy functions: those of programs on coordinates.
 
 They take arrays and NumPy scalars, under `np.errstate(all="ignore")`. Every result is defined:
 NumPy's integers wrap, `//` and `%` by 0 give 0, and a shift beyond the width gives 0, or all bits
@@ -35,12 +35,6 @@ def operation(e: Any, exact: bool = False) -> Callable[..., Any]:
         return np.where
     if isinstance(e, ir.Cast):
         return lambda x: cast(x, e.dtype, exact)
-    if isinstance(e, ir.Ramp):
-        return lambda x: x[..., None] + np.arange(e.dtype.lanes, dtype=e.dtype.numpy)
-    if isinstance(e, ir.Broadcast):
-        return lambda x: np.repeat(x[..., None], e.dtype.lanes, -1)
-    if isinstance(e, ir.ReduceLanes):
-        return lambda x: UFUNCS[e.op].reduce(x, -1, x.dtype)
     raise InternalError("I101", f"{type(e).__name__} has no operation on values")
 
 
@@ -49,11 +43,6 @@ def computed(dtype: dtypes.DType, exact: bool = False) -> np.dtype:
     if dtype.is_float and (exact or dtype.name == "bfloat16"):
         return np.dtype(np.float64 if exact else np.float32)
     return dtype.numpy
-
-
-def constant(value: Any, dtype: dtypes.DType, exact: bool = False) -> Any:
-    """A number as a NumPy scalar."""
-    return cast(computed(dtype, exact).type(value), dtype, exact)
 
 
 def cast(x: Any, to: dtypes.DType, exact: bool = False) -> Any:

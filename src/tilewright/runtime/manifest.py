@@ -100,7 +100,6 @@ class Built:
 
     manifest: Manifest
     source: str
-    entries: tuple[str, ...]
     bodies: tuple[Body, ...] = ()
 
     def to_bytes(self) -> bytes:
@@ -108,7 +107,7 @@ class Built:
         text = self.bodies[0].text if self.bodies else ""
         begin = self.source.index(text)
         head = {
-            "entries": self.entries, "manifest": asdict(self.manifest),
+            "manifest": asdict(self.manifest),
             "bodies": [asdict(replace(b, text="")) for b in self.bodies],
             "text": (begin, begin + len(text)),
         }  # fmt: skip
@@ -120,11 +119,9 @@ class Built:
         try:
             head, _, rest = data.partition(b"\n")
             fields, source = json.loads(head), rest.decode()
-            entries, (begin, end) = tuple(fields["entries"]), fields["text"]
-            if not all(isinstance(text, str) for text in entries):
-                return None
+            begin, end = fields["text"]
             bodies = [Body(**tuples(b) | {"text": source[begin:end]}) for b in fields["bodies"]]
-            return cls(manifest_from(fields["manifest"]), source, entries, tuple(bodies))
+            return cls(manifest_from(fields["manifest"]), source, tuple(bodies))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 

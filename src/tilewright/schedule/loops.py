@@ -161,7 +161,7 @@ def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
         return isinstance(e, ir.Var) and e.name in derived
 
     for x in ir.statements(f.body):
-        if not isinstance(x, ir.Let) or tree.reads_memory(x.value):
+        if not isinstance(x, ir.Let) or ir.reads_memory(x.value):
             continue
         if ir.free_vars(x.value) & derived and (c.reduce or distinct(x.value)):
             derived.add(x.var.name)
@@ -227,7 +227,7 @@ def mma(f: ir.For, rows: str, cols: str, depth: str, atom: Atom | None = None) -
 def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
 
     def one(f: ir.For) -> ir.Stmt:
-        lines = f.body.body if isinstance(f.body, ir.Seq) else (f.body,)
+        lines = ir.lines(f.body)
         let: Any = next((b for b in lines if _is_coordinate(b, f)), None)
         at, moving, end = 0, f.var, f.end
         if let is not None:
@@ -272,7 +272,7 @@ def _prefetched(s: ir.Stmt, buffer: str, later: dict[str, ir.Expr]) -> Rewritten
         if (
             isinstance(line, ir.Let)
             and ir.free_vars(line.value) & later.keys()
-            and not tree.reads_memory(line.value)  # what is loaded is not known early
+            and not ir.reads_memory(line.value)  # what is loaded is not known early
         ):
             later = later | {line.var.name: ir.substitute(line.value, later)}
     return ir.seq(*lines), total

@@ -33,8 +33,8 @@ def compute_at(program: ir.Program, temporary: str, loop: str, scope: str, most:
         raise unknown(f"no temporary {temporary!r}", f"temporaries: {', '.join(known) or 'none'}")
     if most and scope != "row":
         raise illegal(f"most is {most}, and scope {scope!r}", 'scope="row" has a most')
-    rest = (p for p in program.placed if p[0] != temporary)
-    return replace(program, placed=(*rest, (temporary, loop, scope, most)))
+    rest = (p for p in program.placed if p.temporary != temporary)
+    return replace(program, placed=(*rest, ir.Placement(temporary, loop, scope, most)))
 
 
 def merge_sums(program: ir.Program, output: str) -> ir.Program:

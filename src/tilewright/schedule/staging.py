@@ -11,7 +11,7 @@ from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import core as ir
 from tilewright.ir.affine import affine, is_multiple
 from tilewright.ir.names import values_name
-from tilewright.schedule.tree import computes, reads_memory, rewrite_loops
+from tilewright.schedule.tree import computes, rewrite_loops
 from tilewright.target import SHARED_BYTES
 
 CacheScope = Literal["register", "shared"]
@@ -51,8 +51,7 @@ def _is_of(name: str, operand: str) -> bool:
 def pipeline(body: ir.Stmt, loop: str, stages: int) -> tuple[ir.Stmt, int]:
 
     def one(f: ir.For) -> ir.Stmt:
-        lines = f.body.body if isinstance(f.body, ir.Seq) else ()
-        copies = [s for s in lines if isinstance(s, ir.For) and s.kind == "threads"]
+        copies = [s for s in ir.lines(f.body) if isinstance(s, ir.For) and s.kind == "threads"]
         if not copies or f.kind != "serial":
             why = f"loop {f.name} is {f.kind} and copies {len(copies)} operands to shared memory"
             raise illegal(why, 'cache(…, "shared") at a serial loop first')
@@ -172,10 +171,10 @@ class _Staging:
                 sums = tuple(replace(r, value=ir.transform(r.value, visit)) for r in s.reductions)
                 value = ir.transform(s.value, visit) if s.value in self._computed(s) else s.value
                 return replace(s, value=value, reductions=sums)
-            return ir.rebuild(s, reads) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
+            return ir.rebuild_body(s, reads)
 
         fill, body = ir.seq(ir.Alloc(scratch), self._fill(scratch, loops)), reads(self.at.body)
-        lines = list(body.body) if isinstance(body, ir.Seq) else [body]
+        lines = list(ir.lines(body))
         copied = _copied(lines)
         barrier = isinstance(lines[copied], ir.Sync)  # after the copies before this one
         if self.scope == "register":
@@ -338,7 +337,7 @@ class _Staging:
             if isinstance(s, ir.Let) and s.var.name in needed - fresh.keys():
                 var = ir.Var(f"{s.var.name}_{scratch.name}", s.var.dtype)
                 value = ir.substitute(s.value, names)
-                value = ir.zero_unless(held, value) if reads_memory(value) else value
+                value = ir.zero_unless(held, value) if ir.reads_memory(value) else value
                 out.append(ir.Let(var, value))
                 names[s.var.name] = var
             for cond in ir.conjuncts(s.cond) if isinstance(s, ir.If) else ():

@@ -55,7 +55,7 @@ def chain_from(s: ir.Stmt) -> Chain:
 def in_the_way(chain: Chain, loop: str) -> tuple[str, str]:
     """What a chain ends at before `loop`, or before its statement, and what to call instead: the
     statements beside it. Nothing where the chain does not branch."""
-    lines = chain.body.body if isinstance(chain.body, ir.Seq) else ()
+    lines = ir.lines(chain.body)
     is_below = any(has_loop(s, loop) for s in lines)
     wanted = [s for s in lines if (has_loop(s, loop) if is_below else isinstance(s, ir.Compute))]
     beside = [s for s in lines if s not in wanted and not isinstance(s, ir.Let)]
@@ -111,7 +111,7 @@ def _below(
         return all(name in bound or name not in own for e in parts for name in ir.free_vars(e))
 
     def rank(x: Any) -> int:  # plain names, then guards, then loads
-        return 1 if not isinstance(x, ir.Let) else 2 if reads_memory(x.value) else 0
+        return 1 if not isinstance(x, ir.Let) else 2 if ir.reads_memory(x.value) else 0
 
     now = [x for x in waiting if ready(x.value if isinstance(x, ir.Let) else x)]
     # Not above the outermost loop: a name there would be bound for the chain's neighbours too.
@@ -130,11 +130,6 @@ def _below(
         why = f"the range of loop {head.name} depends on loops that would be inside it"
         raise illegal(why, "a level stays inside the levels above it")
     return replace(head, body=_below(loops[1:], waiting, body, own, bound | {head.name}))
-
-
-def reads_memory(e: ir.Expr) -> bool:
-    """Whether an expression loads or searches."""
-    return any(True for _ in ir.loads(e))
 
 
 def clash(s: Any, taken: frozenset[str]) -> str | None:
@@ -184,7 +179,7 @@ def rewrite_loops(
                 raise illegal(why, "schedule the loops around it")
             count += 1
             return f(x)
-        return ir.rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
+        return ir.rebuild_body(x, visit)
 
     return visit(s), count
 

@@ -32,7 +32,6 @@ from tilewright.serve.request import Sampling, check_tokens
 from tilewright.serve.worker import LOG, Piece, Worker
 
 LOOK_S = 1.0  # between looks whether a client has left
-MAX_PROMPTS = 64
 
 Item = tuple[int, Piece]  # of the answer with this number
 
@@ -118,7 +117,7 @@ class Server:
         if (body.messages is None) == (body.prompt is None):
             raise HTTPException(400, "prompt or messages, one of them")
         if body.messages is not None:
-            tokens = await asyncio.to_thread(self.prompts.prompt, body.messages)
+            tokens = await asyncio.to_thread(self.prompts.prompt, body.messages, body.tools)
         else:
             (tokens,) = await asyncio.to_thread(self._encoded, [body.prompt])
         return {"tokens": tokens, "count": len(tokens), "max_model_len": self.prompts.context}
@@ -129,9 +128,6 @@ class Server:
 
     def _encoded(self, asked: Any) -> list[list[int]]:
         """Texts as tokens, none of them control tokens; ids as they are."""
-        if not 0 < len(asked) <= MAX_PROMPTS:
-            rule = f"{len(asked)} prompts, 1 to {MAX_PROMPTS} are answered"
-            raise ModelError("M106", rule, where="prompt")
         encode = self.prompts.tokenizer.encode
         return [encode(p, special=False) if isinstance(p, str) else list(p) for p in asked]
 
@@ -144,8 +140,8 @@ class Server:
             check_tokens(tokens, how, self.prompts.vocab, self.prompts.context)
         jobs = [tokens for tokens in prompts for _ in range(body.n)]
         most = min(self.limits.waiting, self.limits.of_client)
-        if len(jobs) > most:
-            rule = f"{len(jobs)} answers, at most {most} are given at once"
+        if not 0 < len(jobs) <= most:
+            rule = f"{len(jobs)} answers, 1 to {most} are given at once"
             raise ModelError("M106", rule, where="n")
         if self.worker.pending + len(jobs) > self.limits.waiting:
             raise HTTPException(429, f"{self.limits.waiting} requests wait or run: try again later")
@@ -234,7 +230,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 sent["status"] = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
-            await send(message)
+            # A client that reads nothing must not keep its answers, and the end of the server.
+            await asyncio.wait_for(send(message), self.limits.answer_s)
 
         try:
             if keys and not (is_known or is_open):
@@ -243,6 +240,10 @@ class Gate:
                 await self.app(scope, self._limited(receive), named)
         except HTTPException as error:  # of this gate: the application answers its own
             await JSONResponse(*failure(error))(scope, receive, named)
+        except TimeoutError:
+            if not sent:
+                raise
+            sent["status"] = 499  # of `named`: the connection is closed
         finally:
             ms = round(1e3 * (time.monotonic() - began), 1)
             line = {"id": number, "method": scope["method"], "path": scope["path"][:200], "ms": ms}

@@ -1,8 +1,5 @@
 """Prompts as tokens: questions and texts, and conversations by the model's own chat template.
 
-    prompts = Prompts(open_model(path), context=2048)
-    ids = prompts.prompt([{"role": "user", "content": "What is the capital of France?"}])
-
 A template is a program from a model file. It runs in Jinja's immutable sandbox, in a process with
 limits of time and memory (`template_worker.py`).
 
@@ -117,33 +114,26 @@ class Prompts:
 
     def prompt(self, prompt: str | Messages, tools: Any = None) -> list[int]:
         """The tokens of a question, of a chat, or of a text to continue; no text of a user becomes
-        a control token. Raises the errors of `ChatTemplate.render`."""
-        template = self.template
-        if isinstance(prompt, str) and (template is None or not template.compiles()):
-            return self.tokenizer.encode(prompt, special=False)
-        if template is None:
+        a control token. Raises the errors of `ChatTemplate.tokens`."""
+        if self.template is None:
+            if isinstance(prompt, str):
+                return self.tokenizer.encode(prompt, special=False)
             raise _unusable("the model has none", "pass a text to continue")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return template.tokens(messages, tools)
+        return self.template.tokens(messages, tools)
 
     def too_many(self, messages: Messages) -> int:
-        """How many messages to leave out, so that `ANSWER_ROOM` tokens (at most half of the
-        context) remain for an answer.
-
-        A leading system message and the last message always stay. The oldest others are left out
-        first, up to a user message, so that the rest begins with a question. Raises
-        ModelError[M105] when even the shortest form does not fit.
-        """
-        assert self.template is not None
-        checked, room = check_messages(messages), self.context - min(ANSWER_ROOM, self.context // 2)
-        first, size = (1 if checked[0]["role"] == "system" else 0), 0
-        later = [i for i in range(first + 1, len(checked)) if checked[i]["role"] == "user"]
-        for start in (first, *later):
-            size = len(self.template.tokens([*checked[:first], *checked[start:]]))
-            if size <= room:
-                return start - first
-        hint = "shorten the last message or the system message"
-        raise ModelError("M105", f"the prompt takes {size} tokens, {room} fit", hint=hint)
+        """How many of the oldest messages to leave out, so that the rest begins with a question and
+        `ANSWER_ROOM` tokens (at most half of the context) remain for an answer. Raises
+        ModelError[M105] where the last question is too long."""
+        room, size = self.context - min(ANSWER_ROOM, self.context // 2), 0
+        for start, message in enumerate(messages):
+            if message["role"] == "user":
+                size = len(self.prompt(messages[start:]))
+                if size <= room:
+                    return start
+        rule = f"the prompt takes {size} tokens, {room} fit"
+        raise ModelError("M105", rule, hint="shorten the last message")
 
 
 class ChatTemplate:
@@ -172,28 +162,15 @@ class ChatTemplate:
         self._names = {name: self._marked(text) for name, text in names.items()}
         self._worker = _Worker(self._marked(source))
 
-    def compiles(self) -> bool:
-        """Returns whether the source is a template. Raises MissingExtra."""
-        try:
-            self._worker.render(None)
-        except ModelError:
-            return False
-        return True
-
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
-        """Returns the prompt of a conversation, up to the answer of the assistant. `tools`:
-        functions that the template shows to the model.
-
-        Raises ModelError: M106 for messages that are not well formed or that the template refuses,
-        M107 for a template that fails or takes too much time or memory.
-        """
-        return self._rendered(messages, tools).translate(self._originals)
-
     def tokens(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
-        """Returns the ids of the prompt's tokens. Text of a message never becomes a control token.
+        """Returns the prompt of a conversation, up to the answer of the assistant, as ids of
+        tokens. Text of a message never becomes a control token. `tools`: functions that the
+        template shows to the model.
 
         The beginning-of-sequence token comes exactly once, also where both the template and the
-        model's file ask for it. Raises the errors of `render`.
+        model's file ask for it. Raises ModelError: M106 for messages that are not well formed or
+        that the template refuses, M107 for a template that does not compile, fails or takes too
+        much time or memory.
         """
         tokenizer = self.tokenizer
         text = self._rendered(messages, tools)
@@ -263,10 +240,9 @@ class _Worker:
         with contextlib.suppress(OSError, TilewrightError):  # a request raises them again
             self._launch()
 
-    def render(self, variables: Mapping[str, Any] | None) -> str:
-        """Returns the rendered text; for None an empty one, once the template has compiled.
-
-        Raises ModelError: M106 where the template refuses the messages, M107; MissingExtra."""
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Returns the rendered text. Raises ModelError: M106 where the template refuses the
+        messages, M107; MissingExtra."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._launch()

@@ -1,19 +1,19 @@
 """The cost of a step: seconds by the tokens it reads, from ten constants that `tune.py` fits.
 
-    seconds = step + answer · answers + context · Σ keys of each answer and chunk
+    seconds = step + answer · answers + context · (Σ keys of answers + COPIED · Σ keys of chunks)
               + over · max(0, rows - knee) + tail · blocks of rows that are left over
             and with prompts  + mixed + prompt · tokens + reads · Σ keys of each token
                               + beside [answers too]
 
 Up to `knee` rows a GPU reads the weights in the time that their products take. A CPU, whose knee is
 0, takes eight rows of prompts or four answers at once; what is left over is blocks of 4, 2 and 1.
+The kernel of several queries copies the keys of a chunk into tiles first, however few these are.
 The constants are fitted by least squares of the relative error, none below zero.
 """
 
 import json
 import os
 import platform
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +25,11 @@ from tilewright.errors import ModelError
 from tilewright.runtime import cuda, pool
 from tilewright.serve.weights import ModelFile
 from tilewright.target import Target
+from tilewright.toolchain import compilers
 
 CONSTANTS = ("step", "mixed", "answer", "context", "prompt", "reads", "tail", "beside", "over")
 HOW_TO_TUNE = "measure them: tilewright tune serve MODEL --out FILE"
+COPIED = 2.5  # times what a key of an answer costs: fitted to 278 steps of a CPU
 SLOWNESS = 64  # steps in which the factors follow a change
 
 
@@ -68,7 +70,7 @@ class CostModel:
     def seconds(self, work: Work) -> float:
         """The time that a step takes."""
         answers, context, prompt, reads, span = work
-        cost = self.step + self.answer * answers + self.context * (context + span)
+        cost = self.step + self.answer * answers + self.context * (context + COPIED * span)
         cost += self.tail * ((answers % 4).bit_count() + (prompt % 8).bit_count())
         cost += self.over * max(0, answers + prompt - self.knee)
         if not prompt:
@@ -123,10 +125,7 @@ def device_name(target: Target) -> str:
     """The GPU, or the processor and the cores that this process uses."""
     if target.is_cuda:
         return cuda.device(cuda.current_device()).name if cuda.available() else str(target)
-    info = Path("/proc/cpuinfo")  # of Linux
-    text = info.read_text(encoding="utf-8") if info.exists() else ""
-    model = re.search(r"model name\s*: (.+)", text)
-    name = model[1] if model else platform.processor() or platform.machine()
+    name = compilers.cpu_field(b"model name") or platform.machine()
     return f"{name}, {pool.wanted_threads()} threads"
 
 

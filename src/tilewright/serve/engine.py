@@ -33,6 +33,7 @@ from tilewright.serve.weights import ModelFile, open_model
 from tilewright.target import Target
 from tilewright.toolchain import compilers
 
+Several = list[str] | list[Messages] | list[str | Messages]
 LONGEST = 2048  # tokens of a sequence, where the caller names no context
 
 
@@ -220,7 +221,7 @@ class Engine:
         if request.grammar is not None:
             request.grammar.consume_token(token)
         if request.grammar is not None and (wrong := request.grammar.get_error()):
-            rule = f"no answer can follow the JSON schema: {wrong.splitlines()[0][:200]}"
+            rule = f"no answer can follow the schema or grammar: {wrong.splitlines()[0][:200]}"
             request.error = ModelError("M106", rule, where="response_format")
             return self.scheduler.finish(request, "error")
         if token in self.tokenizer.ends and not request.sampling.ignore_eos:
@@ -260,7 +261,7 @@ class LLM(Prompts):
 
     def stream(self, prompt: str | Messages, **sampling: Any) -> Generator[str, None, None]:
         """The answer, piece by piece. `prompt`: a question, or messages of a chat; a model
-        without a chat template that compiles continues the text. `sampling`: of `Sampling`.
+        without a chat template continues the text. `sampling`: of `Sampling`.
 
         Several streams may be read in turns: their answers are computed together. Raises
         ModelError: M105 for a prompt longer than the context, M106 for bad arguments, M101 for a
@@ -270,12 +271,8 @@ class LLM(Prompts):
 
     @overload
     def generate(self, prompt: str | Messages, **options: Any) -> str: ...
-
     @overload
-    def generate(
-        self, prompt: list[str] | list[Messages] | list[str | Messages], **options: Any
-    ) -> list[str]: ...
-
+    def generate(self, prompt: Several, **options: Any) -> list[str]: ...
     def generate(self, prompt: Any, *, progress: bool = False, **sampling: Any) -> str | list[str]:
         """The answer as one text; for a list of prompts (texts or chats), a list of their answers,
         computed together. `progress`: a line on the standard error counts the answers.

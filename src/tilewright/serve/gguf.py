@@ -157,13 +157,11 @@ class Header:
         kind = type_name.lower()
         if kind not in KINDS:
             hint = f"supported: {', '.join(KINDS)}; requantise the model to one of them"
-            raise self.damaged(
-                f"tensor {short(name)} has the weight type {type_name}", "M104", hint
-            )
+            rule = f"tensor {short(name)} has the weight type {type_name}"
+            raise self.damaged(rule, "M104", hint)
         if shape[-1] % block_size(kind)[0]:
-            raise self.damaged(
-                f"tensor {short(name)}: rows of {shape[-1]} are not whole {kind} blocks"
-            )
+            rule = f"tensor {short(name)}: rows of {shape[-1]} are not whole {kind} blocks"
+            raise self.damaged(rule)
         return offset, name, kind, shape
 
     def _located(self, entries: list[tuple[int, str, str, tuple[int, ...]]]) -> list[Weight]:
@@ -182,9 +180,8 @@ class Header:
             if name in weights or begin < last:
                 raise self.damaged(f"tensor {short(name)} occurs twice or overlaps {before}")
             if end > len(self.data):
-                raise self.damaged(
-                    f"tensor {short(name)} ends at byte {end}, behind the file's end"
-                )
+                rule = f"tensor {short(name)} ends at byte {end}, behind the file's end"
+                raise self.damaged(rule)
             weights[name] = view(name, kind, shape, self.data, begin)
             last, before = end, f"tensor {short(name)}"
         return [*weights.values()]

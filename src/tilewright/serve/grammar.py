@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema, by the library llguidance (extra `grammar`)."""
+"""Answers that follow a JSON schema or a grammar, by the library llguidance (extra `grammar`)."""
 
 import functools
 from typing import Any
@@ -9,22 +9,26 @@ from tilewright.serve.tokenizer import Tokenizer
 with needed_for("response_format", "grammar"):
     from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-MAX_SCHEMA_CHARS = 1 << 16
+MAX_CHARS = 1 << 16  # of a schema, or of a grammar
 
 
 def matcher(tokenizer: Tokenizer, schema: str) -> LLMatcher:
-    """Returns the matcher of an answer. It takes each token, and masks those that may come next (an
-    end token once the text is complete). Raises ModelError[M106] for a JSON schema that cannot be
-    used."""
+    """Returns the matcher of an answer that follows a JSON schema, or a grammar in the notation of
+    Lark, which begins with no brace. It takes each token, and masks those that may come next (an
+    end token once the text is complete). Raises ModelError[M106] for one that cannot be used."""
+    is_json = schema.lstrip().startswith("{")
+    name, grammar, wrong = "JSON schema" if is_json else "grammar", "", "it is too long"
     try:
-        grammar = LLMatcher.grammar_from_json_schema(schema)
-        wrong = LLMatcher.validate_grammar(grammar)
+        if len(schema) <= MAX_CHARS:
+            read = LLMatcher.grammar_from_json_schema if is_json else LLMatcher.grammar_from_lark
+            grammar = read(schema)
+            wrong = LLMatcher.validate_grammar(grammar)
     except ValueError as error:
-        grammar, wrong = "", str(error)
+        wrong = str(error)
     if not tokenizer.ends:
         wrong = "the model has no end token"
-    if wrong or len(schema) > MAX_SCHEMA_CHARS:
-        rule = f"the JSON schema cannot be used: {wrong[:200] or 'it is too long'}"
+    if wrong:
+        rule = f"the {name} cannot be used: {wrong[:200]}"
         raise ModelError("M106", rule, where="response_format")
     return LLMatcher(_vocabulary(tokenizer), grammar)
 

@@ -81,8 +81,7 @@ class State:
 @dataclass(frozen=True, slots=True)
 class Decision:
     """A step: its kind, tokens of prompts by id, ids to admit first, the id to preempt (-1: none),
-    and its predicted seconds. Kinds of steps that today's runner has no executor for (attention of
-    both in one launch, a split of the processors) are values of `kind` to come."""
+    and its predicted seconds."""
 
     kind: str
     chunks: tuple[tuple[int, int], ...] = ()

@@ -38,13 +38,14 @@ class Schema(Strict):
 
 
 class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "grammar"]
     json_schema: Schema | None = None
+    grammar: str = ""
 
     def schema_text(self) -> str:
-        """The JSON schema of an answer, "" for none."""
-        if self.type == "text":
-            return ""
+        """The JSON schema or the grammar of an answer, "" for none."""
+        if self.type in ("text", "grammar"):
+            return self.grammar
         asked = self.json_schema.schema_ if self.json_schema else None
         return json.dumps({"type": "object"} if self.type == "json_object" else asked)
 
@@ -102,6 +103,7 @@ class Tokenize(Strict):
     model: str = ""
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 _TEXT: Any = (str, ...)

@@ -55,7 +55,7 @@ class Sampling:
     token to a number that is added. `seed` None: another answer each time. `stop`: texts that end
     the answer and are not part of it; `ignore_eos`: end tokens do not end it. `logprobs`: how many
     likeliest tokens are reported with each token; None reports nothing. `schema`: a JSON schema
-    that the answer follows ("": none).
+    that the answer follows, or a grammar in the notation of Lark ("": none).
 
     `priority`: a higher one is served first. `ttft_ms`: the first token is promised so many
     milliseconds after the arrival; `itl_ms`: each later one so many after the one before.
@@ -92,7 +92,7 @@ class Sampling:
             "stop": (_are_stops(self.stop), f"at most {MAX_STOPS} texts, none of them empty"),
             "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
             "logprobs": (top is None or is_count(top, 0, MAX_LOGPROBS), f"0…{MAX_LOGPROBS}"),
-            "schema": (isinstance(self.schema, str), "a JSON schema as text"),
+            "schema": (isinstance(self.schema, str), "a JSON schema as text, or a grammar"),
             "priority": (is_count(self.priority, -LARGEST, LARGEST), f"-{LARGEST}…{LARGEST}"),
         }
         for name, (least, most) in RANGES.items():

@@ -7,12 +7,7 @@ available; the answer takes pages as it grows. Where none is left, the running r
 rank, among equals the latest, gives its pages back and is read again later (preemption by
 recompute). Waiting raises the rank by one every `PATIENCE` steps, so that nobody waits for ever.
 
-No clock, no arrays, no threads: the caller tells the time.
-
-    while scheduler.has_work:
-        batch = scheduler.schedule(now)
-        ...                                   # run batch.chunks
-        for request in scheduler.commit(batch, now): ...   # each wants its next token
+No clock, no arrays, no threads: the caller tells the time, and runs what `schedule` returns.
 """
 
 from bisect import insort
@@ -42,9 +37,6 @@ class Limits:
     share: bool = True
     invariant: bool = True
     page_size: int = PAGE_SIZE
-
-    def __post_init__(self) -> None:
-        assert 0 < self.running < self.step_tokens, "a step has no tokens left for prompts"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 `chat.py` runs this file as a script. It imports Jinja and the standard library only, to start fast.
 Input and output are lines of JSON. The first line is the setup: `path` (sys.path), `source`,
 `seconds` of processor time for one answer, `bytes` of memory. Each later line holds the variables
-of one rendering, or null to ask whether the source compiles. The answer is {"text": ...},
+of one rendering. The answer is {"text": ...},
 {"refused": ...} where the template called raise_exception, or {"error": ...}. SIGPROF ends the
 process at the limit of time. The environment has what `transformers` gives to chat templates.
 """
@@ -81,8 +81,7 @@ def main() -> None:
     compilation = attempt(lambda: templates.append(compiled(setup["source"])) or "")
     for line in sys.stdin:
         variables = json.loads(line)
-        asked = templates and variables is not None
-        answer = attempt(lambda v=variables: templates[0].render(v)) if asked else compilation
+        answer = attempt(lambda v=variables: templates[0].render(v)) if templates else compilation
         print(json.dumps(answer), flush=True)
 
 

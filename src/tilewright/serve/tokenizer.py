@@ -1,9 +1,5 @@
 """Converts text to tokens and back, with the BPE of the library `tokenizers`.
 
-    tokenizer = load_tokenizer(open_model(path))
-    ids = tokenizer.encode("What is the capital of France?")
-    text = tokenizer.decode(ids)
-
 The library encodes plain text only: it does not know the control tokens: this module finds those.
 Bytes that a byte-level vocabulary does not have are dropped. Source: the GGUF keys
 `tokenizer.ggml.*`.
@@ -228,8 +224,16 @@ def byte_spellings() -> list[str]:
 
 # To the byte's Latin-1 character; Latin-1 characters that spell no byte become another one.
 _TO_BYTE = dict.fromkeys(range(256), 0xFFFF) | {ord(c): b for b, c in enumerate(byte_spellings())}
-# What divides a text before the words of GPT-2 do, by tokenizer.ggml.pre.
-_PRE = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)]}
+# The words of Llama 3, as its tokenizer.json has them.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What divides a text, by tokenizer.ggml.pre: before the words of GPT-2 do, or in their place.
+_PRE = {
+    "gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+    "llama-bpe": [pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated")],
+}  # fmt: skip
 
 
 def byte_level(
@@ -242,8 +246,10 @@ def byte_level(
         raise _unusable(f"the pre-tokenizer {pre!r} is not known", "tokenizer.ggml.pre", hint)
     if len(set(merges)) < len(merges):
         raise _unusable("a merge occurs twice", "tokenizer.ggml.merges")
-    out = _tokenizer(tokens, types, [tuple(pair.split(" ")) for pair in merges], _from_bytes)
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs, own = [tuple(pair.split(" ")) for pair in merges], pre == "llama-bpe"
+    # A word of Llama 3 that is a token is that token, also where no merges lead to it.
+    out = _tokenizer(tokens, types, pairs, _from_bytes, ignore_merges=own)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not own)
     out.library.pre_tokenizer = pre_tokenizers.Sequence([*_PRE[pre], words])
     return out
 

@@ -15,6 +15,7 @@ from tilewright.serve.request import Request
 from tilewright.serve.scheduler import Chunk, work_of
 
 FEWEST = 2 * len(CONSTANTS)  # samples of a fit
+GROUP = 20  # steps that are measured in turns
 KNEES = (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 Sample = tuple[Work, float]
@@ -59,10 +60,10 @@ def _least_squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def measure(engine: Engine, seconds: float, most: int = 1000, seed: int = 0) -> Iterator[Sample]:
-    """Steps of random states with the time of each, the least of four runs; one thread on a CPU is
-    timed while it computes, and not while others have its core. Overwrites the KV cache. Ends after
-    `most` steps, or after `seconds` but not before `FEWEST` steps. Raises ArgumentError[A109] for a
-    context of one token."""
+    """Steps of random states with the time of each, the least of four runs, which a `GROUP` of them
+    take in turns; one thread on a CPU is timed while it computes, and not while others have its
+    core. Overwrites the KV cache. Ends after `most` steps, or after `seconds` but not before
+    `FEWEST` steps. Raises ArgumentError[A109] for a context of one token."""
     rng = np.random.default_rng(seed)
     for array in (*engine.runner.keys, *engine.runner.values):
         engine.model.memory.write(array, 0)
@@ -72,16 +73,19 @@ def measure(engine: Engine, seconds: float, most: int = 1000, seed: int = 0) -> 
     is_alone = not engine.model.target.is_cuda and pool.wanted_threads() == 1
     clock = time.thread_time if is_alone else time.perf_counter
     ends = time.perf_counter() + seconds
-    for n in range(most):
+
+    def timed(chunks: list[Chunk]) -> float:
+        began = clock()
+        engine.runner.run(chunks).wait()
+        return clock() - began
+
+    for n in range(0, most, GROUP):
         if time.perf_counter() > ends and n >= FEWEST:
             break
-        chunks = _chunks(engine, rng)
-        times = []
-        for _ in range(4):  # the first also builds and records what steps of this kind need
-            began = clock()
-            engine.runner.run(chunks).wait()
-            times.append(clock() - began)
-        yield work_of(chunks), min(times)
+        steps = [_chunks(engine, rng) for _ in range(min(GROUP, most - n))]
+        # In turns, as the machine is slower for seconds. The first run also builds what it needs.
+        times = [[timed(chunks) for chunks in steps] for _ in range(4)]
+        yield from zip(map(work_of, steps), np.min(times, 0).tolist(), strict=True)
 
 
 def _chunks(engine: Engine, rng: np.random.Generator) -> list[Chunk]:

@@ -202,12 +202,10 @@ _DTYPES = ("F32", "F16", "BF16")
 
 def read_json(path: Path, code: str = "M101") -> dict[str, Any]:
     """The object in a JSON file. Raises ModelError of `code`."""
+    with _opened(path, 2) as file:
+        data = file.read(MAX_JSON_BYTES + 1)
     try:
-        with _opened(path, 2) as file:
-            data = file.read(MAX_JSON_BYTES + 1)
         values = json.loads(data) if len(data) <= MAX_JSON_BYTES else None
-    except ModelError:
-        raise
     except (ValueError, RecursionError) as error:
         raise ModelError(code, f"no JSON: {str(error)[:80]}", where=str(path)) from None
     if not isinstance(values, dict):

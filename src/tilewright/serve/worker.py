@@ -62,9 +62,8 @@ def main(connection: Connection, path: str, target: str, options: Options) -> No
         if engine.model.target.is_cuda:  # 0.2 s a step, not while answers wait
             engine.runner.warm()
     except Exception as error:
-        known, rule = isinstance(error, TilewrightError), f"the engine cannot start: {error!r:.200}"
-        LOG.error("the engine cannot start", exc_info=None if known else error)
-        return connection.send(error if known else ModelError("M109", rule))
+        rule = f"the engine cannot start: {error!r:.200}"
+        return connection.send(_told(error, ModelError("M109", rule)))
     return run(engine, connection)
 
 
@@ -115,12 +114,12 @@ def _step(engine: Engine) -> list[Request]:
         return failed
 
 
-def _told(error: Exception) -> Exception:
-    """What the server is told of an exception. One that is not ours is logged here."""
+def _told(error: Exception, instead: Exception | None = None) -> Exception:
+    """What the server is told of an exception: `instead` of others than ours, which are logged."""
     if isinstance(error, TilewrightError):
         return error
-    LOG.error("a request or a step has failed", exc_info=error)
-    return RuntimeError(repr(error)[:200])
+    LOG.error("the start, a request or a step has failed", exc_info=error)
+    return instead or RuntimeError(repr(error)[:200])
 
 
 def _piece(r: Request) -> Piece:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class Format:
 
     name: str
     levels: tuple[Level, ...]
+    is_composed: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_levels(self)
@@ -191,6 +192,7 @@ class Composed:
     parts: tuple[tuple[Any, Format], ...]
     disjoint_rows: bool = False
     covers_rows: bool = False
+    is_composed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         kinds = {"name": str, "parts": tuple, "disjoint_rows": bool, "covers_rows": bool}

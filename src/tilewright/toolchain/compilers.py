@@ -54,18 +54,22 @@ FULL_LINK: tuple[str, ...] = ("-pthread",)
 
 
 @functools.cache
-def cpu_features() -> frozenset[str]:
-    """Feature flags of this CPU as Linux names them; empty where they cannot be read."""
-    if os.uname().machine not in ("x86_64", "amd64"):
-        return frozenset()
+def cpu_field(wanted: bytes) -> str:
+    """What Linux says of the first core of this CPU; "" where it cannot be read."""
     # Linux generates this file as it is read: stop at the first core. A text decoder would take
     # 0.1 ms to set up.
     with contextlib.suppress(OSError), open("/proc/cpuinfo", "rb") as file:
         for line in file:
             name, _, value = line.partition(b":")
-            if name.strip() == b"flags":
-                return frozenset(value.decode().split())
-    return frozenset()
+            if name.strip() == wanted:
+                return value.decode().strip()
+    return ""
+
+
+def cpu_features() -> frozenset[str]:
+    """Feature flags of this CPU as Linux names them; empty where they cannot be read."""
+    is_x86 = os.uname().machine in ("x86_64", "amd64")
+    return frozenset(cpu_field(b"flags").split()) if is_x86 else frozenset()
 
 
 def runnable(isa: str) -> bool:

@@ -168,7 +168,7 @@ def current() -> Cache:
     the cache is off."""
     if not knobs.get("cache"):
         return temporary()
-    folder = knobs.folder(knobs.get("cache_dir"))
+    folder = knobs.get("cache_dir")
     cache = _open.get(folder)
     if cache is None:
         try:

@@ -1,7 +1,6 @@
 """`tilewright demo`, `chat` and `serve`: a language model on Tilewright's kernels."""
 
 import argparse
-import itertools
 import logging
 import resource
 import sys
@@ -84,14 +83,12 @@ def demo(args: argparse.Namespace) -> int:
     """Answers one question, then reports times and rates."""
     began = time.perf_counter()
     llm, opened_s = _open(args)
-    pieces = llm.stream(args.question, **_options(args))
-    first = next(pieces, "")  # raises the errors of the prompt before anything is printed
-    first_s = time.perf_counter() - began
+    pieces = llm.stream(args.question, **_options(args))  # raises before anything is printed
     print(f"{_title(llm, args)}\n\n> {args.question}\n")
-    for piece in itertools.chain((first,), pieces):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print("\n")
-    _report(llm, opened_s, first_s)
+    _report(llm, opened_s, llm.latest.first - began)
     return 0
 
 
@@ -146,7 +143,10 @@ def serve(args: argparse.Namespace) -> int:
     app = build_app(prompts, worker, name, limits)
     print(f"{name} at http://{args.host}:{args.port}/v1", flush=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+    uvicorn.run(
+        app, host=args.host, port=args.port, log_level="warning", access_log=False,
+        timeout_graceful_shutdown=int(limits.answer_s),  # for those that read no answer
+    )  # fmt: skip
     return 0
 
 

@@ -6,6 +6,7 @@ Every probe is guarded: a broken package is a line of the report and does not en
 import argparse
 import os
 import platform
+import re
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import NamedTuple
@@ -21,26 +22,6 @@ class Finding(NamedTuple):
     value: str
     state: str = "ok"
     hint: str = ""
-
-
-# distribution, the extra that brings it, what it is for
-PACKAGES: tuple[tuple[str, str, str], ...] = (
-    ("numpy", "", "arrays; the only package that is required"),
-    ("scipy", "scipy", "sparse matrices as arguments, and a peer in benchmarks"),
-    ("torch", "torch", "tensors as arguments, and a peer in benchmarks"),
-    ("nvidia-cuda-nvrtc", "cuda", "compiling for NVIDIA GPUs"),
-    ("nvidia-cuda-runtime", "cuda", "its headers"),
-    ("jinja2", "models", "chat templates of models"),
-    ("tokenizers", "models", "text of models in a folder"),
-    ("safetensors", "models", "weights of models in a folder"),
-    ("gguf", "models", "weights of GGUF files"),
-    ("transformers", "hf", "our attention in its models, and a peer in benchmarks"),
-    ("fastapi", "serve", "the server"),
-    ("uvicorn", "serve", "the server"),
-    ("llguidance", "grammar", "answers that follow a JSON schema"),
-    ("matplotlib", "plot", "pictures of benchmark results"),
-    ("cupy-cuda13x", "", "arrays on the GPU, where you use it"),
-)
 
 
 def env_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,9 +69,8 @@ def _try(name: str, probe: Callable[[], str], hint: str = "") -> Line:
 
 
 def _failure(name: str, error: Exception, hint: str = "") -> Line:
-    if isinstance(error, TilewrightError):
-        return name, error.message, "bad", error.hint or hint
-    return name, f"{type(error).__name__}: {error}", "bad", hint
+    message = getattr(error, "message", f"{type(error).__name__}: {error}")
+    return name, message, "bad", getattr(error, "hint", "") or hint
 
 
 def _python() -> Iterable[Line]:
@@ -129,14 +109,22 @@ def _cache() -> Iterable[Line]:
 
 
 def _packages() -> Iterable[Line]:
-    for name, extra, purpose in PACKAGES:
+    """The packages that Tilewright and its extras need, each with an extra that brings it."""
+    extras: dict[str, str] = {}
+    for text in metadata.requires("tilewright") or ():
+        name, extra = re.match(r"[\w.-]+", text), re.search(r"extra == .(\w+)", text)
+        assert name is not None
+        brings = extra[1] if extra else ""
+        if brings != "dev" and (name[0] not in extras or brings == name[0]):
+            extras[name[0]] = brings
+    for name, extra in extras.items():
         older = (f"{name}-cu12",) * name.startswith("nvidia-")  # wheels of CUDA 12
         installed = next((n for n in (name, *older) if _version(n)), "")
         if installed:
             yield installed, _version(installed)
         else:
-            hint = f"pip install 'tilewright[{extra}]'" if extra else f"pip install {name}"
-            yield name, f"not installed ({purpose})", "missing", hint
+            hint = f"pip install 'tilewright[{extra}]'"
+            yield name, f"not installed (extra {extra})", "missing", hint
 
 
 def _version(distribution: str) -> str:

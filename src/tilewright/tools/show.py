@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from string import Template
 from traceback import extract_tb
@@ -163,7 +164,7 @@ def _steps(definition: Definition, target: Target) -> Iterator[tuple[Program, st
 def source_text(program: Program, target: Target) -> str:
     """The text generated for a program at the loop level, without the prelude."""
     text = compiler.rendered(program, target).source
-    for name in ("cpu.h", "mma_cpu.h"):
+    for name in ("cpu.h", "mma_cpu.h", "lists.h", "rows.h"):
         prelude = prelude_files.prelude(name)
         text = text.replace(prelude, f"// … prelude/{name}, {len(prelude.splitlines())} lines …\n")
     return text.strip()
@@ -174,13 +175,13 @@ def html(title: str, programs: dict[str, list[Stage]]) -> str:
     is beside the one before it; lines that a pass changed are marked on both sides."""
     files = (Path(__file__).with_name(name) for name in ("page.html", "page.css", "page.js"))
     page, style, script = (file.read_text(encoding="utf-8") for file in files)
-    menu, body, number = [], [], 0
+    menu: list[str] = []
+    body: list[str] = []
     for name, stages in programs.items():
         menu.append(f"<h2>{escape(name)}</h2>")
-        body.append(f"<h2>{escape(name)}</h2>")
+        body.append(menu[-1])
         before = None
-        for stage in stages:
-            number += 1
+        for number, stage in enumerate(stages, len(menu)):
             head = f"{escape(stage.title)} <small>{escape(stage.level)}</small>"
             menu.append(f'<a href="#s{number}">{head}</a>')
             if before is None or stage.level in GENERATED:
@@ -197,10 +198,9 @@ def html(title: str, programs: dict[str, list[Stage]]) -> str:
 
 def _rows(old: list[str], new: list[str]) -> Iterator[str]:
     for kind, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        for k in range(max(b - a, d - c)):
-            left = old[a + k] if a + k < b else ""
-            right = new[c + k] if c + k < d else ""
-            old_class = ' class="old"' if kind != "equal" and a + k < b else ""
-            new_class = ' class="new"' if kind != "equal" and c + k < d else ""
-            cells = f"<td{old_class}>{escape(left)}</td><td{new_class}>{escape(right)}</td>"
+        for pair in zip_longest(old[a:b], new[c:d]):
+            cells = ""
+            for side, line in zip(("old", "new"), pair, strict=True):
+                mark = f' class="{side}"' if kind != "equal" and line is not None else ""
+                cells += f"<td{mark}>{escape(line or '')}</td>"
             yield f"<tr>{cells}</tr>"

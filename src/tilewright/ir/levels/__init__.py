@@ -25,11 +25,11 @@ package, and a change nowhere else. Reference: the level functions of taco (Chou
 
 from tilewright.ir.levels.level import Level, Parents, Storage, integer
 from tilewright.ir.levels.lists import *
-from tilewright.ir.levels.stored import coordinates, load_value, may_miss, row_major
+from tilewright.ir.levels.stored import coordinates, may_miss, or_fill, row_major
 from tilewright.ir.levels.structured import Band, Bitmap, Diagonals, NofM, Paged
 
 __all__ = [
     "Band", "Bitmap", "Compressed", "Dense", "Diagonals", "Fixed", "Level", "NofM", "Paged",
     "Parents", "Ragged", "Singleton", "Storage", "coordinates", "integer", "is_list_of_pairs",
-    "lists_rows", "load_value", "locate_pair", "may_miss", "row_major",
+    "lists_rows", "locate_pair", "may_miss", "or_fill", "row_major",
 ]  # fmt: skip

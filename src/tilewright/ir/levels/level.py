@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -78,19 +78,21 @@ class Level:
     shared: ClassVar[bool] = False  # parents may have positions in common: outputs are refused
     single: ClassVar[bool] = False  # one coordinate for each parent, at its position: no loop
     outermost: ClassVar[bool] = False  # it can be the first level of a format
-    least: ClassVar[dict[str, int]] = {"dim": 0, "block": 0}  # of each of its integers
-    flags: ClassVar[tuple[str, ...]] = ("inner",)
+    least: ClassVar[dict[str, int]] = {}  # of its integers, where it is not 0
 
     def __post_init__(self) -> None:
         of = type(self).__name__.lower()
-        for name, least in self.least.items():
-            object.__setattr__(self, name, integer(of, name, getattr(self, name), least))
-        for name in self.flags:
-            value = getattr(self, name)
-            if not isinstance(value, bool) or (name == "inner" and value and not self.block):
-                rule = f"{of}: {name} {value!r} with block {self.block}"
-                hint = "True or False; inner=True for the remainder by a block"
-                raise FormatError("F101", rule, where=name, hint=hint)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in (int, "int"):
+                least = self.least.get(f.name, 0)
+                object.__setattr__(self, f.name, integer(of, f.name, value, least))
+            elif f.type in (bool, "bool") and not isinstance(value, bool):
+                rule = f"{of}: {f.name} is {value!r}"
+                raise FormatError("F101", rule, where=f.name, hint="True or False")
+        if self.inner and not self.block:
+            rule = f"{of}: inner True with block {self.block}"
+            raise FormatError("F101", rule, where="inner", hint="the remainder is that by a block")
 
     def misfit(self, above: Sequence["Level"]) -> str:
         """Why the level does not fit below these levels of a format; "" if it does."""
@@ -162,7 +164,6 @@ class Slots(Level):
     """A level of `width` positions below each parent."""
 
     width: int = 0
-    least: ClassVar[dict[str, int]] = {**Level.least, "width": 0}
 
     def loop(self, s: Storage, q: Expr) -> tuple[Expr, Expr]:
         return Const(0, dtypes.int32), Const(self.width, dtypes.int32)

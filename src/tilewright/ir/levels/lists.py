@@ -63,7 +63,7 @@ class Compressed(Level):
     arrays: ClassVar[Types] = {"indptr": None, "indices": None}
     keys: ClassVar[str] = "indices"
     outermost: ClassVar[bool] = True
-    least: ClassVar[dict[str, int]] = {**Level.least, "chunk": -1}
+    least: ClassVar[dict[str, int]] = {"chunk": -1}
 
     @property
     def unique(self) -> bool:  # type: ignore[override]

@@ -79,16 +79,14 @@ def row_major(coords: Sequence[np.ndarray], is_entry: np.ndarray) -> np.ndarray:
     return order[new]
 
 
-def load_value(
-    values: ir.Buffer, position: ir.Expr, fill: float, inner: tuple[ir.Expr, ...] = ()
-) -> ir.Expr:
-    """`values[position, inner]`, or `fill` where the position is -1 (a missing coordinate)."""
-    value = ir.Load(values, (position, *inner), values.dtype)
-    if isinstance(position, (ir.Var, ir.Const)) or not may_miss(position):
+def or_fill(value: ir.Load, fill: float) -> ir.Expr:
+    """An element of the values of a tensor, or `fill` where its position, the first index, is -1 (a
+    missing coordinate)."""
+    if not any(map(may_miss, value.index[:1])):
         return value
-    kind = values.dtype.accumulator  # a narrow float is only stored, never chosen between
+    kind = value.dtype.accumulator  # a narrow float is only stored, never chosen between
     missing = ir.cast(ir.Const(fill, dtypes.float64), kind)
-    return ir.select(ir.binary(">=", position, 0), ir.cast(value, kind), missing)
+    return ir.select(ir.binary(">=", value.index[0], 0), ir.cast(value, kind), missing)
 
 
 def may_miss(position: Any) -> bool:

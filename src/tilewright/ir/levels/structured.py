@@ -27,7 +27,6 @@ class Diagonals(Slots):
     arrays: ClassVar[Types] = {"offsets": None}
     exact: ClassVar[bool] = False
     padded: ClassVar[bool] = True
-    least: ClassVar[dict[str, int]] = {**Level.least, "of": 0}
 
     def __post_init__(self) -> None:
         Level.__post_init__(self)
@@ -67,12 +66,12 @@ class Band(Diagonals):
     high: int = 0
     arrays: ClassVar[Types] = {}
     padded: ClassVar[bool] = False
+    least: ClassVar[dict[str, int]] = {"low": -FARTHEST, "high": -FARTHEST}
 
     def __post_init__(self) -> None:
-        low = integer("band", "low", self.low, -FARTHEST)
-        high = integer("band", "high", self.high, low, FARTHEST)
-        object.__setattr__(self, "offsets", range(low, high + 1))
         Level.__post_init__(self)
+        high = integer("band", "high", self.high, self.low, FARTHEST)
+        object.__setattr__(self, "offsets", range(self.low, high + 1))
 
     coord, locate = Level.coord, Level.locate
 
@@ -98,7 +97,6 @@ class Bitmap(Level):
     counted: bool = False
     padded: ClassVar[bool] = True
     outermost: ClassVar[bool] = True
-    flags: ClassVar[tuple[str, ...]] = ("inner", "counted")
 
     @property
     def arrays(self) -> Types:  # type: ignore[override]
@@ -202,8 +200,7 @@ class Paged(Level):
     shared: bool = False  # type: ignore[misc]
     arrays: ClassVar[Types] = {"indptr": None, "pages": None, "length": None}
     exact: ClassVar[bool] = False
-    least: ClassVar[dict[str, int]] = {**Level.least, "page": 1}
-    flags: ClassVar[tuple[str, ...]] = ("inner", "shared")
+    least: ClassVar[dict[str, int]] = {"page": 1}
 
     def loop(self, s: Storage, q: Expr) -> tuple[Expr, Expr]:
         room = mul(binary("-", s["indptr"][add(q, 1)], s["indptr"][q]), self.page)

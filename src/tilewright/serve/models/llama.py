@@ -46,21 +46,17 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The weights of a layer, its attention and its angles. Norms by canonical name. `qkv` and
-    `gate_up`: layers of one input as one, where a library computes products."""
+    """The weights of a layer by canonical name, its attention and its angles. Where a library
+    computes products, `linear` has those of `JOINED` too."""
 
+    linear: dict[str, Linear]
     norms: dict[str, Any]
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
-    gate: Linear
-    up: Linear
-    down: Linear
     attention: Attention
     angles: tuple[Any, ...]
-    qkv: Linear
-    gate_up: Linear
+
+
+JOINED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "ffn.gate_up": ("ffn.gate", "ffn.up")}
+"""Linear layers of one input, by the name of the one that has the rows of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,27 +128,25 @@ class Llama:
     # -- weights ---------------------------------------------------------------------------------
 
     def _layer(self, prefix: str, attention: Attention, angles: tuple[Any, ...]) -> Layer:
-        q, k, v, o = (self._linear(f"{prefix}attn.{name}") for name in "qkvo")
-        gate, up, down = (self._linear(f"{prefix}ffn.{name}") for name in ("gate", "up", "down"))
-        names = [n for n in self.file.tensors if n.startswith(prefix) and n.endswith("norm")]
-        norms = {name.removeprefix(prefix): self._vector(name) for name in names}
-        q, k, v, qkv = self._joined(q, k, v)
-        gate, up, gate_up = self._joined(gate, up)
-        return Layer(norms, q, k, v, o, gate, up, down, attention, angles, qkv, gate_up)
+        tensors = {n: w for n, w in self.file.tensors.items() if n.startswith(prefix)}
+        names = {n.removeprefix(prefix): len(w.shape) for n, w in tensors.items()}
+        norms = {n: self._vector(prefix + n) for n in names if n.endswith("norm")}
+        weights = {n: self._linear(prefix + n) for n, ndim in names.items() if ndim == 2}
+        for name, parts in JOINED.items() if self.products else ():
+            weights |= self._joined(name, {n: weights[n] for n in parts})
+        return Layer(weights, norms, attention, angles)
 
-    def _joined(self, *parts: Linear) -> list[Linear]:
-        """Layers of one input, and behind them one of all their rows, in whose memory they are,
-        where a library computes products; else the first again."""
-        if self.products is None:
-            return [*parts, parts[0]]
-        tensor, cat = self.products.tensor, self.products.torch.cat
-        joined = cat([p.wide for p in parts])
-        bias = (cat([tensor(p.bias[0]).flatten() for p in parts]),) if parts[0].bias else ()
-        rows = zip(parts, joined.split([p.rows for p in parts]), strict=True)
-        parts_of = [  # views of the joined matrix, so that it is in memory once
-            replace(p, wide=r, arrays=(r,) if p.arrays[0] is p.wide else p.arrays) for p, r in rows
-        ]
-        return [*parts_of, replace(parts[0], arrays=(), bias=bias, wide=joined)]
+    def _joined(self, name: str, parts: dict[str, Linear]) -> dict[str, Linear]:
+        """Layers of one input, and the one of all their rows, in whose memory they then are."""
+        tensor, cat, of = self.products.tensor, self.products.torch.cat, [*parts.values()]
+        joined = cat([p.wide for p in of])
+        bias = (cat([tensor(p.bias[0]).flatten() for p in of]),) if of[0].bias else ()
+        rows = zip(parts, of, joined.split([p.rows for p in of]), strict=True)
+        views = {
+            n: replace(p, wide=r, arrays=(r,) if p.arrays[0] is p.wide else p.arrays)
+            for n, p, r in rows
+        }
+        return views | {name: replace(of[0], arrays=(), bias=bias, wide=joined)}
 
     def _tensor(self, name: str) -> Weight:
         """A weight; those of kinds that there are no products for become float16."""
@@ -236,12 +230,13 @@ class Llama:
         normed = self._normed(x, norms[0], a, b.few, do)
         for i, (layer, then) in enumerate(zip(self.layers, [*norms[1:], self.norm], strict=True)):
             angles = (*layer.angles, b.position)
+            qkv = [layer.linear[name] for name in JOINED["attn.qkv"]]
             if self.is_wide(b.few):
-                self.linear(layer.qkv, normed, a["qkv"], b.few, do)
-                q, k, v = a["qkv"].split([layer.q.rows, layer.k.rows, layer.v.rows], 1)
+                self.linear(layer.linear["attn.qkv"], normed, a["qkv"], b.few, do)
+                q, k, v = a["qkv"].split([w.rows for w in qkv], 1)
             else:
                 q, k, v = a["q"], a["k"], a["v"]
-                for w, out in ((layer.q, q), (layer.k, k), (layer.v, v)):
+                for w, out in zip(qkv, (q, k, v), strict=True):
                     self.linear(w, normed, out, b.few, do)
             if c.qk_norm:  # each head divided by its root mean square
                 for part, heads, out in (("q", q, a["attended"]), ("k", k, a["k_normed"])):
@@ -269,7 +264,8 @@ class Llama:
         """out = residual + x Wᵀ with (out, residual) = y, of the last linear layer of a part; x Wᵀ
         is normalised first where the model has such norms. The RMSNorm of `out` by `then`."""
         a, (out, residual), eps = b.a, y, self.config.rms_eps
-        w, x = (layer.o, a["attended"]) if part == "attn" else (layer.down, a["mixed"])
+        name, of = {"attn": ("attn.o", "attended"), "ffn": ("ffn.down", "mixed")}[part]
+        w, x = layer.linear[name], a[of]
         wide, added = self.is_wide(b.few), a["added" if self.is_wide(b.few) else "normed"]
         if not (wide or self.config.post_norms):
             self.linear(w, LayerInput(x), out, b.few, do, residual=residual)
@@ -294,16 +290,16 @@ class Llama:
 
     def _gated(self, layer: Layer, x: LayerInput, a: dict[str, Any], few: bool, do: Do) -> None:
         """mixed = SiLU(x Gᵀ) · (x Uᵀ): one kernel where both weights are stored alike; or GELU."""
+        gate, up = (layer.linear[name] for name in JOINED["ffn.gate_up"])
         if self.is_wide(few):
-            self.linear(layer.gate_up, x, a["gate_up"], few, do)
+            self.linear(layer.linear["ffn.gate_up"], x, a["gate_up"], few, do)
             sizes = self.products.dtype, self.config.ffn_dim
             kernel = rowwise.gated_kernel(self.name, self.config.gelu, *sizes)
             return do(kernel, *a["gate_up"].chunk(2, 1), out=a["mixed"])
-        if layer.gate.kind == layer.up.kind and not self.config.gelu:
-            self.linear(layer.gate, x, a["mixed"], few, do, up=layer.up)
-            return
-        self.linear(layer.gate, x, a["gate"], few, do)
-        self.linear(layer.up, x, a["up"], few, do)
+        if gate.kind == up.kind and not self.config.gelu:
+            return self.linear(gate, x, a["mixed"], few, do, up=up)
+        self.linear(gate, x, a["gate"], few, do)
+        self.linear(up, x, a["up"], few, do)
         do(rowwise.gated_kernel(self.name, self.config.gelu), a["gate"], a["up"], out=a["mixed"])
 
     def linear(
