@@ -117,6 +117,7 @@ class Definition:
 
     @property
     def name(self) -> str:
+        """The name of the function, and of its kernels."""
         return self.function.__name__
 
     @property

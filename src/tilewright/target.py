@@ -42,6 +42,7 @@ class Target:
 
     @property
     def is_cuda(self) -> bool:
+        """Whether kernels run on a GPU."""
         return self.kind == "cuda"
 
     @property

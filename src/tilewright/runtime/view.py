@@ -263,11 +263,8 @@ def _adapter(kind: type) -> Adapter:
 
 def _refuse(x: object) -> View:
     kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
-    hint = "a NumPy, torch or CuPy array, or any object with __dlpack__"
-    if _root_module(type(x)) == "scipy":
-        hint = "pack sparse matrices with a format"
-    elif isinstance(x, np.ma.MaskedArray):
-        hint = "x.filled(value)"
+    is_sparse, is_masked = _root_module(type(x)) == "scipy", isinstance(x, np.ma.MaskedArray)
+    hint = "pack it with a format" if is_sparse else "x.filled(value)" if is_masked else ""
     raise ArgumentError("A107", f"{kind} is not a dense array", hint=hint)
 
 

@@ -47,6 +47,7 @@ class Format:
 
     @property
     def ndim(self) -> int:
+        """How many dimensions a tensor stored in it has."""
         return 1 + max(level.dim for level in self.levels)
 
     @property
@@ -198,16 +199,15 @@ class Composed:
         kinds = {"name": str, "parts": tuple, "disjoint_rows": bool, "covers_rows": bool}
         _check_fields(self, kinds, "(where, format) pair", _is_part)
         dims = {f.ndim for _, f in self.parts}
-        wrong = hint = ""
+        wrong = ""
         if not dims:
-            wrong, hint = f"{self.name} has no parts", "give at least one (where, format)"
+            wrong = f"{self.name} has no parts"
         elif len(dims) != 1:
             wrong = f"the parts of {self.name} have different numbers of dimensions"
         elif dims == {1}:
             wrong = f"the parts of {self.name} have one dimension"
-            hint = "parts are chosen by rows and columns: two dimensions at least"
         if wrong:
-            raise FormatError("F101", wrong, where="parts", hint=hint)
+            raise FormatError("F101", wrong, where="parts")
         for at, (_, f) in enumerate(self.parts):
             top = f.levels[0]
             stores_empty = top.dim == 0 and (top.is_dense or getattr(top, "chunk", 0) >= 0)
@@ -218,6 +218,7 @@ class Composed:
 
     @property
     def ndim(self) -> int:
+        """How many dimensions a tensor stored in it has."""
         return self.parts[0][1].ndim
 
     @property
@@ -289,8 +290,7 @@ class Composed:
         if wrong.any():
             parts = sorted((part[wrong][0], of_block[block][wrong][0]))
             rule = f"a block has entries in parts {parts[0]} and {parts[1]} of {self.name}"
-            hint = f"choose blocks of {'×'.join(map(str, self.blocks))} whole"
-            raise FormatError("F106", rule, hint=hint)
+            raise FormatError("F106", rule)
 
     def _checked(self, at: int, chosen: Any, row_of: np.ndarray, rows: int) -> Any:
         """What part number `at` chose: a mask of the rows, and entries of these rows."""

@@ -25,14 +25,17 @@ class Output:
     structure_of: ir.Tensor | None = None
 
     def like(self, tensor: ir.Tensor) -> "Output":
+        """With the structure of a sparse tensor. Raises ProgramError[P103]."""
         if not getattr(tensor, "is_sparse", False):
             raise refusal("P103", f"{tensor!r} has no structure to share", hint="tw.out.like(A)")
         return replace(self, structure_of=tensor)
 
     def named(self, name: str) -> "Output":
+        """With a name in place of `out` or `temp`."""
         return replace(self, name=name)
 
     def typed(self, dtype: Any) -> "Output":
+        """With a dtype in place of that of its value. Raises ArgumentError[A102]."""
         return replace(self, dtype=dtypes.dtype(dtype))
 
     def __getitem__(self, coords: Any) -> Callable[[Any], ir.Tensor]:
@@ -110,8 +113,7 @@ def _check_reads_of_updated(to: ir.Access, value: ir.Expr, op: str) -> None:
 def _assign(output: Output, coords: tuple[Any, ...], value: ir.Expr) -> ir.Tensor:
     trace = current()
     if not all(isinstance(c, ir.Index) for c in coords):
-        hint = "update() writes elsewhere"
-        raise refusal("P103", f"an {output.role} is written at plain indices", hint=hint)
+        raise refusal("P103", f"an {output.role} is written at plain indices", "tw.update")
     if len({c.name for c in coords}) != len(coords):
         raise refusal("P103", "an index occurs twice in the coordinates of an output")
     _check_bound(coords, value)

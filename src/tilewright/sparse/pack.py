@@ -110,18 +110,22 @@ class Packed:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The sizes of its dimensions, without those of `inner`."""
         return self.structure.shape
 
     @property
     def format(self) -> Format | Composed:
+        """The format that it is stored in."""
         return self.structure.format
 
     @property
     def nnz(self) -> int:
+        """How many entries it has: positions without padding."""
         return self.structure.nnz
 
     @property
     def device(self) -> str:
+        """Where its arrays are: "cpu", "cuda" or "cuda:N"."""
         return self.structure.device
 
     @property
@@ -338,5 +342,4 @@ def of_rows(
     both, numbers = {"indptr": indptr, "indices": indices}, np.arange(nnz)
     arrays = {name: array.astype(index.numpy, copy=False) for name, array in both.items()}
     part = Part(_CSR, ({}, arrays), (shape[0], nnz), numbers, numbers)
-    structure = Structure(part.format, shape, (part,), nnz, index)
-    return Packed(structure, (values,), dtype)
+    return Packed(Structure(part.format, shape, (part,), nnz, index), (values,), dtype)
