@@ -290,7 +290,7 @@ class Composed:
         if wrong.any():
             parts = sorted((part[wrong][0], of_block[block][wrong][0]))
             rule = f"a block has entries in parts {parts[0]} and {parts[1]} of {self.name}"
-            raise FormatError("F106", rule)
+            raise FormatError("F106", rule, hint=f"choose whole blocks of {self.blocks}")
 
     def _checked(self, at: int, chosen: Any, row_of: np.ndarray, rows: int) -> Any:
         """What part number `at` chose: a mask of the rows, and entries of these rows."""
