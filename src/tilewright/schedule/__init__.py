@@ -114,8 +114,7 @@ class Schedule:
         verbs: one schedule fits csr (`i`), hyb (`i_p`) and bsr (`i_o`). Raises
         ScheduleError[S101]."""
         reads = (x for a in self.first.program.body for x in walk(a.value, Access))
-        rows = next((x.coords[0] for x in reads if x.tensor.is_sparse), None)
-        return self.stored(str(rows))
+        return self.stored(str(next((x.coords[0] for x in reads if x.tensor.is_sparse), None)))
 
     @takes(axis=A_NAME)
     def stored(self, axis: str) -> str:

@@ -248,9 +248,7 @@ def array_of(x: Any, name: str) -> np.ndarray:
     except Exception:  # each library refuses in its own way
         a = None
     if a is None or a.dtype == object:
-        rule = f"a {type(x).__name__} is not an array of numbers"
-        hint = "" if name == "matrix" else "an array of NumPy, torch or CuPy"
-        raise FormatError("F102", rule, where=name, hint=hint)
+        raise FormatError("F102", f"a {type(x).__name__} is not an array of numbers", where=name)
     return a
 
 

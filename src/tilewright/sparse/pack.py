@@ -247,8 +247,7 @@ def _pack(
         for p in parts
     )  # fmt: skip
     structure = Structure(fmt, shape, parts, matrix.nnz, chosen)
-    arrays = tuple(_scatter(p, array, wanted, fill) for p in parts)
-    return Packed(structure, arrays, wanted, fill)
+    return Packed(structure, tuple(_scatter(p, array, wanted, fill) for p in parts), wanted, fill)
 
 
 def _index_type(index: Any, largest: int) -> dtypes.DType:
@@ -301,8 +300,7 @@ def _pack_part(
         arrays.append(built)
         counts.append(parents)
     _check_positions(fmt, parents)
-    numbers = numbers if order is None else order[numbers]
-    return Part(fmt, tuple(arrays), tuple(counts), numbers, q)
+    return Part(fmt, tuple(arrays), tuple(counts), numbers if order is None else order[numbers], q)
 
 
 def _scatter(part: Part, values: np.ndarray, dtype: dtypes.DType, fill: float) -> np.ndarray:
