@@ -141,6 +141,7 @@ class Step:
         return launches
 
     def __call__(self) -> None:
+        """Run all launches; on a GPU on the current stream."""
         self._run()
 
     def __repr__(self) -> str:
@@ -192,8 +193,7 @@ def _cuts(parts: Sequence[Part]) -> list[int]:
     sm = Target("cuda", cuda.device(parts[0].ordinal).arch).shared_bytes + RESERVED if parts else 0
     for i, part in enumerate(parts):
         size, bodies = len(part.params) + 8, (*last, part.body)
-        threads = max(b.threads for b in bodies)
-        ctas = min(b.resident for b in bodies) // threads
+        ctas = min(b.resident for b in bodies) // max(b.threads for b in bodies)
         smem = max(b.smem_bytes for b in bodies) + RESERVED
         alone = (min(b.ctas, sm // (b.smem_bytes + RESERVED)) for b in bodies)
         fits = used + size <= PARAMS_BYTES and ctas >= max(1, *(b.ctas for b in bodies))

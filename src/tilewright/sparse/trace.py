@@ -114,9 +114,8 @@ def trace(
             if not _OF_SYMBOLS.search(str(error)):
                 raise  # the function's own fault
             *_, (frame, _) = walk_tb(error.__traceback__)
-            rule = f"{t.name} cannot be traced: {error}"
             hint = "operands are symbols: tw.exp(x), x.cast(…), tw.sum(x, over=j)"
-            raise refusal("P101", rule, hint, frame) from error
+            raise refusal("P101", f"{t.name} cannot be traced: {error}", hint, frame) from error
         results = returned if isinstance(returned, tuple) else (returned,)
         return Program(t.name, "coordinates", _in_order(t, results, line), tuple(t.body))
 
