@@ -117,6 +117,7 @@ class Definition:
 
     @property
     def name(self) -> str:
+        """The name of the function, and of its kernels."""
         return self.function.__name__
 
     @property
@@ -132,8 +133,7 @@ class Definition:
         chosen = dict(self.dtypes) | {name: dtypes.dtype(t) for name, t in of.items()}
         coordinate = self.index if index is None else dtypes.dtype(index)
         if coordinate not in (_INT32, _INT64):
-            text = f"coordinates are {coordinate}"
-            raise ProgramError("P106", text, where="index", hint="int32, int64")
+            raise ProgramError("P106", f"index is {coordinate}", where="index", hint="int32, int64")
         return replace(self, dtypes=tuple(chosen.items()), index=coordinate)
 
     def decompose(self, **of: Any) -> Definition:
@@ -142,12 +142,10 @@ class Definition:
         self._known(of)
         for name, fmt in of.items():
             if not isinstance(fmt, (formats.Format, formats.Composed)):
-                text, hint = f"{name}={fmt!r} is not a format", "tw.csr(), tw.hyb(), …"
-                raise ProgramError("P107", text, where=name, hint=hint)
+                raise ProgramError("P107", f"{name}={fmt!r} is not a format", where=name)
             if name not in {t.structure for t in self.program.tensors}:
                 text = f"{name} is no sparse parameter with a structure of its own"
-                hint = "dense parameters have no format; one declared like=… shares another's"
-                raise ProgramError("P107", text, where=name, hint=hint)
+                raise ProgramError("P107", text, where=name)
         return replace(self, formats=tuple((dict(self.formats) | of).items()))
 
     def schedule(self, recipe: Recipe) -> Definition:

@@ -107,6 +107,14 @@ def dtype(of: Any) -> DType:
         raise ArgumentError("A102", f"{of!r} is not a dtype", hint=hint) from None
 
 
+def real(name: str, x: Any) -> float:
+    """A number of Python, NumPy or torch as a float. Raises ArgumentError[A107] for others."""
+    try:
+        return float(x + 0)
+    except (TypeError, ValueError, OverflowError):
+        raise ArgumentError("A107", f"{name} is {x!r}, not a number", where=name) from None
+
+
 def from_numpy(kind: np.dtype) -> DType:
     """The DType of a dtype of NumPy or ml_dtypes. Raises ArgumentError[A102]."""
     known = bfloat16 if kind.name == "bfloat16" else _FROM_NUMPY.get(kind)

@@ -16,10 +16,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from textwrap import dedent
 
 TEXT = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
 CATALOG: dict[str, str] = dict(re.findall(r"^([A-Z]\d\d\d) (.+)$", TEXT, re.MULTILINE))
-"""What each code means. The text says more of each, for `tilewright explain`."""
+"""What each code means."""
+ADVICE: dict[str, str] = {
+    code: dedent(lines).rstrip()
+    for code, lines in re.findall(r"^([A-Z]\d\d\d) .+\n((?: .+\n)+)", TEXT, re.MULTILINE)
+}
+"""What the text says of most codes: the hint of errors without one of their own."""
 
 
 class TilewrightError(Exception):
@@ -34,8 +40,8 @@ class TilewrightError(Exception):
         lines = [f"[{self.code}] {self.message}"]
         if self.where:
             lines.append(f"  --> {self.where}")
-        if self.hint:
-            lines.append(f"  hint: {self.hint}")
+        if hint := self.hint or " ".join(ADVICE.get(self.code, "").split()):
+            lines.append(f"  hint: {hint}")
         return "\n".join(lines)
 
     def __reduce__(self):

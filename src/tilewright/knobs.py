@@ -25,7 +25,7 @@ def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def _flag(text: str) -> bool:
-    return {"0": False, "1": True}[text]
+    return {0: False, 1: True}[int(text)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,13 @@ def get(name: str) -> Any:
     try:
         if value is None:
             return knob.default() if callable(knob.default) else knob.default
-        return knob.parse(value) if isinstance(value, str | Path) else value
-    except (ValueError, KeyError, RuntimeError):  # RuntimeError: ~ of a user without a home
+        return knob.parse(value)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+    ):  # RuntimeError: ~ of a user without a home
         rule = f"{knob.env}={value!r} is not {knob.form}"
         where = f"environment variable {knob.env}"
         raise KnobError("K101", rule, where=where, hint=knob.doc) from None

@@ -36,12 +36,13 @@ class Target:
             hint = "cpp, cuda, cuda:sm_90a or interp"
             raise BuildError("B103", f"unknown target {self.kind!r}", hint=hint)
         noun, known = ARCHS[self.kind]
-        if self.arch not in ("", *known):
+        if not isinstance(self.arch, str) or self.arch not in ("", *known):
             hint = ", ".join(known) or f"{self.kind} has none"
             raise BuildError("B103", f"unknown {noun} {self.arch!r}", hint=hint)
 
     @property
     def is_cuda(self) -> bool:
+        """Whether kernels run on a GPU."""
         return self.kind == "cuda"
 
     @property
@@ -58,5 +59,5 @@ def target(of: Target | str) -> Target:
     BuildError[B103]."""
     if isinstance(of, Target):
         return of
-    kind, _, arch = of.partition(":") if isinstance(of, str) else (of, "", "")
+    kind, _, arch = str(of).partition(":")
     return Target("cpp" if kind == "cpu" else kind, arch)

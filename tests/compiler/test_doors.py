@@ -218,6 +218,7 @@ VERBS = [
     lambda s: s.specialize("d", "12"),
     lambda s: s.order_axes("out", "k", "k"),
     lambda s: s.on(0).privatize("out", "j", 4),
+    lambda s: s.stored(3),
 ]
 
 
@@ -412,8 +413,11 @@ def test_an_update_meets_no_input(rng):
         np.testing.assert_array_equal(K, before)
 
 
+TOO_LARGE = {"float16": 65520.0, "bfloat16": 1e39, "float32": 3.5e38, "float64": 10**400}
+
+
 @needs_cxx
-@pytest.mark.parametrize("dtype", ["int32", "int8", "float32"])
+@pytest.mark.parametrize("dtype", ["int32", "int8", *TOO_LARGE])
 def test_numbers_fit_or_are_refused(rng, dtype):
     @tw.program
     def scaled(x=tw.dense("n"), s=tw.scalar(dtype)):
@@ -422,8 +426,11 @@ def test_numbers_fit_or_are_refused(rng, dtype):
 
     kernel, x = scaled.build("cpp"), rng.standard_normal(5).astype(np.float32)
     bad = ["2", None, 10**400, [1, 2]]
-    bad += [] if dtype == "float32" else [2**40, 2.7, float("inf"), float("nan")]
+    wide = dtype in TOO_LARGE
+    bad += [TOO_LARGE[dtype]] if wide else [2**40, 2.7, float("inf"), float("nan")]
     for _ in range(2):
+        for number in (np.inf, -np.inf, np.nan) if wide else ():
+            np.testing.assert_array_equal(kernel(x, number), x * np.float32(number))
         np.testing.assert_allclose(kernel(x, 3), 3 * x, rtol=1e-6)
         np.testing.assert_allclose(kernel(x, np.int16(-2)), -2 * x, rtol=1e-6)
         for number in bad:
@@ -436,7 +443,8 @@ def test_a_step_records_bound_calls_and_nothing_else(rng):
     kernel = spmm.build()
     bound = kernel.bind(tw.csr().pack(matrix(rng, 4, 4)), x)
     assert Step(b for b in [bound, bound]).count == 2
-    for wrong in ([5], [kernel], [None]):
+    wrongs: list[Any] = [[5], [kernel], [None], 5, [(1, 2)]]
+    for wrong in wrongs:
         with pytest.raises(ArgumentError, match="A107"):
             Step(wrong)
 

@@ -11,7 +11,7 @@ import pytest
 import tilewright
 from tilewright import dtypes, errors, knobs
 from tilewright.dtypes import DType, bfloat16_bits, bfloat16_values, dtype, promote
-from tilewright.errors import CATALOG, ArgumentError, BuildError, KnobError, TilewrightError
+from tilewright.errors import ADVICE, CATALOG, ArgumentError, BuildError, KnobError, TilewrightError
 from tilewright.target import CUDA_ARCHS, Target, target
 
 KINDS = [
@@ -32,7 +32,9 @@ def test_every_code_formats(code: str):
         "  --> argument A",
         "  hint: mend it",
     ]
-    assert str(TilewrightError(code, "short")) == f"[{code}] short"
+    advice = " ".join(ADVICE.get(code, "").split())
+    lines = [f"[{code}] short", *([f"  hint: {advice}"] if advice else [])]
+    assert str(TilewrightError(code, "short")).splitlines() == lines
     assert CATALOG[code]
 
 

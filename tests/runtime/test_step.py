@@ -161,6 +161,18 @@ def test_no_body_loses_registers_to_another_one_s_threads(record):
     assert record(*calls).names == [["0"], ["1", "2"]]
 
 
+def test_no_body_has_fewer_ctas_because_of_another_one_s_shared_memory(record):
+    """An SM of sm_90 has 228 KB, of which a CTA takes its own and one: two of 100 KB, one of 150.
+    What one body alone has no room for it does not lose."""
+    for wanted, names in ((2, [["0", "1"], ["2"]]), (1, [["0", "1", "2"]]), (0, [["0", "1", "2"]])):
+        calls = [Recorded(str(n), "x", chr(200 + n)) for n in range(3)]
+        for call, kilobytes, ctas in zip(calls, (100, 113, 150), (wanted, 0, 4), strict=True):
+            ctas = ctas if wanted else 0
+            body = replace(call.part.body, smem_bytes=kilobytes << 10, ctas=ctas, resident=1024)
+            call.node = replace(call.node, launch=replace(call.part, body=body))
+        assert record(*calls).names == names
+
+
 def test_parameters_stand_one_after_the_other(record):
     made = record(Recorded("a", "x", "y", 3), Recorded("b", "x", "z", 5))
     (launch,) = made.step._launches(True)

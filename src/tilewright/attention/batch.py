@@ -79,6 +79,7 @@ class Attention:
 
     @property
     def scale(self) -> float:
+        """What scores are multiplied by: `sm_scale`, or 1 / sqrt(head_dim)."""
         return self.head_dim**-0.5 if self.sm_scale is None else float(self.sm_scale)
 
     # -- planning --------------------------------------------------------------------------------

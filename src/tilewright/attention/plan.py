@@ -113,10 +113,12 @@ class Plan:
 
     @property
     def requests(self) -> int:
+        """How many requests it is for."""
         return len(self.qo_indptr) - 1
 
     @property
     def tokens(self) -> int:
+        """How many queries, rows of q, all requests have together."""
         return int(self.qo_indptr[-1])
 
     @property

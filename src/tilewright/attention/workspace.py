@@ -102,6 +102,7 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its memory on the GPU."""
         arrays = (self._cuts, self._partials, self._counters, self._indptr, self._nodes)
         return sum(a.nbytes for a in arrays)
 

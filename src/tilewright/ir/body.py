@@ -15,7 +15,7 @@ class Body:
     `headers`: of the prelude; `reads`, `writes`: the names of its buffers, whose addresses a bound
     call knows. `order`: what a launch of its own does: "run" it, "wait" for the launch in front,
     "start" the next one, which waits in turn. `ctas`: those of an SM that its work is divided for:
-    threads of a launch that it shares allow as many. `alone`: it shares none.
+    threads and memory of a launch that it shares allow as many. `alone`: it shares none.
     """
 
     text: str

@@ -367,7 +367,7 @@ def as_expr(x: Any, dtype: DType | None = None) -> Expr:
         return Const(x, dtypes.bool_)
     if isinstance(x, int):
         kind = dtype or dtypes.int32
-        if kind.is_int and not kind.least <= x <= kind.most:
+        if abs(x) >> 1023 or (kind.is_int and not kind.least <= x <= kind.most):
             raise ProgramError("P106", f"{x} does not fit {kind}", hint="cast the other operand")
         return Const(x, kind)
     if isinstance(x, float):

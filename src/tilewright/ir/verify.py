@@ -48,8 +48,7 @@ class _Checker:
 
     def fail(self, why: str, node: Any) -> None:
         ran = f" after {self.after}" if self.after else ""
-        hint = "please report this bug"
-        raise InternalError("I101", f"{self.level} level{ran}: {why}: {node}", hint=hint)
+        raise InternalError("I101", f"{self.level} level{ran}: {why}: {node}")
 
     def covered(self, program: ir.Program, t: ir.Tensor) -> None:
         """The first stage that stores a dense output stores every element of it."""

@@ -221,9 +221,8 @@ class _Nest:
             if (again or len(statements) > 1) and not all(f.within & rows.keys() for f in uses):
                 own = (f.own for f in uses if f.statement == uses[0].statement)
                 elements = {tuple(x.name for x in loops): _times(loops) for loops in own}
-                evaluated = [_times(f.loops) for f in uses]
                 texts = str(uses[0].expr), tuple(again), tuple(statements)
-                rows[key] = (*texts, list(elements.values()), evaluated)
+                rows[key] = (*texts, list(elements.values()), [_times(f.loops) for f in uses])
         return list(rows.values())
 
     def _depends_on(self, e: ir.Expr) -> frozenset[str]:

@@ -33,8 +33,7 @@ def materialize_reductions(program: ir.Program) -> ir.Program:
     fixed order; one bound to threads is joined across them. An output that is updated in place at
     coordinates which the reduced loops themselves compute is updated in memory.
     """
-    program = ir.map_bodies(program, lambda body: _Materializer().visit(body))
-    return replace(program, level="loops")
+    return replace(ir.map_bodies(program, lambda body: _Materializer().visit(body)), level="loops")
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,8 +121,7 @@ class Product:
         if any(ir.reduces(f, c) for f in loops[:2]) or not ir.reduces(loops[2], c):
             raise illegal(f"a tile operation sums over its last loop only, {c.mma[2]}")
         if c.atomic:
-            hint = "a format that keeps rows whole"
-            raise illegal("a tile operation has no atomic updates", hint)
+            raise illegal("a tile operation has no atomic updates", "a format of whole rows")
         at = next(n for n, s in enumerate(path) if s is loops[0])
         outer, region = tuple(path[:at]), path[at:]
         inner, known, limits, gaps = _region(region, frozenset(c.mma))

@@ -5,7 +5,8 @@ layout is checked once: later calls with arguments of the same layout reuse its 
 """
 
 import contextlib
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -62,9 +63,7 @@ class Arguments:
             raise _wrong_dtype(spec, dtype, v.dtype)
         self._add_sizes(spec, v.shape)
         if spec.dims and not spec.strided and v.strides[-1] != 1 and v.shape[-1] > 1 and v.size:
-            hint = "make it contiguous (np.ascontiguousarray, .contiguous())"
-            text = f"the last dimension of {name} has stride {v.strides[-1]}"
-            raise _error("A104", text, name, hint)
+            raise _error("A104", f"the last dimension of {name} has stride {v.strides[-1]}", name)
         if written and v.readonly:
             raise _error("A104", f"{name} is written to but is read-only", name)
         if written and _may_alias_itself(v):
@@ -139,16 +138,21 @@ def scalar_value(spec: TensorSpec, dtype: dtypes.DType, arg: Any) -> float | int
     check_gradient(arg, f"argument {spec.name}")
     if not isinstance(arg, (str, bytes)):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            value = float(arg) if dtype.is_float else int(arg)
+            value = _FLOATS[dtype.name](float(arg)) if dtype.is_float else int(arg)
     if value is None or not (
         dtype.is_float or (value == arg and dtype.least <= value <= dtype.most)
     ):
         raise _error("A107", f"{spec.name} is a number of type {dtype}, not {arg!r}", spec.name)
-    if dtype.name == "bfloat16":
-        return int(dtypes.bfloat16_bits(np.array(value, np.float32)))
-    if dtype.name == "float16":
-        return int(np.array(value, np.float16).view(np.uint16))
-    return float(np.float32(value)) if dtype.name == "float32" else value
+    return value
+
+
+# A number as a parameter holds it; `struct` refuses finite ones that would become infinite.
+_FLOATS: dict[str, Callable[[float], float | int]] = {
+    "float64": lambda x: x,
+    "float32": lambda x: struct.unpack("<f", struct.pack("<f", x))[0],
+    "float16": lambda x: struct.unpack("<H", struct.pack("<e", x))[0],
+    "bfloat16": lambda x: int(dtypes.bfloat16_bits(np.array([_FLOATS["float32"](x)], "f"))[0]),
+}
 
 
 def _check_fill(spec: TensorSpec, arg: Any) -> None:

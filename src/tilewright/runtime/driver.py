@@ -67,8 +67,7 @@ class Driver:
         code = self.functions["cuInit"](0)
         if code:
             text = f"the CUDA driver does not start: {self.error_name(code)}"
-            hint = "is there an NVIDIA GPU? The cpp and interp targets need none"
-            raise BuildError("B102", text, hint=hint)
+            raise BuildError("B102", text, hint="is there an NVIDIA GPU? cpp and interp need none")
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function. Raises BuildError[B104] with the driver's name for the failure."""
@@ -99,8 +98,7 @@ def _load() -> ctypes.CDLL:
     for name in LIBRARIES:
         with contextlib.suppress(OSError):
             return ctypes.CDLL(name)
-    hint = "running CUDA kernels needs an NVIDIA GPU; compiling them does not"
-    raise BuildError("B102", "there is no CUDA driver (libcuda.so.1 is not found)", hint=hint)
+    raise BuildError("B102", "there is no CUDA driver (libcuda.so.1 is not found)")
 
 
 _active = threading.local()

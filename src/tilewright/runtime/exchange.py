@@ -81,8 +81,7 @@ def view_dlpack(x: Any) -> View:
     if _capsule_is(capsule, b"dltensor_versioned"):
         managed = _DLVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
         if managed.major != 1:
-            text = f"DLPack version {managed.major} is not known"
-            raise ArgumentError("A107", text, hint="version 1")
+            raise ArgumentError("A107", f"DLPack version {managed.major}", hint="version 1")
         tensor, readonly = managed.tensor, bool(managed.flags & _DL_READONLY)
     elif _capsule_is(capsule, b"dltensor"):
         tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
@@ -97,8 +96,7 @@ def view_dlpack(x: Any) -> View:
     elif tensor.device_type in _DL_CUDA:
         device = f"cuda:{tensor.device_id}"
     else:
-        text = f"DLPack device type {tensor.device_type} is not known"
-        raise ArgumentError("A105", text, hint="cpu or cuda")
+        raise ArgumentError("A105", f"DLPack device {tensor.device_type}", hint="cpu or cuda")
     shape = tuple(tensor.shape[: tensor.ndim])
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else row_major_strides(shape)
     check_memory(tensor.data, shape)  # an offset may hide that it is null

@@ -62,6 +62,7 @@ class Kernel:
         ]
 
     def __call__(self, *args: Any, out: Any = None, **named: Any) -> Any:
+        """Run on these arguments; returns the outputs, and then what is updated."""
         if named or len(args) != len(self.inputs):
             args = self._ordered(args, named)
         outs = () if out is None else out if isinstance(out, tuple) else (out,)
@@ -236,6 +237,7 @@ class Bound:
         self._run = frame.run
 
     def __call__(self) -> Any:
+        """Run on what the arrays hold now; returns `outputs`."""
         self._run()
         return self.outputs
 

@@ -22,12 +22,14 @@ from tilewright.runtime import pool as pools
 from tilewright.runtime.kernel import Bound
 from tilewright.runtime.launch import CompileStep, CpuLauncher, CudaLauncher
 from tilewright.runtime.view import ordinal_of
+from tilewright.target import Target
 
 Box = tuple[int, int]
 """The first address of a range of memory, and the one behind its last."""
 
 ANY: tuple[Box, ...] = ((0, 2**63 - 1),)  # what a launch touches that says nothing of its memory
 PARAMS_BYTES = 4000  # of the parameters that launches together have: a kernel takes 4096 bytes
+RESERVED = 1 << 10  # bytes of an SM's shared memory that each CTA takes beside its own
 Edge = tuple[int, int]
 
 
@@ -105,7 +107,7 @@ class Step:
     """
 
     def __init__(self, bounds: Iterable[Any], overlaps: bool = True) -> None:
-        self.keep = list(bounds)
+        self.keep: list[Any] = list(bounds) if hasattr(bounds, "__iter__") else [bounds]
         self.nodes: list[Node] = []
         self.edges: tuple[Edge, ...] = ()
         recorded = [_launches(b) for b in self.keep]
@@ -139,6 +141,7 @@ class Step:
         return launches
 
     def __call__(self) -> None:
+        """Run all launches; on a GPU on the current stream."""
         self._run()
 
     def __repr__(self) -> str:
@@ -155,7 +158,8 @@ def _launches(bound: Any) -> Sequence[Any] | None:
         if isinstance(launcher, CpuLauncher):
             return launcher.launches(bound.kernel, bound.frame)
         return None
-    if not isinstance(bound, (tuple, cuda.Launch)) and not hasattr(bound, "launch"):
+    is_launch = isinstance(bound, cuda.Launch) or (isinstance(bound, tuple) and len(bound) == 5)
+    if not is_launch and not hasattr(bound, "launch"):
         text = f"a step records bound calls, not {type(bound).__name__}"
         raise ArgumentError("A107", text, where="bounds", hint="kernel.bind(…)")
     launch = getattr(bound, "part", None) or getattr(bound, "launch", bound)
@@ -184,13 +188,16 @@ def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
 def _cuts(parts: Sequence[Part]) -> list[int]:
     """Divides launches into ranges that can become one launch: the parameters of a range fit a
     kernel, no body gets fewer registers because another one has more threads, and threads allow
-    each the CTAs of an SM that its work is divided for (shared memory is not counted)."""
+    each the CTAs of an SM that its work is divided for; shared memory, what a body had alone."""
     cuts, used, last = [0], 0, ()
+    sm = Target("cuda", cuda.device(parts[0].ordinal).arch).shared_bytes + RESERVED if parts else 0
     for i, part in enumerate(parts):
         size, bodies = len(part.params) + 8, (*last, part.body)
-        threads = max(b.threads for b in bodies)
-        ctas = min(b.resident for b in bodies) // threads
+        ctas = min(b.resident for b in bodies) // max(b.threads for b in bodies)
+        smem = max(b.smem_bytes for b in bodies) + RESERVED
+        alone = (min(b.ctas, sm // (b.smem_bytes + RESERVED)) for b in bodies)
         fits = used + size <= PARAMS_BYTES and ctas >= max(1, *(b.ctas for b in bodies))
+        fits = fits and sm >= smem * max(alone)
         if last and not fits:
             cuts.append(i)
             used, bodies = 0, (part.body,)

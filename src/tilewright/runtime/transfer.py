@@ -40,8 +40,7 @@ def ordinal_in(device: str) -> int | None:
     if kind == "cuda" and (number.isdecimal() or not colon):
         return int(number or 0)
     if device != "cpu":
-        hint = "cpu, cuda or cuda:0"
-        raise ArgumentError("A105", f"unknown device {device!r}", where="device", hint=hint)
+        raise ArgumentError("A105", f"no device {device!r}", where="device", hint="cpu or cuda:0")
     return None
 
 

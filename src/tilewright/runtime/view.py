@@ -199,8 +199,7 @@ def check_gradient(x: Any, where: str = "") -> None:
     """Refuse a tensor of torch whose gradient would be lost. Raises ArgumentError[A111]."""
     if getattr(x, "requires_grad", False) and sys.modules["torch"].is_grad_enabled():
         text = f"a {type(x).__name__} that requires grad: results would be cut off from its graph"
-        hint = "x.detach(), or call under torch.no_grad()"
-        raise ArgumentError("A111", text, where=where, hint=hint)
+        raise ArgumentError("A111", text, where=where)
 
 
 def describe_torch(x: Any) -> View:
@@ -264,11 +263,8 @@ def _adapter(kind: type) -> Adapter:
 
 def _refuse(x: object) -> View:
     kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
-    hint = "a NumPy, torch or CuPy array, or any object with __dlpack__"
-    if _root_module(type(x)) == "scipy":
-        hint = "pack sparse matrices with a format"
-    elif isinstance(x, np.ma.MaskedArray):
-        hint = "x.filled(value)"
+    is_sparse, is_masked = _root_module(type(x)) == "scipy", isinstance(x, np.ma.MaskedArray)
+    hint = "pack it with a format" if is_sparse else "x.filled(value)" if is_masked else ""
     raise ArgumentError("A107", f"{kind} is not a dense array", hint=hint)
 
 

@@ -114,12 +114,12 @@ class Schedule:
         verbs: one schedule fits csr (`i`), hyb (`i_p`) and bsr (`i_o`). Raises
         ScheduleError[S101]."""
         reads = (x for a in self.first.program.body for x in walk(a.value, Access))
-        rows = next((x.coords[0] for x in reads if x.tensor.is_sparse), None)
-        return self.stored(str(rows))
+        return self.stored(str(next((x.coords[0] for x in reads if x.tensor.is_sparse), None)))
 
+    @takes(axis=A_NAME)
     def stored(self, axis: str) -> str:
         """The loop over the stored coordinates of an axis, or of its blocks, as a name for verbs,
-        whatever the format calls it (`j_p`, `j_o_p`). Raises ScheduleError[S101]."""
+        whatever the format calls it (`j_p`, `j_o_p`)."""
         if not self.has(f"outer({axis})"):
             raise self._unknown("stored", axis, f"no loop walks the axis {axis}")
         return f"outer({axis})"
@@ -473,8 +473,7 @@ class Schedule:
             name, why = missing or (args[0], f"no loop is called {args[0]!r}")
             raise self._unknown(verb.__name__, name, why)
         recorded = tuple((k, v) for k, v in options.items() if v)
-        step = Step(verb.__name__, args, recorded, self.selected)
-        return self._recorded(program, step)
+        return self._recorded(program, Step(verb.__name__, args, recorded, self.selected))
 
     def _unknown(self, verb: str, name: str, why: str) -> ScheduleError:
         known = self.loops

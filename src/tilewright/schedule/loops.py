@@ -76,8 +76,7 @@ def fuse(f: ir.For, outer: str, inner: str, into: str = "") -> ir.Stmt:
     a, b = chain.loops[:2]
     own = {a.name} | {x.var.name for x in chain.lets}
     if ir.free_vars(b.begin) & own or ir.free_vars(b.end) & own:
-        why = f"the range of {b.name} depends on {a.name}"
-        raise illegal(why, "only rectangular loops fuse")
+        raise illegal(f"the range of {b.name} depends on {a.name}", "only rectangular loops fuse")
     if any(ir.reduces(a, c) != ir.reduces(b, c) for c in tree.computes(chain.body)):
         hint = "fuse loops of the output, or loops of the sum"
         raise illegal(f"one of {a.name}, {b.name} reduces and the other does not", hint)

@@ -283,8 +283,7 @@ class _Staging:
                 digit = ir.add(starts[f.name], lane)
             digits.append(ir.Let(fresh[f.name], ir.simplify(digit)))
         to = tuple(ir.substitute(i, fresh) for i in self._index())
-        element = self._element(scratch, fresh, to, starts)
-        body: ir.Stmt = ir.seq(*digits, element)
+        body: ir.Stmt = ir.seq(*digits, self._element(scratch, fresh, to, starts))
         if lanes > 1:
             body = ir.For(lane, ir.as_expr(0), ir.as_expr(lanes), body, "vector")
         total = prod(f.extent or 0 for f in loops) // lanes

@@ -15,11 +15,6 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.errors import ArgumentError, FormatError, TilewrightError
 
-MATRICES = (
-    "a SciPy matrix, a torch tensor, a dense array, (indptr, indices, values, shape) or "
-    "(coords, values, shape)"
-)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entries:
@@ -54,9 +49,7 @@ def read(matrix: Any) -> Entries:
         return matrix
     if isinstance(matrix, tuple):
         if len(matrix) not in (3, 4):
-            rule = f"a tuple of {len(matrix)} is no matrix"
-            hint = "(indptr, indices, values, shape) or (coords, values, shape)"
-            raise FormatError("F102", rule, where="matrix", hint=hint)
+            raise FormatError("F102", f"a tuple of {len(matrix)} is no matrix", where="matrix")
         return _from_csr(*matrix) if len(matrix) == 4 else _from_coo(*matrix)
     if hasattr(matrix, "layout") and hasattr(matrix, "detach"):
         return _from_torch(matrix)
@@ -68,8 +61,7 @@ def read(matrix: Any) -> Entries:
 def _from_dense(matrix: Any) -> Entries:
     array, kind = values_of(matrix, "matrix")
     if array.ndim == 0:
-        rule = f"cannot pack a {type(matrix).__name__}"
-        raise FormatError("F102", rule, where="matrix", hint=MATRICES)
+        raise FormatError("F102", f"cannot pack a {type(matrix).__name__}", where="matrix")
     # of bits all but the sign: -0.0 is no entry in any dtype
     coords = np.nonzero(array & (1 << kind.bits - 1) - 1 if kind == dtypes.bfloat16 else array)
     return Entries(coords, array[coords], kind, array.shape, None)
@@ -150,8 +142,7 @@ def _from_coo(coords: Any, values: Any, shape: Any, *, repeats: bool = False) ->
     at = int(same.argmax())
     if not repeats:
         rule = f"the entry at {tuple(int(c[at]) for c in ordered)} is stored twice"
-        hint = "add up the values of equal coordinates, or leave one of them"
-        raise FormatError("F105", rule, where="indices", hint=hint)
+        raise FormatError("F105", rule, where="indices")
     first = np.flatnonzero(np.append(True, ~same))
     numbers = array if order is None else array[order]
     numbers = dtypes.bfloat16_values(numbers) if kind == dtypes.bfloat16 else numbers
@@ -226,14 +217,12 @@ def _in_range(coords: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     except TypeError:
         arrays = None
     if arrays is None or len(arrays) != len(shape) or len({len(c) for c in arrays}) > 1:
-        hint = "one array for each dimension, all of one length"
-        raise FormatError("F102", "coords and shape do not go together", where="coords", hint=hint)
+        raise FormatError("F102", "coords and shape do not go together", where="coords")
     for d, (c, n) in enumerate(zip(arrays, shape, strict=True)):
         low, high = (int(c.min()), int(c.max())) if len(c) else (0, -1)
         if low < 0 or high >= n:
             rule = f"coordinate {low if low < 0 else high} of dimension {d} is outside 0…{n - 1}"
-            hint = "check that rows and columns are not swapped"
-            raise FormatError("F104", rule, where="indices", hint=hint)
+            raise FormatError("F104", rule, where="indices")
     return tuple(c.astype(_counter(shape), copy=False) for c in arrays)
 
 
@@ -259,9 +248,7 @@ def array_of(x: Any, name: str) -> np.ndarray:
     except Exception:  # each library refuses in its own way
         a = None
     if a is None or a.dtype == object:
-        rule = f"a {type(x).__name__} is not an array of numbers"
-        hint = MATRICES if name == "matrix" else "an array of NumPy, torch or CuPy"
-        raise FormatError("F102", rule, where=name, hint=hint)
+        raise FormatError("F102", f"a {type(x).__name__} is not an array of numbers", where=name)
     return a
 
 

@@ -65,8 +65,7 @@ def _known(dim: str) -> str:
 def stored(access: Any) -> Expr:
     """Whether a sparse tensor stores an entry at coordinates: `stored(A[i, j])`."""
     if not isinstance(access, Access) or not access.tensor.is_sparse:
-        hint = "tw.stored(A[i, j])"
-        raise refusal("P103", f"stored({access!r}): no element of a sparse tensor", hint=hint)
+        raise refusal("P103", f"stored({access!r}): not sparse", hint="tw.stored(A[i, j])")
     return ir.Stored(access)
 
 

@@ -47,6 +47,7 @@ class Format:
 
     @property
     def ndim(self) -> int:
+        """How many dimensions a tensor stored in it has."""
         return 1 + max(level.dim for level in self.levels)
 
     @property
@@ -195,18 +196,18 @@ class Composed:
     is_composed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_tuple(f"composed format {self.name}", "parts", self.parts, _is_part)
+        kinds = {"name": str, "parts": tuple, "disjoint_rows": bool, "covers_rows": bool}
+        _check_fields(self, kinds, "(where, format) pair", _is_part)
         dims = {f.ndim for _, f in self.parts}
-        wrong = hint = ""
+        wrong = ""
         if not dims:
-            wrong, hint = f"{self.name} has no parts", "give at least one (where, format)"
+            wrong = f"{self.name} has no parts"
         elif len(dims) != 1:
             wrong = f"the parts of {self.name} have different numbers of dimensions"
         elif dims == {1}:
             wrong = f"the parts of {self.name} have one dimension"
-            hint = "parts are chosen by rows and columns: two dimensions at least"
         if wrong:
-            raise FormatError("F101", wrong, where="parts", hint=hint)
+            raise FormatError("F101", wrong, where="parts")
         for at, (_, f) in enumerate(self.parts):
             top = f.levels[0]
             stores_empty = top.dim == 0 and (top.is_dense or getattr(top, "chunk", 0) >= 0)
@@ -217,6 +218,7 @@ class Composed:
 
     @property
     def ndim(self) -> int:
+        """How many dimensions a tensor stored in it has."""
         return self.parts[0][1].ndim
 
     @property
@@ -288,8 +290,7 @@ class Composed:
         if wrong.any():
             parts = sorted((part[wrong][0], of_block[block][wrong][0]))
             rule = f"a block has entries in parts {parts[0]} and {parts[1]} of {self.name}"
-            hint = f"choose blocks of {'×'.join(map(str, self.blocks))} whole"
-            raise FormatError("F106", rule, hint=hint)
+            raise FormatError("F106", rule, hint=f"choose whole blocks of {self.blocks}")
 
     def _checked(self, at: int, chosen: Any, row_of: np.ndarray, rows: int) -> Any:
         """What part number `at` chose: a mask of the rows, and entries of these rows."""
@@ -330,22 +331,23 @@ def _is_part(part: Any) -> bool:
     return is_pair and callable(getattr(part[0], "choose", None)) and isinstance(part[1], Format)
 
 
-def _check_tuple(of: str, name: str, items: Any, fits: Any) -> None:
-    """Refuses what is not a tuple of what `fits`."""
-    if not isinstance(items, tuple):
-        rule = f"{of}: {name} is a {type(items).__name__}, not a tuple"
-        raise FormatError("F101", rule, where=name)
-    for at, one in enumerate(items):
-        if not fits(one):
-            kind = {"parts": "(where, format) pair", "levels": "level"}[name]
-            raise FormatError("F101", f"{of}: {name}[{at}] is {one!r}, not a {kind}", where=name)
+def _check_fields(of: Any, kinds: dict[str, type], item: str, fits: Any) -> None:
+    """Raises FormatError[F101] for a field of another type, or for an `item` that does not fit."""
+    for name, kind in kinds.items():
+        value: Any = getattr(of, name)
+        wrong = "" if isinstance(value, kind) else f" is {value!r}, not a {kind.__name__}"
+        for at, one in enumerate(value if kind is tuple and not wrong else ()):
+            wrong = wrong or ("" if fits(one) else f"[{at}] is {one!r}, not a {item}")
+        if wrong:
+            raise FormatError("F101", f"format {of.name!r}: {name}{wrong}", where=name)
 
 
 def _check_levels(f: Format) -> None:
     def bad(why: str, hint: str = "") -> FormatError:
         return FormatError("F101", f"format {f.name}: {why}", where="levels", hint=hint)
 
-    _check_tuple(f"format {f.name}", "levels", f.levels, lambda level: isinstance(level, Level))
+    kinds = {"name": str, "levels": tuple}
+    _check_fields(f, kinds, "level", lambda level: isinstance(level, Level))
     if not f.levels:
         raise bad("no levels")
     for dim in range(f.ndim):
@@ -462,7 +464,7 @@ def hyb(
     call = f"hyb(col_parts={col_parts!r}, buckets={buckets!r})"
     buckets = _widths(call, buckets)
     col_parts = integer(call, "col_parts", col_parts, 1, MOST_PARTS // (len(buckets) + 1))
-    if long_rows not in ("csr", "split"):
+    if not isinstance(long_rows, str) or long_rows not in ("csr", "split"):
         raise FormatError("F101", f"long_rows={long_rows!r}", where="long_rows", hint="csr, split")
     cuts_rows = long_rows == "split"
     disjoint = col_parts == 1 and not cuts_rows

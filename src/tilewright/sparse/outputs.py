@@ -25,15 +25,17 @@ class Output:
     structure_of: ir.Tensor | None = None
 
     def like(self, tensor: ir.Tensor) -> "Output":
+        """With the structure of a sparse tensor. Raises ProgramError[P103]."""
         if not getattr(tensor, "is_sparse", False):
-            hint = "tw.out.like(A) of a sparse parameter or temporary"
-            raise refusal("P103", f"{tensor!r} has no structure to share", hint=hint)
+            raise refusal("P103", f"{tensor!r} has no structure to share", hint="tw.out.like(A)")
         return replace(self, structure_of=tensor)
 
     def named(self, name: str) -> "Output":
+        """With a name in place of `out` or `temp`."""
         return replace(self, name=name)
 
     def typed(self, dtype: Any) -> "Output":
+        """With a dtype in place of that of its value. Raises ArgumentError[A102]."""
         return replace(self, dtype=dtypes.dtype(dtype))
 
     def __getitem__(self, coords: Any) -> Callable[[Any], ir.Tensor]:
@@ -111,8 +113,7 @@ def _check_reads_of_updated(to: ir.Access, value: ir.Expr, op: str) -> None:
 def _assign(output: Output, coords: tuple[Any, ...], value: ir.Expr) -> ir.Tensor:
     trace = current()
     if not all(isinstance(c, ir.Index) for c in coords):
-        hint = "update() writes elsewhere"
-        raise refusal("P103", f"an {output.role} is written at plain indices", hint=hint)
+        raise refusal("P103", f"an {output.role} is written at plain indices", "tw.update")
     if len({c.name for c in coords}) != len(coords):
         raise refusal("P103", "an index occurs twice in the coordinates of an output")
     _check_bound(coords, value)
@@ -189,8 +190,7 @@ def _check_bound(coords: tuple[ir.Expr, ...], value: ir.Expr) -> None:
         for c, dim in zip(x.coords, x.tensor.dims, strict=True):
             if isinstance(c, ir.Index) and c.dim != dim:
                 rule = f"{c.name} runs over {c.dim} but means {dim} in {x}"
-                hint = "give the index and the tensor the same dimension name"
-                raise refusal("P102", rule, hint=hint)
+                raise refusal("P102", rule)
         if not all(isinstance(c, ir.Index) for c in x.coords[len(x.stored_coords) :]):
             raise refusal("P103", f"{x}: the dense dimensions of a structure are read at indices")
     loose = sorted(ir.free_indices(value).keys() - set().union(*map(ir.free_indices, coords)))

@@ -19,8 +19,8 @@ from tilewright.sparse import entries
 from tilewright.sparse.entries import Entries
 from tilewright.sparse.formats import Composed, Format, csr
 
-ROUNDED_UP = 1 << 20  # units of the last CTA may count this far beyond the last entry
 MOST_POSITIONS = 1 << 40  # of a level: beyond the memory of any machine, within an int64
+ROUNDED_UP = 1 << 20  # units of the last CTA may count this far beyond the last entry
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,18 +110,22 @@ class Packed:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The sizes of its dimensions, without those of `inner`."""
         return self.structure.shape
 
     @property
     def format(self) -> Format | Composed:
+        """The format that it is stored in."""
         return self.structure.format
 
     @property
     def nnz(self) -> int:
+        """How many entries it has: positions without padding."""
         return self.structure.nnz
 
     @property
     def device(self) -> str:
+        """Where its arrays are: "cpu", "cuda" or "cuda:N"."""
         return self.structure.device
 
     @property
@@ -135,9 +139,7 @@ class Packed:
         FormatError[F107] when their number is not nnz, and as `pack` for other objects."""
         array, kind = entries.values_of(values, "values")
         if array.shape != (self.nnz,):
-            rule = f"{array.shape} values for {self.nnz} entries"
-            hint = "one value for each entry, in the order they were packed"
-            raise FormatError("F107", rule, where="values", hint=hint)
+            raise FormatError("F107", f"{array.shape} values, {self.nnz} entries", where="values")
         wanted = kind if dtype is None else dtypes.dtype(dtype)
         array = entries.converted(array, kind, wanted)
         arrays = tuple(_scatter(p, array, wanted, self.fill) for p in self.structure.parts)
@@ -213,8 +215,7 @@ def pack(
         return _pack(fmt, entries.read(matrix), dtype, values, index, fill)
     except MemoryError as error:
         rule = f"{fmt} of this matrix does not fit the memory: {error}"
-        hint = "a format that stores less: tw.csr(), tw.coo()"
-        raise FormatError("F108", rule, where="matrix", hint=hint) from None
+        raise FormatError("F108", rule, where="matrix") from None
 
 
 def _pack(
@@ -224,6 +225,7 @@ def _pack(
     if len(shape) != fmt.ndim:
         rule = f"{fmt} stores {fmt.ndim} dimensions, the matrix has {len(shape)}"
         raise FormatError("F102", rule, where="matrix")
+    fill = dtypes.real("fill", fill)
     array, kind = matrix.values, matrix.dtype
     if values is not None:
         array, kind = entries.values_of(values, "values")
@@ -245,8 +247,7 @@ def _pack(
         for p in parts
     )  # fmt: skip
     structure = Structure(fmt, shape, parts, matrix.nnz, chosen)
-    arrays = tuple(_scatter(p, array, wanted, fill) for p in parts)
-    return Packed(structure, arrays, wanted, float(fill))
+    return Packed(structure, tuple(_scatter(p, array, wanted, fill) for p in parts), wanted, fill)
 
 
 def _index_type(index: Any, largest: int) -> dtypes.DType:
@@ -267,8 +268,7 @@ def _index_type(index: Any, largest: int) -> dtypes.DType:
 def _check_positions(of: Any, count: int) -> None:
     if count > MOST_POSITIONS:
         rule = f"{of} of this matrix has {count} positions, the limit is {MOST_POSITIONS}"
-        hint = "tw.coo() stores entries only, whatever the shape"
-        raise FormatError("F108", rule, where="shape", hint=hint)
+        raise FormatError("F108", rule, where="shape")
 
 
 def _pack_part(
@@ -289,8 +289,9 @@ def _pack_part(
     parents, arrays, counts, above = 1, [], [], {}
     for depth, (level, c) in enumerate(zip(fmt.levels, keys, strict=True)):
         extent = level.extent_of(shape)
-        _check_positions(fmt, level.positions(parents, extent))
         c = c.astype(np.int64, copy=False)
+        reached = 0 if level.exact else int(c.max(initial=-1)) + 1  # by a row that leaves none out
+        _check_positions(fmt, max(level.positions(parents, extent), reached))
         built, q, parents = level.build(q, c, Parents(parents, extent, above, units))
         above = {**above, level.dim: c}
         if depth == 0 and roots is not None and lists_rows(level):
@@ -299,8 +300,7 @@ def _pack_part(
         arrays.append(built)
         counts.append(parents)
     _check_positions(fmt, parents)
-    numbers = numbers if order is None else order[numbers]
-    return Part(fmt, tuple(arrays), tuple(counts), numbers, q)
+    return Part(fmt, tuple(arrays), tuple(counts), numbers if order is None else order[numbers], q)
 
 
 def _scatter(part: Part, values: np.ndarray, dtype: dtypes.DType, fill: float) -> np.ndarray:
@@ -340,5 +340,4 @@ def of_rows(
     both, numbers = {"indptr": indptr, "indices": indices}, np.arange(nnz)
     arrays = {name: array.astype(index.numpy, copy=False) for name, array in both.items()}
     part = Part(_CSR, ({}, arrays), (shape[0], nnz), numbers, numbers)
-    structure = Structure(part.format, shape, (part,), nnz, index)
-    return Packed(structure, (values,), dtype)
+    return Packed(Structure(part.format, shape, (part,), nnz, index), (values,), dtype)

@@ -29,8 +29,8 @@ def dia(*offsets: int) -> Format:
 def bitmap(*, counted: bool = False) -> Format:
     """A bit for each element says whether it is stored. Every element has a value; with `counted`
     only stored ones do, without gaps. Raises FormatError[F101]."""
-    name = "bitmap(counted)" if counted else "bitmap"
-    return Format(name, (Dense(0), Bitmap(1, counted=counted)))
+    levels = Dense(0), Bitmap(1, counted=counted)
+    return Format("bitmap(counted)" if counted else "bitmap", levels)
 
 
 def n_m(n: int, m: int) -> Format:

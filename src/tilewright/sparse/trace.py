@@ -51,10 +51,10 @@ class Declared:
     default: float | None = None
 
 
-def _dims(text: str, kind: Kind = "activation") -> tuple[str | int, ...]:
-    if not isinstance(text, str) or kind not in get_args(Kind):
+def _dims(text: str, kind: Kind, like: str = "") -> tuple[str | int, ...]:
+    if not all(isinstance(x, str) for x in (text, kind, like)) or kind not in get_args(Kind):
         hint = f'names, as "m n", and one of {", ".join(get_args(Kind))}'
-        raise refusal("P101", f"a parameter of dimensions {text!r} and kind {kind!r}", hint=hint)
+        raise refusal("P101", f"a parameter of {text!r}, kind {kind!r}, like {like!r}", hint=hint)
     parts: list[str | int] = []
     for d in text.split():
         parts.append(int(d) if d.isdecimal() else checked_name(d, "a dimension"))
@@ -70,7 +70,7 @@ def dense(dims: str, dtype: Any = None, *, kind: Kind = "activation", strided: b
     otherwise. `kind` says how a GPU reads it: a `"weight"` is not written while kernels run. Raises
     ProgramError[P101]."""
     kind_ = dtypes.dtype(dtype) if dtype is not None else None
-    return Declared(_dims(dims, kind), kind_, kind=kind, strided=strided)
+    return Declared(_dims(dims, kind), kind_, kind=kind, strided=bool(strided))
 
 
 def sparse(
@@ -81,7 +81,7 @@ def sparse(
     `like="A"` shares the structure of parameter A; `fill` is what a missing coordinate reads; the
     rest as for `dense`."""
     kind_ = dtypes.dtype(dtype) if dtype is not None else None
-    return Declared(_dims(dims, kind), kind_, True, like, fill, kind)
+    return Declared(_dims(dims, kind, like), kind_, True, like, dtypes.real("fill", fill), kind)
 
 
 def scalar(dtype: Any = "float32", default: float | None = None) -> Any:
@@ -95,8 +95,11 @@ def trace(
     """Run `function` on symbols. `dtypes_by_name` overrides the dtypes of parameters. `formats` has
     the formats of sparse parameters; the others are stored as `formats.plain` says. Raises
     ProgramError."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        raise refusal("P101", f"{function!r} is no function of Python")
     declared = {n: p.default for n, p in inspect.signature(function).parameters.items()}
-    line = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
+    line = f"{code.co_filename}:{code.co_firstlineno}"
     with tracing(function.__name__) as t:
         for name, d in declared.items():
             if not isinstance(d, Declared):
@@ -111,9 +114,8 @@ def trace(
             if not _OF_SYMBOLS.search(str(error)):
                 raise  # the function's own fault
             *_, (frame, _) = walk_tb(error.__traceback__)
-            rule = f"{t.name} cannot be traced: {error}"
             hint = "operands are symbols: tw.exp(x), x.cast(…), tw.sum(x, over=j)"
-            raise refusal("P101", rule, hint, frame) from error
+            raise refusal("P101", f"{t.name} cannot be traced: {error}", hint, frame) from error
         results = returned if isinstance(returned, tuple) else (returned,)
         return Program(t.name, "coordinates", _in_order(t, results, line), tuple(t.body))
 

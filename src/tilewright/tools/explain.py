@@ -4,15 +4,10 @@ import argparse
 import difflib
 import re
 import sys
-from textwrap import dedent
 
-from tilewright.errors import CATALOG, TEXT
+from tilewright.errors import ADVICE, CATALOG, TEXT
 
 FAMILIES: dict[str, str] = dict(re.findall(r"^([A-Z])    (.+)$", TEXT, re.MULTILINE))
-EXPLAIN: dict[str, str] = {
-    code: dedent(lines).rstrip()
-    for code, lines in re.findall(r"^([A-Z]\d\d\d) .+\n((?: .+\n)+)", TEXT, re.MULTILINE)
-}
 
 
 def explain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +28,6 @@ def explain(args: argparse.Namespace) -> int:
         return 2
     print(f"{code}: {CATALOG[code]}")
     print(f"  {FAMILIES[code[0]]}")
-    if code in EXPLAIN:
-        print("\n" + EXPLAIN[code])
+    if code in ADVICE:
+        print("\n" + ADVICE[code])
     return 0

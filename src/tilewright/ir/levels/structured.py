@@ -177,8 +177,7 @@ class NofM(Slots):
         most = int(stored.sum(1).max(initial=0))
         if most > self.width:
             rule = f"{most} of {self.block} coordinates have entries, it holds {self.width}"
-            hint = "prune the matrix first, or store it as tw.csr()"
-            raise FormatError("F108", rule, where="matrix", hint=hint)
+            raise FormatError("F108", rule, where="matrix", hint="prune it first, or tw.csr()")
         missing = self.width - stored.sum(1, keepdims=True)
         stored |= ~stored & (np.cumsum(~stored, 1) <= missing)
         position, each = q * self.width + np.cumsum(stored, 1)[q, c] - 1, 8 // self.bits
