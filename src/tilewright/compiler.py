@@ -18,7 +18,7 @@ from tilewright.ir.verify import verify
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, Watch, run_passes
 from tilewright.lower.cost import costs
 from tilewright.runtime.manifest import Built, Manifest, StageSpec, TensorSpec, declarations
-from tilewright.schedule import Schedule, Step
+from tilewright.schedule import Schedule, Session, Step
 from tilewright.target import Target
 
 Recipe = Callable[[Schedule], Schedule]
@@ -26,13 +26,14 @@ Recipe = Callable[[Schedule], Schedule]
 
 def scheduled(program: Program, recipe: Recipe | None, target: Target) -> Schedule:
     """The schedule of a program at the coordinate level, after its recipe ran."""
-    start = Schedule(program, _positions(), target)
+    session = Session(lambda p: run_passes(p, BEFORE_SCHEDULE))
+    start = Schedule(program, session, target)
     result = start if recipe is None else recipe(start)
     if not isinstance(result, Schedule):
         text = f"the recipe of {program.name} returned {result!r}"
         raise ScheduleError("S102", text, hint="return the schedule")
-    dropped = replace(result, calls=start.calls).dropped()
-    if dropped:
+    used = {id(step) for step in result.history}
+    if dropped := [step for step in session.calls if id(step) not in used]:
         rule = f"the recipe of {program.name} does not use the result of s{dropped[0]}"
         hint = "a verb returns a new schedule: s = s.split(…), and return s; s.undo() to discard"
         raise ScheduleError("S102", rule, hint=hint)
@@ -56,23 +57,7 @@ def lowered(s: Schedule, watch: Watch | None = None) -> Program:
 
 def steps_of(s: Schedule, program: Program) -> tuple[Step, ...] | None:
     """The verbs that made a schedule of `program`; None for a schedule of another program."""
-    first = s
-    while first.before is not None:
-        first = first.before
-    return s.history if first.program is program else None
-
-
-def _positions() -> Callable[[Program], Program]:
-    """Coordinates → positions. A recipe looks at the loops many times before its first verb, so
-    the last result is kept."""
-    last: list[Program] = []  # a program, and what the passes made of it
-
-    def lowering(program: Program) -> Program:
-        if not last or last[0] is not program:
-            last[:] = program, run_passes(program, BEFORE_SCHEDULE)
-        return last[1]
-
-    return lowering
+    return s.history if s.first.program is program else None
 
 
 def built(s: Schedule) -> Built:

@@ -111,7 +111,7 @@ def test_ill_formed_variants():
 
 
 def test_what_is_no_class_is_refused():
-    for wrong in (3, len, type("Slots", (), {"__slots__": ("x",)})):
+    for wrong in (3, len, Causal()):
         with pytest.raises(ProgramError, match=r"P101.*no class"):
             variant(wrong)  # pyright: ignore[reportArgumentType]
 

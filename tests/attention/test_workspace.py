@@ -7,16 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.attention.cases import TYPES, arrays_of, paged, queries
+from tests.attention.test_bodies import imagined  # noqa: F401 - a fixture
 from tests.attention.test_decode_cuda import close
 from tests.attention.test_flash_cuda import _bits, on_device
+from tests.runtime.test_cuda import fake  # noqa: F401 - a fixture
 
 from tilewright.attention import planner, ranges, reference
 from tilewright.attention.batch import Attention
+from tilewright.attention.kv import KV
+from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import CUT
 from tilewright.attention.spec import alone, compile_cuda
 from tilewright.attention.table import Table, TableForm
 from tilewright.attention.variant import SlidingWindow
 from tilewright.errors import ArgumentError
+from tilewright.runtime import cuda
+from tilewright.runtime.cuda import DeviceArray
 from tilewright.toolchain import nvrtc
 
 FORMS = [TableForm(), TableForm("int64"), TableForm("", "int32"), TableForm("", "int64")]
@@ -29,6 +35,64 @@ def test_cubin_without_spills(arch, form):
     text = alone(planner.body(form.for_planner(), 4), "plan_cuts")
     used = compile_cuda(text, arch).resources["plan_cuts"]
     assert used.spill_bytes == 0 and 0 < used.registers <= 64
+
+
+# ---------------------------------------------------------------------------- on host memory
+
+
+def there(dim: int = 64, requests: int = 2, ordinal: int = 0, **more: Any) -> tuple[Any, KV]:
+    """Queries of 8 heads and a cache of 2, bfloat16, on a GPU."""
+
+    def on(array: np.ndarray, dtype: Any = None) -> Any:
+        return DeviceArray.from_numpy(array, dtype, ordinal)
+
+    k = on(np.zeros((8, 16, 2, dim), np.uint16), "bfloat16")
+    q = on(np.zeros((requests, 8, dim), np.uint16), "bfloat16")
+    kv_len, block_table = np.ones(requests, np.int32), np.zeros((requests, 3), np.int32)
+    return q, KV(Table(on(kv_len), on(block_table), **more), Pool(k, k))
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
+def test_what_a_workspace_is_too_small_for(imagined, monkeypatch):  # noqa: F811
+    """Above all another head_dim, whose partial results its memory does not hold."""
+    attn = Attention(8, 2, 64)
+    room, (q, kv) = attn.reserve(2), there()
+    room.plan(kv.table)
+    attn.run(q, kv, room)
+
+    def refused(code: str, where: str, call: Any, *args: Any, **more: Any) -> None:
+        with pytest.raises(ArgumentError) as e:
+            call(*args, **more)
+        assert (e.value.code, e.value.where) == (code, where), str(e.value)
+
+    for dim in (32, 128):
+        refused("A103", "plan", Attention(8, 2, dim).run, *there(dim), room)
+    refused("A103", "plan", attn.run, *there(ordinal=1), room)
+    refused(
+        "A103", "plan", Attention(4, 2, 64).run, device(q.to_numpy()[:, :4], "bfloat16"), kv, room
+    )
+    refused("A103", "table", room.plan, there(requests=3)[1].table)
+    refused("A105", "table", room.plan, there(ordinal=1)[1].table)
+    refused("A107", "table", room.plan, kv)
+    rows = device(np.arange(3, dtype=np.int32))
+    refused("A101", "qo_indptr", room.plan, kv.table, rows)
+    for tokens in (3, -1, 1.5):
+        refused("A103", "tokens", room.plan, kv.table, tokens=tokens)
+    many = attn.reserve(2, max_tokens=4)
+    refused("A101", "qo_indptr", many.plan, kv.table)
+    refused("A105", "qo_indptr", many.plan, kv.table, np.arange(3, dtype=np.int32))
+    refused("A102", "qo_indptr", many.plan, kv.table, device(np.arange(3)))
+    refused("A103", "tokens", many.plan, kv.table, rows, tokens=5)
+    bound, plan = attn.bind(q, kv, plan=room), attn.plan([0, 1, 2], kv)
+    room.plan(there(requests=1)[1].table)
+    refused("A103", "plan", bound)
+    monkeypatch.setattr(cuda, "is_capturing", lambda ordinal: True)
+    refused("A110", "plan", attn.run, q, kv, plan)
+    room.plan(kv.table)
+    attn.run(q, kv, room)
+    room._status.words[0] = 2  # as the planner leaves it
+    refused("A109", "shared", room.plan, kv.table)
+    room.plan(kv.table)
 
 
 # ---------------------------------------------------------------------------- on a GPU

@@ -104,6 +104,7 @@ def reversed_order(s):
         (reversed_order, "s.split('k', 4, tail='guard')"),
         (lambda s: (s.parallel("i").undo(), s.unroll("k", 4), s)[2], "s.unroll('k', 4)"),
         (lambda s: (s.parallel("i"), spmm.scheduled())[1], "s.bind('i', 'parallel')"),
+        (lambda s: (s.split("k", 4).rows, s)[1], "s.split('k', 4, tail='guard')"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_drops_the_result_of_a_verb_is_refused(recipe, verb) -> None:

@@ -50,7 +50,7 @@ def test_numpy_arrays(name: str, rng: np.random.Generator) -> None:
         assert v.is_contiguous == x.flags.c_contiguous
 
 
-def test_fast_address_is_the_slow_one(rng: np.random.Generator) -> None:
+def test_addresses_of_slices(rng: np.random.Generator) -> None:
     whole = rng.standard_normal((6, 5, 4))
     for x in [random_slices(rng, whole) for _ in range(50)]:
         assert view(x).pointer == x.ctypes.data

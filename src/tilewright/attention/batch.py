@@ -56,7 +56,7 @@ class Attention:
     head_dim: int
     variant: Any = Causal()  # noqa: RUF009 - a frozen value
     sm_scale: float | None = None
-    head_dim_vo: int | None = None
+    head_dim_vo: Any = None
 
     def __post_init__(self) -> None:
         for name in ("qo_heads", "kv_heads", "head_dim", "head_dim_vo"):
@@ -82,10 +82,6 @@ class Attention:
     def scale(self) -> float:
         return self.head_dim**-0.5 if self.sm_scale is None else float(self.sm_scale)
 
-    @property
-    def _vo(self) -> int:
-        return self.head_dim if self.head_dim_vo is None else self.head_dim_vo
-
     # -- planning --------------------------------------------------------------------------------
 
     def plan(
@@ -108,7 +104,7 @@ class Attention:
         A109).
         """
         if not isinstance(kv, Table):
-            check_kv(kv, self.kv_heads, self.head_dim, self._vo)
+            check_kv(kv, self.kv_heads, self.head_dim, self.head_dim_vo)
         table, pool = (kv, None) if isinstance(kv, Table) else (kv.table, kv.pool)
         check_names(self.variant, values)
         indptr = checks.host_indptr("qo_indptr", qo_indptr, table.requests)
@@ -155,7 +151,7 @@ class Attention:
         Raises ArgumentError[A103, A105, A107], BuildError.
         """
         if kv is not None:
-            check_kv(kv, self.kv_heads, self.head_dim, self._vo)
+            check_kv(kv, self.kv_heads, self.head_dim, self.head_dim_vo)
         heads = (self.kv_heads, self.group, self.head_dim)
         form, pool = (kv.table.form, kv.pool) if kv else (TableForm(shared=shared), None)
         spec = _spec_of(self, (pool.dtype if pool else dtypes.bfloat16,) * 3, form)
@@ -177,7 +173,7 @@ class Attention:
         most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). `target`: the machine,
         "cuda:sm_90a" also where there is no GPU (None: the one that has kv). Touches no array.
         Raises ArgumentError[A102, A103, A107], BuildError[B102, B103]."""
-        check_kv(kv, self.kv_heads, self.head_dim, self._vo)
+        check_kv(kv, self.kv_heads, self.head_dim, self.head_dim_vo)
         qo_len = checks.check_count("qo_len", qo_len, least=0)
         q = _query_dtype(q_dtype, kv.pool.dtype)
         spec = _spec_of(self, (q, kv.pool.dtype, q), kv.table.form)
@@ -215,7 +211,7 @@ class Attention:
         memory of partial results that it shares with others of a step, or of steps that do not run
         at once (None: its own). Raises what `run` raises.
         """
-        check_kv(kv, self.kv_heads, self.head_dim, self._vo)
+        check_kv(kv, self.kv_heads, self.head_dim, self.head_dim_vo)
         if scratch is not None and not isinstance(scratch, Scratch):
             raise ArgumentError("A107", f"{type(scratch).__name__} is no Scratch", where="scratch")
         if scratch is not None and isinstance(plan, Workspace):
@@ -263,7 +259,12 @@ class Attention:
             words = "requests, kv_heads, queries of an item, device, shared levels, nodes and group"
             text = f"the plan is for {wanted}, not {actual} ({words})"
             raise ArgumentError("A103", text, where="plan")
-        if isinstance(plan, Plan):
+        if isinstance(plan, Workspace):
+            room, own = (plan.head_dim, plan.ordinal), (self.head_dim, ordinal_of(kv.pool.device))
+            if room != own:
+                text = f"the workspace is for {room}, not {own} (head_dim, number of the GPU)"
+                raise ArgumentError("A103", text, where="plan", hint="attn.reserve(…, device=…)")
+        else:
             walks = bool(plan.tree[0] and len(plan.items)) and not family.splits
             if (bool(len(plan.cuts)), plan.walks) != (bool(family.ctas_per_sm), walks):
                 text = f"the plan is damaged: its work is not for {family.name}"
@@ -364,7 +365,7 @@ class Resolution:
 def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableForm) -> Spec:
     """One object for each spec: kernels are looked up by it at every call."""
     traced, ascending = traced_of(attn.variant), attn.scale > 0
-    dims = (attn.head_dim, attn._vo)
+    dims = (attn.head_dim, attn.head_dim_vo)
     return Spec(attn.group, *dims, *kinds, traced, table, ascending)
 
 

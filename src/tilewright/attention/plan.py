@@ -70,7 +70,8 @@ class Plan:
     the most queries of a request; `nodes`: an array of `NODE` where requests share keys, `group`:
     query heads of a KV head, which packs their rows; `block`: queries of an item of the launch in
     front that does shared keys; `narrow`: workers that begin with the items of few rows; `tensors`:
-    what `on_device` has copied to GPUs; `batch`: what `report` needs.
+    what `on_device` has copied to GPUs; `batch`: what `report` needs. `tree`: levels of shared
+    keys, rows of the table, and the query heads of a KV head.
 
     Kernels trust a plan, so one that was not planned here is checked when it is constructed (see
     `check`): by `load`, `dataclasses.replace`, `pickle` and the constructor. It keeps arrays of its
@@ -94,6 +95,7 @@ class Plan:
     batch: reports.Batch | None = field(default=None, repr=False)
     tensors: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
     longest: int = field(default=0, init=False, repr=False)
+    tree: tuple[int, int, int] = field(default=(0, 0, 0), init=False, repr=False)
     planned: InitVar[bool] = False
 
     def __post_init__(self, planned: bool) -> None:
@@ -101,9 +103,13 @@ class Plan:
             _check_types(self)
             for name in _ARRAYS:
                 object.__setattr__(self, name, _frozen(np.array(getattr(self, name))))
-            check(self)
         queries = self.qo_indptr[1:] - self.qo_indptr[:-1]
+        levels = int(self.nodes["level"].max(initial=-1)) + 1  # with that of the requests, if any
+        tree = levels - bool(self.requests), len(self.nodes), self.group
         object.__setattr__(self, "longest", int(queries.max(initial=0)))
+        object.__setattr__(self, "tree", tree)
+        if not planned:
+            check(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan.load, (self.save(),)
@@ -115,12 +121,6 @@ class Plan:
     @property
     def tokens(self) -> int:
         return int(self.qo_indptr[-1])
-
-    @property
-    def tree(self) -> tuple[int, int, int]:
-        """Levels of shared keys, rows of the table, and the query heads of a KV head."""
-        levels = int(self.nodes["level"].max(initial=-1)) + 1  # with that of the requests, if any
-        return levels - bool(self.requests), len(self.nodes), self.group
 
     @property
     def walks(self) -> bool:
@@ -183,8 +183,6 @@ class Plan:
             if str(fields["layout"]) != _LAYOUT:
                 raise ValueError("another version of the layout")
             arrays = {name: np.ascontiguousarray(fields[name]) for name in _ARRAYS}
-            if any(x.dtype != np.int32 or x.ndim != 1 for x in arrays.values()):
-                raise ValueError("wrong dtypes or shapes")
             numbers = fields["numbers"].reshape(len(_NUMBERS)).tolist()
             return Plan(
                 **{name: arrays[name].view(dtype) for name, dtype in _ARRAYS.items()},

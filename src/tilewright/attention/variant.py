@@ -6,7 +6,8 @@
         def logits(self, s, at): return self.soft_cap * tanh(s / self.soft_cap)
         def mask(self, at):      return at.kv <= at.qo
 
-A class is traced when it is defined. Its instances are frozen values, may fix scalars, and compose:
+A class is traced when it is defined. A call of it gives a frozen value, a `Variant`, which may fix
+scalars and compose:
 
     Causal() & SlidingWindow(1024) | Softcap(soft_cap=50.0)
 
@@ -41,22 +42,51 @@ from tilewright.sparse.trace import scalar, tanh
 _MAX_FLOAT32 = 2**128 - 2**104
 
 
+@dataclass(frozen=True, repr=False)
+class Variant:
+    """The value of a variant: its expressions, the scalars that it fixes, and its text. `by`: the
+    operator that has composed it of two others, "&" or "|"."""
+
+    traced: Traced
+    fixed: tuple[tuple[str, float], ...]
+    text: str = field(compare=False)
+    by: str = field(default="", compare=False)
+
+    def __hash__(self) -> int:
+        return hash((self.traced.name, self.fixed))  # that of all expressions takes longer
+
+    def __and__(self, other: Any) -> "Variant":
+        return _combined(self, other, "&")
+
+    def __or__(self, other: Any) -> "Variant":
+        return _combined(self, other, "|")
+
+    def __rand__(self, other: Any) -> "Variant":  # of something else: it is refused
+        return _combined(other, self, "&")
+
+    def __ror__(self, other: Any) -> "Variant":
+        return _combined(other, self, "|")
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 def variant(cls: type) -> Any:
     """Class decorator: traces `logits(self, s, at)`, `mask(self, at)`, `sink(self, at)`,
     `query(self, q, at)`, `key(self, k, at)` and `output(self, o, at)`, each of which may be absent.
 
     Class attributes `scalar(dtype, default)`, `per_head(dtype)`, `per_request`, `per_token`,
     `per_key`, `per_channel` and `bit_mask()` are read from memory at run time (float32 or int32).
-    `softmax = False` is none. Instances are frozen values that may fix scalars, by name or in the
-    order of definition: `SlidingWindow(window=512)`, `SlidingWindow(512)`. Raises ProgramError (P
-    codes).
+    `softmax = False` is none. A call of the class gives a `Variant`, which may fix scalars, by name
+    or in the order of definition: `SlidingWindow(window=512)`, `SlidingWindow(512)`. Raises
+    ProgramError (P codes).
     """
-    if not isinstance(cls, type) or not cls.__dictoffset__:
-        raise ProgramError("P101", f"{cls!r} is no class, or has __slots__", hint="class Mine: …")
+    if not isinstance(cls, type):
+        raise ProgramError("P101", f"{cls!r} is no class", hint="@tw.variant above a class")
     traced = trace(cls)
     scalars = {v.name: v for v in traced.values if not v.by}
 
-    def __init__(self: Any, *positional: float, **values: float) -> None:
+    def __new__(_: type, *positional: float, **values: float) -> Variant:
         first = dict(zip(scalars, positional, strict=False))  # in the order of definition
         hint = f"scalars: {', '.join(scalars) or 'none'}, each once; tensors go to run()"
         if len(first) < len(positional) or first.keys() & values.keys():
@@ -68,28 +98,11 @@ def variant(cls: type) -> Any:
                 text = f"{cls.__name__} has no scalar {name!r}"
                 raise ArgumentError("A101", text, where=name, hint=hint)
             check_number(scalars[name], value)
-        fixed = {n: v.default for n, v in scalars.items() if v.default is not None} | values
-        object.__setattr__(self, "fixed", tuple(sorted(fixed.items())))
+        known = {n: v.default for n, v in scalars.items() if v.default is not None} | values
+        fixed = tuple(sorted(known.items()))
+        return Variant(traced, fixed, f"{cls.__name__}({', '.join(f'{n}={v}' for n, v in fixed)})")
 
-    def __setattr__(self: Any, name: str, value: Any = None) -> None:
-        raise AttributeError(f"{cls.__name__} is frozen")
-
-    def __repr__(self: Any) -> str:
-        return f"{cls.__name__}({', '.join(f'{n}={v}' for n, v in self.fixed)})"
-
-    def __eq__(self: Any, other: Any) -> bool:
-        return type(other) is type(self) and other.fixed == self.fixed
-
-    def __hash__(self: Any) -> int:
-        return hash((type(self), self.fixed))
-
-    functions: list[Any] = [__init__, __setattr__, __repr__, __eq__, __hash__]
-    members = {function.__name__: function for function in functions}
-    for name in ("__and__", "__or__", "__rand__", "__ror__"):
-        members[name] = getattr(Combined, name)
-    members |= {"__delattr__": __setattr__, "traced": traced}
-    for name, member in members.items():
-        setattr(cls, name, member)
+    cls.__new__, cls.traced = __new__, traced  # pyright: ignore[reportAttributeAccessIssue]
     return cls
 
 
@@ -105,49 +118,23 @@ def check_number(value: Value, number: Any) -> None:
 
 
 def traced_of(variant: Any) -> Traced:
-    """The expressions of a variant's value or class. Raises ArgumentError[A107]."""
-    traced = getattr(variant, "traced", None)
-    if isinstance(variant, type) or not isinstance(traced, Traced):
-        hint = "decorate the class with @tw.variant and pass an instance: MyVariant()"
+    """The expressions of a variant. Raises ArgumentError[A107]."""
+    if not isinstance(variant, Variant):
+        hint = "decorate the class with @tw.variant, and call it: MyVariant()"
         raise ArgumentError("A107", f"{variant!r} is not a variant", where="variant", hint=hint)
-    return traced
+    return variant.traced
 
 
 # ---------------------------------------------------------------------------- composition
 
 
-@dataclass(frozen=True, repr=False)
-class Combined:
-    """A variant composed of two others by the operator `by` ("&" or "|"), and used as they are."""
-
-    traced: Traced
-    fixed: tuple[tuple[str, float], ...]
-    by: str = field(compare=False)
-    text: str = field(compare=False)
-
-    def __and__(self, other: Any) -> "Combined":
-        return _combined(self, other, "&")
-
-    def __or__(self, other: Any) -> "Combined":
-        return _combined(self, other, "|")
-
-    def __rand__(self, other: Any) -> "Combined":  # of something else: it is refused
-        return _combined(other, self, "&")
-
-    def __ror__(self, other: Any) -> "Combined":
-        return _combined(other, self, "|")
-
-    def __repr__(self) -> str:
-        return self.text
-
-
-def _combined(a: Any, b: Any, by: str) -> Combined:
+def _combined(a: Any, b: Any, by: str) -> Variant:
     """`a & b` or `a | b`. Raises ArgumentError[A107], ProgramError[P101]."""
     left, right = traced_of(a), traced_of(b)
     mask = left.mask
     if by == "&":
         mask = all_of([*conjuncts(left.mask), *conjuncts(right.mask)])
-    elif getattr(b, "by", "") == "&":
+    elif b.by == "&":
         text = f"{b} on the right of | would lose its masks"
         raise ProgramError("P101", text, hint="(a | b) & c: masks by &")
     elif right.logits == SCORE and right.sink == NO_SINK and not right.extras():
@@ -176,13 +163,13 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
     outer = {"&": "|", "|": ""}[by], "&|"  # operators that need parentheses: left, right
     name, text = (
         f" {by} ".join(
-            f"({s})" if getattr(x, "by", "") in set(needs) else s
+            f"({s})" if x.by in set(needs) else s
             for x, s, needs in zip((a, b), parts, outer, strict=True)
         )
         for parts in ((left.name, right.name), (str(a), str(b)))
     )
     traced = Traced(name, values=tuple(values.values()), softmax=softmax, **hooks)
-    return Combined(traced, tuple(sorted(fixed.items())), by, text)
+    return Variant(traced, tuple(sorted(fixed.items())), text, by)
 
 
 # ---------------------------------------------------------------------------- presets

@@ -47,7 +47,7 @@ class Workspace:
         """`heads`: KV heads, group, head_dim. `block_of` an architecture and the tokens of a batch:
         `Plan.block`. Raises ArgumentError[A103, A105], BuildError."""
         self.ordinal = _checked(heads[1], max_requests, max_tokens, device, workers, shared)
-        self.kv_heads, self.group = heads[:2]
+        self.kv_heads, self.group, self.head_dim = heads
         self.max_requests, self.max_tokens = max_requests, max_tokens
         self.longest = decode.ROWS // self.group if max_tokens else 1
         self.qo_tile = max(1, decode.ROWS // self.group)
@@ -58,7 +58,7 @@ class Workspace:
         self.block = block_of(gpu.arch, max_tokens or max_requests) if shared else 1
         self.front = ranges.of_front(self.block, self.group, sms)
         blocks = decode.blocks_of(self.longest * self.group)
-        self.limit = max(decode.ctas_per_sm(heads[2]) * sms // self._block, 1)
+        self.limit = max(decode.ctas_per_sm(self.head_dim) * sms // self._block, 1)
         most = gpu.attribute(_SMEM_OF_A_CTA) - _STATIC_SMEM
         if planner.smem_bytes(self.max_nodes, self.limit) > most:
             text = f"a planner of {self.max_nodes} nodes has {most} bytes of shared memory"
@@ -71,10 +71,10 @@ class Workspace:
         def words(kind: str, count: int) -> Any:
             return cuda.DeviceArray((count,), kind, self.ordinal)
 
-        tokens = max_tokens or max_requests
-        rows = shared * tokens + self.block * self.front // heads[0] + 1  # chunks fill the CTAs
-        rows *= heads[0] * heads[1] * bool(shared)
-        self._slots, states = decode.partial_floats(heads[2], blocks, self.ctas, rows)
+        chunks = self.block * self.front // self.kv_heads + 1  # that fill the CTAs
+        rows = shared * (max_tokens or max_requests) + chunks
+        rows *= self.kv_heads * self.group * bool(shared)
+        self._slots, states = decode.partial_floats(self.head_dim, blocks, self.ctas, rows)
         self._cuts = words("int32", (self.limit + 1) * (ranges.CUT.size // 4))
         self._partials = words("float32", self._slots + states)
         self._counters = words("int32", self.ctas + 1)

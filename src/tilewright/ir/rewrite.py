@@ -1,16 +1,13 @@
 """Walking and rebuilding trees of nodes; substitution; simplification of index arithmetic."""
 
 import operator
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from typing import Any, TypeVar
 
 from tilewright import dtypes
-from tilewright.dtypes import DType, promote
 from tilewright.ir import nodes as ir
-from tilewright.ir.names import PRIME
 from tilewright.ir.ranges import interval
 
 N = TypeVar("N")
@@ -128,42 +125,6 @@ def path_to(s: ir.Stmt, goal: ir.Compute) -> list[Any] | None:
     return None
 
 
-def name_repeated(
-    values: Sequence[ir.Expr], name: str
-) -> tuple[Sequence[ir.Stmt], tuple[ir.Expr, ...]]:
-    """Lets for what the values compute or load more than once, and the values that read them. What
-    only arms of a select compute stays there: it may read what the condition allows.
-
-    before: (acc + b) / (1 + exp(-(acc + b)))        after: let x = acc + b; x / (1 + exp(-x))
-    """
-    lets: list[ir.Let] = []
-    while True:
-        computed = [*(x.value for x in lets), *values]
-        times = Counter(x for e in computed for x in walk(e, ir.Expr))
-        always = (x for e in computed for x in _always_computed(e))
-        repeated = next((x for x in always if times[x] > 1), None)
-        if repeated is None:
-            return lets, tuple(values)
-        var = ir.Var(f"{name}{len(lets)}", repeated.dtype)
-
-        def visit(x: Any, old: ir.Expr = repeated, new: ir.Expr = var) -> Any:
-            return new if x == old else rebuild(x, visit)
-
-        lets, values = [ir.Let(x.var, visit(x.value)) for x in lets], [visit(e) for e in values]
-        first = next((n for n, x in enumerate(lets) if var.name in free_vars(x.value)), len(lets))
-        lets.insert(first, ir.Let(var, repeated))
-
-
-def _always_computed(e: Any) -> Iterator[ir.Expr]:
-    """The operations and loads of memory in `e` that no condition keeps from being computed, from
-    the outermost in."""
-    is_memory = isinstance(e, ir.Load) and e.buffer.scope not in ("register", "fragment")
-    if is_memory or isinstance(e, (ir.Binary, ir.Unary, ir.Cast, ir.Select, ir.Search)):
-        yield e
-    for child in (e.cond,) if isinstance(e, ir.Select) else () if is_memory else ir.children(e):
-        yield from _always_computed(child)
-
-
 def used_lets(s: Any) -> Any:
     """`s` without the lets whose names nothing reads."""
     if not isinstance(s, ir.Seq):
@@ -258,60 +219,6 @@ def zero_unless(cond: ir.Expr | None, value: ir.Expr) -> ir.Expr:
     if cond is None:
         return value
     return ir.Select(cond, value, ir.cast(ir.Const(0, dtypes.int32), value.dtype), value.dtype)
-
-
-def rename_reductions(e: N, taken: frozenset[str]) -> N:
-    """`e` with each index that a reduction binds, and that a scope around it binds too, renamed to
-    j', j'', …; `taken` are the names bound around `e`.
-
-    before: out[i, j] = e / sum(e over j)               e = exp(A[i, j])
-    after:  out[i, j] = exp(A[i, j]) / sum(exp(A[i, j']) over j')
-    """
-
-    def visit(x: Any) -> Any:
-        return rename_reductions(x, taken)
-
-    if not isinstance(e, ir.Reduce):
-        return rebuild(e, visit)
-    fresh: dict[str, ir.Var] = {}
-    for a in e.axes:
-        name = a.name
-        while name in taken:
-            name += PRIME
-        if name != a.name:
-            fresh[a.name] = replace(a, name=name)
-    axes = tuple(fresh.get(a.name, a) for a in e.axes)
-    inner = taken | {a.name for a in axes}
-    return replace(e, axes=axes, body=rename_reductions(substitute(e.body, fresh), inner))
-
-
-def conditioned(e: Any, held: tuple[ir.Expr, ...] = ()) -> Any:
-    """Moves the condition of a `where` into the reductions of its arms that read dense tensors at
-    coordinates computed from its indices: where it fails they read nothing and give the identity.
-
-    before: where(i > 0, sum(X[i - 1, j] over j), 0)
-    after:  where(i > 0, sum(where(i > 0, X[i - 1, j], 0) over j), 0)
-    """
-    if isinstance(e, ir.Select):
-        cond = conditioned(e.cond, held)
-        a, b = conditioned(e.a, (*held, cond)), conditioned(e.b, (*held, ir.unary("not", cond)))
-        return ir.Select(cond, a, b, e.dtype)
-    if isinstance(e, ir.Reduce):
-        body = conditioned(e.body, held)
-        used, nothing = _computed_coordinates(body), ir.identity_of(e.op, body.dtype)
-        for cond in reversed(held):
-            if used & free_indices(cond).keys():
-                body = ir.Select(cond, body, nothing, body.dtype)
-        return ir.Reduce(e.op, e.axes, body, e.dtype)
-    return rebuild(e, lambda child: conditioned(child, held))
-
-
-def _computed_coordinates(e: ir.Expr) -> set[str]:
-    """The indices of coordinates of dense tensors that are not the indices of their dimensions."""
-    dense = [x for x in walk(e, ir.Access) if not x.tensor.is_sparse]
-    coords = [pair for x in dense for pair in zip(x.coords, x.tensor.dims, strict=True)]
-    computed = (c for c, dim in coords if not (isinstance(c, ir.Index) and c.dim == dim))
-    return {name for c in computed for name in free_indices(c)}
 
 
 def is_const(e: ir.Expr, value: Any = None) -> bool:
@@ -434,28 +341,8 @@ def mul(a: Any, b: Any) -> ir.Expr:
     return _simplify_binary(out) if isinstance(out, ir.Binary) else out
 
 
-def computed_in(e: ir.Expr, to: DType) -> ir.Expr:
-    """`e` as `to`, where the integer arithmetic that makes it is done in `to`, not in the narrower
-    types of its operands: a sum of int8 products multiplies in int32. A conversion to a wider
-    integer inside of it changes no value; any other conversion ends the search."""
-    if e.dtype.is_int and to.is_int and e.dtype.bits < to.bits:
-        if isinstance(e, ir.Binary) and e.op not in ("<<", ">>"):
-            return ir.Binary(e.op, computed_in(e.a, to), computed_in(e.b, to), to)
-        if isinstance(e, ir.Unary):
-            return ir.Unary(e.op, computed_in(e.a, to), to)
-        if isinstance(e, ir.Select):
-            return ir.Select(e.cond, computed_in(e.a, to), computed_in(e.b, to), to)
-        if isinstance(e, ir.Cast) and e.a.dtype.is_int and promote(e.a.dtype, e.dtype) == e.dtype:
-            return computed_in(e.a, to)
-    return ir.cast(e, to)
-
-
 def ceil_div(a: Any, b: int) -> ir.Expr:
     return ir.as_expr(a) if b == 1 else simplify(ir.binary("//", add(a, b - 1), b))
-
-
-def broadcast(e: ir.Expr, lanes: int) -> ir.Expr:
-    return e if lanes in (1, e.dtype.lanes) else ir.Broadcast(e, e.dtype.vector(lanes))
 
 
 def indices_of(*nodes: Any) -> list[ir.Index]:

@@ -16,7 +16,7 @@ def hoist_reductions(program: ir.Program) -> ir.Program:
             out[i, j] = exp(A[i, j]) / out.0[i]
 
     A reduction that depends on no index of its statement becomes a temporary with a stage of its
-    own. One under a `where` is reduced under its condition where it must be (`conditioned`).
+    own. One under a `where` is reduced under its condition where it must be (`_conditioned`).
     """
     body: list[ir.Assign] = []
     tensors = {t.name: t for t in program.tensors}
@@ -25,7 +25,7 @@ def hoist_reductions(program: ir.Program) -> ir.Program:
             body.append(statement)
             continue
         hoister = _Hoister(statement)
-        value = ir.conditioned(statement.value)
+        value = _conditioned(statement.value)
         inner = value.a if isinstance(value, ir.Cast) else value
         own = inner if isinstance(inner, ir.Reduce) and not statement.op else None
         if own is not None and not _reads_other_coordinates(statement, own):  # it reduces itself
@@ -36,6 +36,35 @@ def hoist_reductions(program: ir.Program) -> ir.Program:
         tensors |= {a.out.tensor.name: a.out.tensor for a in hoister.hoisted}
         body += [*hoister.hoisted, ir.Assign(statement.out, value, statement.op)]
     return replace(program, tensors=tuple(tensors.values()), body=tuple(body))
+
+
+def _conditioned(e: Any, held: tuple[ir.Expr, ...] = ()) -> Any:
+    """Moves the condition of a `where` into the reductions of its arms that read dense tensors at
+    coordinates computed from its indices: where it fails they read nothing and give the identity.
+
+    before: where(i > 0, sum(X[i - 1, j] over j), 0)
+    after:  where(i > 0, sum(where(i > 0, X[i - 1, j], 0) over j), 0)
+    """
+    if isinstance(e, ir.Select):
+        cond = _conditioned(e.cond, held)
+        a, b = _conditioned(e.a, (*held, cond)), _conditioned(e.b, (*held, ir.unary("not", cond)))
+        return ir.Select(cond, a, b, e.dtype)
+    if isinstance(e, ir.Reduce):
+        body = _conditioned(e.body, held)
+        used, nothing = _computed_coordinates(body), ir.identity_of(e.op, body.dtype)
+        for cond in reversed(held):
+            if used & ir.free_indices(cond).keys():
+                body = ir.Select(cond, body, nothing, body.dtype)
+        return ir.Reduce(e.op, e.axes, body, e.dtype)
+    return ir.rebuild(e, lambda child: _conditioned(child, held))
+
+
+def _computed_coordinates(e: ir.Expr) -> set[str]:
+    """The indices of coordinates of dense tensors that are not the indices of their dimensions."""
+    dense = [x for x in ir.walk(e, ir.Access) if not x.tensor.is_sparse]
+    coords = [pair for x in dense for pair in zip(x.coords, x.tensor.dims, strict=True)]
+    computed = (c for c, dim in coords if not (isinstance(c, ir.Index) and c.dim == dim))
+    return {name for c in computed for name in ir.free_indices(c)}
 
 
 def _reads_other_coordinates(statement: ir.Assign, e: ir.Reduce) -> bool:

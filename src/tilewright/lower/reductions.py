@@ -4,7 +4,8 @@ The analysis is that of tiles too: the names that a reduction changes, and the l
 guards under which its total is stored.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import product
@@ -146,7 +147,7 @@ class _Materializer:
         values: Sequence[ir.Expr] = [value for _, value in c.sums]
         if len(values) > 1:
             self.count += 1
-            lets, values = ir.name_repeated(values, f"{c.out.buffer.name}.term{self.count}_")
+            lets, values = _name_repeated(values, f"{c.out.buffer.name}.term{self.count}_")
         updates: list[ir.Stmt] = []
         factors = [r.factor for r in c.reductions] or [None]
         accs = accumulators[shape][0]
@@ -390,5 +391,41 @@ def with_totals(c: ir.Compute, totals: Sequence[ir.Expr]) -> tuple[Sequence[ir.S
     def visit(x: Any) -> Any:
         return known.get(x.buffer.name, x) if isinstance(x, ir.Load) else x
 
-    lets, (value,) = ir.name_repeated([ir.transform(c.value, visit)], f"{c.out.buffer.name}.value")
+    lets, (value,) = _name_repeated([ir.transform(c.value, visit)], f"{c.out.buffer.name}.value")
     return lets, value
+
+
+def _name_repeated(
+    values: Sequence[ir.Expr], name: str
+) -> tuple[Sequence[ir.Stmt], tuple[ir.Expr, ...]]:
+    """Lets for what the values compute or load more than once, and the values that read them. What
+    only arms of a select compute stays there: it may read what the condition allows.
+
+    before: (acc + b) / (1 + exp(-(acc + b)))        after: let x = acc + b; x / (1 + exp(-x))
+    """
+    lets: list[ir.Let] = []
+    while True:
+        computed = [*(x.value for x in lets), *values]
+        times = Counter(x for e in computed for x in ir.walk(e, ir.Expr))
+        always = (x for e in computed for x in _always_computed(e))
+        repeated = next((x for x in always if times[x] > 1), None)
+        if repeated is None:
+            return lets, tuple(values)
+        var = ir.Var(f"{name}{len(lets)}", repeated.dtype)
+
+        def visit(x: Any, old: ir.Expr = repeated, new: ir.Expr = var) -> Any:
+            return new if x == old else ir.rebuild(x, visit)
+
+        lets, values = [ir.Let(x.var, visit(x.value)) for x in lets], [visit(e) for e in values]
+        readers = (n for n, x in enumerate(lets) if var.name in ir.free_vars(x.value))
+        lets.insert(next(readers, len(lets)), ir.Let(var, repeated))
+
+
+def _always_computed(e: Any) -> Iterator[ir.Expr]:
+    """The operations and loads of memory in `e` that no condition keeps from being computed, from
+    the outermost in."""
+    is_memory = isinstance(e, ir.Load) and e.buffer.scope not in ("register", "fragment")
+    if is_memory or isinstance(e, (ir.Binary, ir.Unary, ir.Cast, ir.Select, ir.Search)):
+        yield e
+    for child in (e.cond,) if isinstance(e, ir.Select) else () if is_memory else ir.children(e):
+        yield from _always_computed(child)

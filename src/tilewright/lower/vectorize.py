@@ -223,7 +223,7 @@ class _Vectorizer:
         return tuple(ir.Const(0, i.dtype) if n == dims[0] else i for n, i in enumerate(index))
 
     def vector(self, e: ir.Expr) -> ir.Expr:
-        return ir.broadcast(e, self.lanes) if not self.varies(e) else self.expr(e)
+        return self.expr(e) if self.varies(e) else _broadcast(e, self.lanes)
 
     def expr(self, e: Any) -> ir.Expr:
         if isinstance(e, ir.Var):
@@ -266,6 +266,10 @@ class _Vectorizer:
             return None
         step = form.steps.get(self.loop.name, ir.Const(0, e.dtype))
         return (form.base, int(step.value)) if isinstance(step, ir.Const) else None
+
+
+def _broadcast(e: ir.Expr, lanes: int) -> ir.Expr:
+    return e if lanes in (1, e.dtype.lanes) else ir.Broadcast(e, e.dtype.vector(lanes))
 
 
 def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:

@@ -51,20 +51,34 @@ class Step:
         return f"{on}.{self.verb}({', '.join(args)})"
 
 
+@dataclass(slots=True, eq=False)
+class Session:
+    """What all schedules share that were made from one; nothing else of them changes. `lowering`
+    takes a program from coordinates to positions; `calls` are the verbs called on any of them, but
+    for those that were undone."""
+
+    lowering: Callable[[Program], Program]
+    calls: list[Step] = field(default_factory=list)
+    last: tuple[Program, Program] | None = None
+
+    def lowered(self, program: Program) -> Program:
+        """A program on positions. The last one is kept: a recipe looks at the loops many times
+        before its first verb."""
+        if self.last is None or self.last[0] is not program:
+            self.last = program, self.lowering(program)
+        return self.last[1]
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Schedule:
-    """`program` at the coordinate or position level; `lowering` takes it from the first to the
-    second."""
+    """`program` at the coordinate or position level, after the verbs of `history`."""
 
     program: Program
-    lowering: Callable[[Program], Program] = field(compare=False)
+    session: Session = field(compare=False)
     target: Target
     history: tuple[Step, ...] = ()
     selected: Nests = None
     before: Schedule | None = field(default=None, compare=False)
-    calls: list[Step] = field(default_factory=list, compare=False)
-    """The verbs called on this schedule and on all that came from the same first one; all of them
-    share this list."""
 
     # -- looking ---------------------------------------------------------------------------------
 
@@ -78,7 +92,15 @@ class Schedule:
         """This schedule at the position level."""
         if self.program.level == "positions":
             return self
-        return replace(self, program=self.lowering(self.program))
+        return replace(self, program=self.session.lowered(self.program))
+
+    @property
+    def first(self) -> Schedule:
+        """The schedule that no verb has changed yet."""
+        s = self
+        while s.before is not None:
+            s = s.before
+        return s
 
     @property
     def loops(self) -> list[str]:
@@ -91,8 +113,7 @@ class Schedule:
         """The loop over the rows of the first sparse operand, or of its blocks, as a name for
         verbs: one schedule fits csr (`i`), hyb (`i_p`) and bsr (`i_o`). Raises
         ScheduleError[S101]."""
-        start = self.undo(len(self.history)).program
-        reads = (x for a in start.body for x in walk(a.value) if isinstance(x, Access))
+        reads = (x for a in self.first.program.body for x in walk(a.value, Access))
         rows = next((x.coords[0] for x in reads if x.tensor.is_sparse), None)
         return self.stored(str(rows))
 
@@ -132,14 +153,8 @@ class Schedule:
                 raise illegal("there is nothing to undo", f"{len(self.history)} verbs were called")
             s = s.before
         undone = {id(step) for step in self.history[len(s.history) :]}
-        self.calls[:] = [step for step in self.calls if id(step) not in undone]
+        self.session.calls = [step for step in self.session.calls if id(step) not in undone]
         return s
-
-    def dropped(self) -> list[Step]:
-        """Verbs whose results are not part of this schedule, though they were called on one of the
-        schedules that it was made from: most likely the caller forgot to assign the result."""
-        used = {id(step) for step in self.history}
-        return [step for step in self.calls if id(step) not in used]
 
     def __str__(self) -> str:
         steps = "\n".join(f"  {h}" for h in self.history) or "  (as written)"
@@ -474,7 +489,7 @@ class Schedule:
             raise illegal(f"{verb}: {name!r} is no new name for a loop", hint)
 
     def _recorded(self, program: Program, step: Step) -> Schedule:
-        self.calls.append(step)
+        self.session.calls.append(step)
         return replace(self, program=program, history=(*self.history, step), before=self)
 
     @takes(loop=A_NAME, nest=rule.optional(NUMBER))

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tilewright.attention.kv import KV
+from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
+from tilewright.attention.workspace import Workspace
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama
 from tilewright.serve.scheduler import Chunk
@@ -131,7 +133,7 @@ class Cascade:
         table = Table.csr(*parts, shared=[level])
         return [KV(table, pool) for pool in self.pools]
 
-    def bind(self, rows: int) -> tuple[list[KV], Any, list[Any]]:
+    def bind(self, rows: int) -> tuple[list[KV], Plan | Workspace, list[Any]]:
         """Of a cascaded step of so many rows: the KV of each layer, the plan, and on a GPU the
         launch in the step that plans, from the groups where they are."""
         views = self._views(rows)

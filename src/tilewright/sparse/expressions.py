@@ -9,7 +9,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.ir import nodes as ir
 from tilewright.ir.nodes import Access, Expr, Index, as_expr
-from tilewright.ir.rewrite import computed_in, contains, driving, free_vars
+from tilewright.ir.rewrite import contains, driving, free_vars
 from tilewright.sparse.tracing import checked_name, current, refusal
 
 __all__ = [
@@ -91,13 +91,13 @@ def _reduce(op: str) -> Callable[..., Expr]:
         body = as_expr(value)
         dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
         if where is not None:
-            body = computed_in(body, dtype)
+            body = _computed_in(body, dtype)
             body = ir.select(condition_of(op, where), body, ir.identity_of(op, dtype))
         missing = {a.name for a in axes} - free_vars(body)
         if missing:
             rule = f"{op} over {', '.join(sorted(missing))}, which its body does not use"
             raise refusal("P104", rule, hint="where=tw.stored(A[i, j]) ranges over what A stores")
-        return ir.Reduce(op, axes, computed_in(body, dtype), dtype)
+        return ir.Reduce(op, axes, _computed_in(body, dtype), dtype)
 
     reduction.__name__ = reduction.__qualname__ = op
     reduction.__doc__ = (
@@ -105,6 +105,23 @@ def _reduce(op: str) -> Callable[..., Expr]:
         f"holds; the identity of {op} where it never does."
     )
     return reduction
+
+
+def _computed_in(e: ir.Expr, to: dtypes.DType) -> ir.Expr:
+    """`e` as `to`, where the integer arithmetic that makes it is done in `to`, not in the narrower
+    types of its operands: a sum of int8 products multiplies in int32. A conversion to a wider
+    integer inside of it changes no value; any other conversion ends the search."""
+    kind = e.dtype
+    if kind.is_int and to.is_int and kind.bits < to.bits:
+        if isinstance(e, ir.Binary) and e.op not in ("<<", ">>"):
+            return ir.Binary(e.op, _computed_in(e.a, to), _computed_in(e.b, to), to)
+        if isinstance(e, ir.Unary):
+            return ir.Unary(e.op, _computed_in(e.a, to), to)
+        if isinstance(e, ir.Select):
+            return ir.Select(e.cond, _computed_in(e.a, to), _computed_in(e.b, to), to)
+        if isinstance(e, ir.Cast) and e.a.dtype.is_int and dtypes.promote(e.a.dtype, kind) == kind:
+            return _computed_in(e.a, to)
+    return ir.cast(e, to)
 
 
 sum_, max_, min_, prod = (_reduce(op) for op in ("sum", "max", "min", "prod"))

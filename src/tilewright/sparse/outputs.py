@@ -6,6 +6,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.ir import core as ir
+from tilewright.ir.names import PRIME
 from tilewright.sparse.expressions import condition_of
 from tilewright.sparse.tracing import checked_name, current, refusal
 
@@ -143,7 +144,32 @@ def _statement(to: ir.Access, value: ir.Expr, op: str = "") -> ir.Assign:
     """`to = value`, or `to += value` with op "sum". No reduction in it binds an index that the
     coordinates or a reduction around it bind."""
     bound = frozenset().union(*(ir.free_vars(c) for c in to.coords))
-    return ir.Assign(to, ir.cast(ir.rename_reductions(value, bound), to.dtype), op)
+    return ir.Assign(to, ir.cast(_with_own_indices(value, bound), to.dtype), op)
+
+
+def _with_own_indices(e: Any, taken: frozenset[str]) -> Any:
+    """`e` with each index that a reduction binds, and that a scope around it binds too, renamed to
+    j', j'', …; `taken` are the names bound around `e`.
+
+    before: out[i, j] = e / sum(e over j)               e = exp(A[i, j])
+    after:  out[i, j] = exp(A[i, j]) / sum(exp(A[i, j']) over j')
+    """
+
+    def visit(x: Any) -> Any:
+        return _with_own_indices(x, taken)
+
+    if not isinstance(e, ir.Reduce):
+        return ir.rebuild(e, visit)
+    fresh: dict[str, ir.Var] = {}
+    for a in e.axes:
+        name = a.name
+        while name in taken:
+            name += PRIME
+        if name != a.name:
+            fresh[a.name] = replace(a, name=name)
+    axes = tuple(fresh.get(a.name, a) for a in e.axes)
+    inner = taken | {a.name for a in axes}
+    return replace(e, axes=axes, body=_with_own_indices(ir.substitute(e.body, fresh), inner))
 
 
 def _output_dtype(value: ir.Expr) -> dtypes.DType:

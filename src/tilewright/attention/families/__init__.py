@@ -42,9 +42,8 @@ def choose(
 ) -> tuple[Family, tuple[tuple[str, str], ...]]:
     """The family that runs a call, and `reasons`. Raises ArgumentError[A103] where none does."""
     against = reasons(spec, rows, device, pool, invariant=invariant)
-    for name, reason in against:
-        if not reason:
-            return by_name(name), against
+    if chosen := next((name for name, reason in against if not reason), ""):
+        return by_name(chosen), against
     text = f"no kernels run this ({'; '.join(map(': '.join, against))})"
     hint = "without shared keys each family runs more: a table of whole requests"
     raise ArgumentError("A103", text, where="kv", hint=hint)
