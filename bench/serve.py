@@ -2,10 +2,11 @@
 
 Requests come when the trace says, time divided by `--speed`; prompts are random tokens of the
 trace's lengths, times `--lengths`, and answers have the trace's lengths too. Rows: tokens a second
-over the replay, time to the first token, and gaps between tokens. A few answers are computed again
-alone, and have to be equal. With `--peers` other engines serve the same requests
-(`serve_peers.py`), with `--shared-prefix` many answers share a prefix (`serve_shared.py`), with
-`--steps` the parts of single steps are timed (`serve_steps.py`).
+over the replay, time to the first token, gaps between tokens, goodput by each of `--itl-ms`, and
+the part of the prompts that was known. `--timeline` writes the steps and their decisions for
+Perfetto. A few answers are computed again alone, and have to be equal. With `--peers` other engines
+serve the same requests (`serve_peers.py`), with `--shared-prefix` many answers share a prefix
+(`serve_shared.py`), with `--steps` the parts of single steps are timed (`serve_steps.py`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from math import inf
@@ -23,10 +25,12 @@ from pathlib import Path
 import numpy as np
 
 from bench.harness import Row, base_row, note, progress
-from bench.simulate import percentiles, simulate_rows
+from bench.simulate import Replay, in_time, percentiles, simulate_rows, timeline
 from tilewright.errors import ArgumentError
 from tilewright.serve.engine import Engine, Options
+from tilewright.serve.policy import Decision
 from tilewright.serve.request import Request, Sampling
+from tilewright.serve.scheduler import Batch, Scheduler
 from tilewright.serve.tune import errors, fit, measure
 from tilewright.serve.weights import open_model, packaged_model
 
@@ -39,13 +43,14 @@ _PLAINLY = Sampling()
 @dataclass(slots=True)
 class Job:
     """A request of the trace: seconds from the first arrival, its prompt, and how many tokens it
-    is answered with; then these tokens, and when they came."""
+    is answered with; then these tokens, when they came, and how much of the prompt was known."""
 
     arrival_s: float
     prompt: list[int]
     answer: int
     tokens: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
+    cached: int = 0
 
     @property
     def is_done(self) -> bool:
@@ -143,12 +148,16 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
     jobs = read_trace(args.trace, args.requests, args.lengths, (context, file.config.vocab))
     engine = Engine(file, args.target, Options(context=context, **sizes))
     replay(engine, [Job(0.0, job.prompt[:40], 4) for job in jobs[: args.running]], Pace())  # builds
-    pace = Pace(args.speed)
+    pace, steps, began = Pace(args.speed), watched(engine.scheduler), time.perf_counter()
     took_s = replay(engine, jobs, pace)
+    if args.timeline:
+        shown = [(at - began, seconds, decision) for at, seconds, decision in steps]
+        args.timeline.write_text(json.dumps(timeline(as_simulated(jobs, pace, shown))), "utf-8")
     if not args.fast:
         check(Engine(file, args.target, Options(context=context, share=False)), jobs)
     name = f"{args.trace.name.split('.')[0]} x{args.speed:g} lengths x{args.lengths:g}"
-    for metric, value in measures(jobs, pace, took_s).items():
+    found = measures(jobs, pace, took_s) | goodput(jobs, pace, took_s, args.ttft_ms, args.itl_ms)
+    for metric, value in found.items():
         yield base_row("serve", "serve.replay", args.target) | {
             "input": name, "width": len(jobs), "dtype": "float32", "impl": "tilewright",
             "ms": 1e3 * took_s, "metric": metric, "value": value, "ratio": None,
@@ -227,6 +236,7 @@ def replay(engine: Engine, jobs: list[Job], pace: Pace, how: Sampling = _PLAINLY
         now = time.perf_counter() - began
         for request in ready:
             running[request].note(request.tokens[-1], now)
+            running[request].cached = request.cached
             if request.finish:
                 del running[request]
                 progress(len(jobs) - len(waiting) - len(running), len(jobs), "requests")
@@ -246,7 +256,45 @@ def measures(jobs: list[Job], pace: Pace, took_s: float) -> dict[str, float]:
         "requests/s": done / took_s,
         "answer tokens/s": sum([len(job.times_s) for job in jobs]) / took_s,
         "prompt tokens/s": sum([len(job.prompt) for job in jobs if job.times_s]) / took_s,
+        "hit rate": sum([job.cached for job in jobs]) / sum([len(job.prompt) for job in jobs]),
     } | percentiles([j.arrival_s / pace.speed for j in jobs], [j.times_s for j in jobs])
+
+
+def goodput(
+    jobs: list[Job], pace: Pace, took_s: float, ttft_ms: float, gaps_ms: Sequence[float]
+) -> dict[str, float]:
+    """Requests a second, of those that were done, whose first token came within `ttft_ms`, and 99 %
+    of whose gaps are within each of `gaps_ms`."""
+    done = [(job.arrival_s / pace.speed, job.times_s) for job in jobs if job.is_done]
+    kept = {g: [in_time(at, own, ttft_ms / 1e3, g / 1e3) for at, own in done] for g in gaps_ms}
+    return {f"goodput requests/s, {g:g} ms": sum(good) / took_s for g, good in kept.items()}
+
+
+def watched(scheduler: Scheduler) -> list[tuple[float, float, Decision]]:
+    """The steps of a scheduler from now on: when each was decided, its seconds until it was
+    committed, and the decision."""
+    steps: list[tuple[float, float, Decision]] = []
+    begun: dict[int, float] = {}
+    schedule, commit = scheduler.schedule, scheduler.commit
+
+    def noted(now: float = 0.0) -> Batch:
+        batch = schedule(now)
+        begun[batch.step] = now
+        return batch
+
+    def committed(batch: Batch, now: float = 0.0) -> list[Request]:
+        steps.append((begun[batch.step], now - begun[batch.step], batch.decision))
+        return commit(batch, now)
+
+    scheduler.schedule, scheduler.commit = noted, committed
+    return steps
+
+
+def as_simulated(jobs: list[Job], pace: Pace, steps: list[tuple[float, float, Decision]]) -> Replay:
+    """A replay by the clock as one of the simulator, of the jobs that got a token."""
+    begun = [(i, job) for i, job in enumerate(jobs) if job.times_s]
+    requests = [Request(i, job.prompt, arrived=job.arrival_s / pace.speed) for i, job in begun]
+    return Replay(requests, {i: job.times_s for i, job in begun}, steps)
 
 
 def check(engine: Engine, jobs: list[Job]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,8 +47,29 @@ def rows_of(folder: Path, *options: str) -> list[bench_serve.Row]:
     return list(bench_serve.serve(parser.parse_args([*sizes, *options])))
 
 
+def test_goodput_worked_by_hand():
+    """Gaps of 20 and 40 ms behind a first token after 500 ms, one after 1.25 s, one not done."""
+    jobs = [
+        bench_serve.Job(0.0, [1] * 10, 3, times_s=[0.5, 0.52, 0.56], cached=4),
+        bench_serve.Job(2.0, [1] * 30, 1, times_s=[2.25]),
+        bench_serve.Job(0.0, [1] * 10, 3, times_s=[0.5]),
+    ]
+    found = bench_serve.goodput(jobs, bench_serve.Pace(2.0), 4.0, 1000.0, [10.0, 41.0])
+    wanted = {"goodput requests/s, 10 ms": 0.0, "goodput requests/s, 41 ms": 0.25}
+    assert found == wanted
+    late = bench_serve.goodput(jobs, bench_serve.Pace(2.0), 4.0, 2000.0, [10.0, 41.0])
+    assert late == {"goodput requests/s, 10 ms": 0.25, "goodput requests/s, 41 ms": 0.5}
+    assert bench_serve.measures(jobs, bench_serve.Pace(2.0), 4.0)["hit rate"] == 4 / 50
+
+
 def test_a_replay(runnable_path: Path, tmp_path: Path):
-    rows = rows_of(tmp_path, "--model", str(runnable_path))
+    line = tmp_path / "line.json"
+    rows = rows_of(tmp_path, "--model", str(runnable_path), "--timeline", str(line))
+    events = json.loads(line.read_text(encoding="utf-8"))["traceEvents"]
+    steps = [e for e in events if e["pid"] == 0]
+    assert {e["name"] for e in steps} >= {"prefill", "decode"} and len(events) == len(steps) + 6
+    assert all(e["dur"] > 0 for e in steps) and all(e["ts"] >= 0 for e in steps)
+    assert sum(str(e["args"]["decision"]).count("+") for e in steps) == 3, "each is admitted once"
     assert {row["op"] for row in rows} == {"serve.replay"} and rows[0]["width"] == 3
     assert all(list(row["peers_missing"]) == [*bench_serve.PEERS] for row in rows)
     values = {row["metric"]: row["value"] for row in rows}
