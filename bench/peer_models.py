@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from tilewright.errors import ArgumentError
+from tilewright.serve.gguf import Weight, dequantize
 from tilewright.serve.models.config import Metadata, ModelConfig, read_config
-from tilewright.serve.weights import ModelFile, Weight, dequantize, open_model
+from tilewright.serve.weights import ModelFile, open_model
 
 _LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 _TINY = {

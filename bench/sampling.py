@@ -20,12 +20,13 @@ import numpy as np
 from bench.peer_models import SHAPES
 from tilewright.runtime import cuda
 from tilewright.serve import engine as engines
+from tilewright.serve.gguf import Weight
 from tilewright.serve.memory import Memory
 from tilewright.serve.models.config import Metadata, read_config
 from tilewright.serve.request import Request, Sampling
 from tilewright.serve.sampler import Seats
 from tilewright.serve.scheduler import Chunk
-from tilewright.serve.weights import ModelFile, Weight
+from tilewright.serve.weights import ModelFile
 from tilewright.target import target
 
 KERNELS: dict[str, dict[str, Any]] = {

@@ -7,9 +7,8 @@ names the variable, the value and the expected form.
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tilewright.errors import KnobError
 
@@ -28,8 +27,7 @@ def _flag(text: str) -> bool:
     return {0: False, 1: True}[int(text)]
 
 
-@dataclass(frozen=True, slots=True)
-class Knob:
+class Knob(NamedTuple):
     env: str
     default: Any
     parse: Callable[[Any], Any]

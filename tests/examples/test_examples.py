@@ -57,7 +57,7 @@ def test_a_fused_linear_layer_takes_15_lines():
 def test_the_first_lesson_can_be_shown():
     command = [sys.executable, "-m", "tilewright", "show", str(FOLDER / "01_spmm.py"), "scheduled"]
     done = subprocess.run(
-        [*command, "--stages"], check=False, capture_output=True, encoding="utf-8", timeout=120
+        [*command, "--stages"], check=False, capture_output=True, encoding="utf-8", timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert "(C++)" in done.stdout and "(CUDA)" in done.stdout and "refused" not in done.stdout

@@ -30,7 +30,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
         check=False,
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=300,
     )
 
 

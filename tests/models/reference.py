@@ -14,7 +14,9 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from tilewright.serve.weights import ModelConfig, ModelFile, dequantize
+from tilewright.serve.gguf import dequantize
+from tilewright.serve.models.config import ModelConfig
+from tilewright.serve.weights import ModelFile
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:

@@ -38,7 +38,7 @@ def test_forked_child_has_its_own_threads() -> None:
         [sys.executable, "-c", script],
         capture_output=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.stdout == "both ran\n", done.stderr
@@ -94,11 +94,11 @@ def _build(tmp_path: Path, source: str, *flags: str) -> str | None:
     command = [*compilers.find_compiler().command, "-std=c++17", "-O1", "-g", "-pthread", *flags]
     built = subprocess.run(
         [*command, "-x", "c++", "-", "-o", str(program)],
-        input=source, capture_output=True, encoding="utf-8", timeout=120, check=False,
+        input=source, capture_output=True, encoding="utf-8", timeout=300, check=False,
     )  # fmt: skip
     if built.returncode:
         return None
-    ran = subprocess.run([program], capture_output=True, encoding="utf-8", timeout=120, check=False)
+    ran = subprocess.run([program], capture_output=True, encoding="utf-8", timeout=300, check=False)
     return ran.stdout + ran.stderr
 
 

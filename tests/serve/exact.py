@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.serve.weights import ModelFile, dequantize
+from tilewright.serve.gguf import dequantize
+from tilewright.serve.weights import ModelFile
 
 Note = Callable[[str, np.ndarray], None]
 

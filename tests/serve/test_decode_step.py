@@ -17,10 +17,12 @@ from tests.serve.sequence import Sequence
 from tilewright.ops.rope import Rope
 from tilewright.runtime.step import Step
 from tilewright.serve import engine, runner
+from tilewright.serve.gguf import Weight
+from tilewright.serve.models.config import ModelConfig
 from tilewright.serve.models.llama import Llama
 from tilewright.serve.request import Request, Sampling
 from tilewright.serve.scheduler import Chunk, Limits
-from tilewright.serve.weights import ModelConfig, ModelFile, Weight
+from tilewright.serve.weights import ModelFile
 from tilewright.toolchain import nvrtc
 
 CONFIG = ModelConfig(

@@ -12,12 +12,13 @@ from tests.serve.test_ahead import SAMPLED, sampling_in_the_step
 from tests.serve.test_decode_step import CONFIG, Answer, Spelled, advance, model_file
 
 from tilewright.serve import engine, runner
+from tilewright.serve.gguf import Weight, dequantize
 from tilewright.serve.memory import Memory
 from tilewright.serve.models import llama
 from tilewright.serve.products import OWN_ROWS, Products
 from tilewright.serve.request import Request, Sampling
 from tilewright.serve.scheduler import Limits
-from tilewright.serve.weights import ModelFile, Weight, dequantize
+from tilewright.serve.weights import ModelFile
 
 gguf = pytest.importorskip("gguf", reason="weights are quantised by it")
 torch = pytest.importorskip("torch", reason="the products are torch's")

@@ -15,10 +15,10 @@ import pytest
 from tilewright.errors import MissingExtra, ModelError
 from tilewright.serve.chat import ChatTemplate, template_of
 from tilewright.serve.gguf import KINDS as READ
-from tilewright.serve.gguf import view
+from tilewright.serve.gguf import dequantize, view
 from tilewright.serve.models.llama import Llama
 from tilewright.serve.tokenizer import load_tokenizer
-from tilewright.serve.weights import ModelFile, dequantize, open_model, packaged_model
+from tilewright.serve.weights import ModelFile, open_model, packaged_model
 
 gguf = pytest.importorskip("gguf", reason="the gguf library is the reference")
 from tests.serve.tiny import KINDS, TEMPLATE, TinyModel, tensors  # noqa: E402

@@ -22,7 +22,7 @@ from tilewright.serve.request import Sampling
 from tilewright.serve.weights import open_model
 from tilewright.serve.worker import Piece, Worker, main
 
-PATIENCE_S = 60
+PATIENCE_S = 300  # a step that compiles, on a machine that is busy with other work
 
 
 @asynccontextmanager

@@ -65,6 +65,6 @@ def test_text_is_utf_8_whatever_the_locale(tmp_path: Path, locale: str) -> None:
             "LC_ALL": locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0",
             "TILEWRIGHT_CACHE_DIR": str(tmp_path / "cache"),
         },
-        capture_output=True, encoding="utf-8", errors="replace", timeout=120, check=False,
+        capture_output=True, encoding="utf-8", errors="replace", timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

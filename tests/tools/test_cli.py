@@ -17,7 +17,7 @@ from tilewright.tools import cli, env, explain
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tilewright", *arguments]
-    return subprocess.run(command, check=False, capture_output=True, encoding="utf-8", timeout=120)
+    return subprocess.run(command, check=False, capture_output=True, encoding="utf-8", timeout=300)
 
 
 def test_python_m_tilewright_is_the_command_line():
@@ -46,7 +46,7 @@ def test_an_unknown_verb_is_refused(capsys):
 
 def test_standard_output_may_be_closed():
     command = f"{sys.executable} -m tilewright --version >&-"
-    done = subprocess.run(command, shell=True, check=False, stderr=subprocess.PIPE, timeout=120)
+    done = subprocess.run(command, shell=True, check=False, stderr=subprocess.PIPE, timeout=300)
     assert done.returncode == 0 and done.stderr == b""
 
 
@@ -76,7 +76,7 @@ def test_listing_the_verbs_loads_no_optional_package():
         "assert not heavy and tools == ['tilewright.tools.cli'], (heavy, tools)"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", timeout=120)
+    done = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
 
 

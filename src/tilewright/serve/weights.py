@@ -27,14 +27,12 @@ from typing import Any
 import numpy as np
 
 from tilewright.errors import MissingExtra, ModelError, needed_for
-from tilewright.serve.gguf import Header, Weight, dequantize, view
+from tilewright.serve.gguf import Header, Weight, view
 from tilewright.serve.models.config import Metadata, ModelConfig, Value, read_config
 
 with needed_for("model folders", "models"):
     from gguf import MODEL_ARCH, get_tensor_name_map
     from safetensors import SafetensorError, safe_open
-
-__all__ = ["ModelConfig", "ModelFile", "Weight", "dequantize", "open_model", "packaged_model"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

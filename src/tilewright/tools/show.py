@@ -10,12 +10,12 @@ import difflib
 import runpy
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
 from string import Template
 from traceback import extract_tb
+from typing import NamedTuple
 
 from tilewright import compiler
 from tilewright.build import Definition
@@ -32,8 +32,7 @@ DEFAULT_TARGETS = ("cpp", "cuda:sm_90a")
 GENERATED = ("C++", "CUDA", "refused")
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(NamedTuple):
     """The program after the verb or pass of `title`. `level` is coordinates, positions or loops, or
     the language of generated text."""
 

@@ -17,9 +17,10 @@ from tilewright.ops import linear, rowwise
 from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.rope import append_kernel, rope_append_kernel, rope_kernel
 from tilewright.runtime.view import view
+from tilewright.serve.gguf import Weight, dequantize
 from tilewright.serve.memory import Memory
 from tilewright.serve.products import products_of
-from tilewright.serve.weights import ModelFile, Weight, dequantize
+from tilewright.serve.weights import ModelFile
 from tilewright.target import Target, target
 
 Do = Callable[..., Any]
