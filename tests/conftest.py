@@ -29,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--random-programs", type=int, default=500, help="how many test_random_programs.py runs"
     )
+    parser.addoption(
+        "--all-mutants", action="store_true", help="all mutants of hand-written kernels"
+    )
     parser.addoption("--random-seed", type=int, default=0, help="the first seed of these programs")
 
 

@@ -9,6 +9,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ STEPS = (
     r"__syncwarp|__syncthreads|__threadfence|sync|tw::bar_sync|tw::copy_async_wait<[^>;]*>"
     r"|tw::copy_async_commit|tw::copy_async_arrive|tw::barrier_(?!test)\w+|tw::fence_async|tw::stores_read"
     r"|tw::wgmma_\w+(?:<[^;]*?>)?|tw::wait_for_previous_launch|tw::start_next_launch|release"
-    r"|end_narrow|consumer\.\w+_queries|(?:consumer\.)?arrive|wait_outputs|keys_read|values_ready"
+    r"|team\.(?:sync|begin)|end_narrow|consumer\.\w+_queries|(?:consumer\.)?arrive|wait_outputs|keys_read|values_ready"
 )
 CALL = re.compile(rf"(?<![\w.:>])((?:{STEPS})\((?:[^;()]|\((?:[^()]|\([^()]*\))*\))*\));")
 VOTE = re.compile(r"(?<=[ (])sync_or\((\w+)\)")
@@ -93,9 +94,20 @@ def marked(text: str) -> tuple[str, list[str]]:
 
 def expanded(text: str) -> str:
     """The text without the files and macros that warps.h replaces."""
-    text = re.sub(f'#include "({"|".join(REPLACED)})"\n|#define TW_(METHOD|SCAN) .*', "", text)
+    text = re.sub(f'#include "({"|".join(REPLACED)})"\n|#define TW_METHOD .*', "", text)
     return re.sub(r"extern __shared__ (?:__align__\(16\) )?(\w+) (\w+)\[\];",
                   r"\1* \2 = reinterpret_cast<\1*>(simulated::smem);", text)  # fmt: skip
+
+
+@dataclass
+class Sites:
+    """Which one all launches leave out, and those that launches have come to."""
+
+    dropped: str = ""
+    reached: set[str] = field(default_factory=set)
+
+
+SITES = Sites()
 
 
 class Kernel:
@@ -118,7 +130,8 @@ def kernel(text: str, entry: str = "stage0", params: str = "body0::Params") -> K
     names = ["warps.h", *["warps_hopper.h"] * ('#include "hopper.cuh"' in text)]
     names.insert(0, "order.h")
     shim = [(Path(__file__).parent / name).read_text(encoding="utf-8") for name in names]
-    start = "simulated::start_others = simulated::start_hopper;" if len(names) > 2 else ""
+    start = "start_others = simulated::start_hopper, simulated::end_thread = simulated::end_hopper"
+    start = f"simulated::{start};" if len(names) > 2 else ""
     text, sites = marked(text)
     parts = (shim[0], prelude_files.prelude("cpu.h"), *shim[1:], expanded(text),
              RUN.format(entry=entry, params=params, start=start))  # fmt: skip
@@ -140,8 +153,11 @@ def launch(
             for n, x in enumerate((*before, *writes))]  # fmt: skip
     arrays = np.array(rows, np.int64).reshape(-1, 4)
     address = block if isinstance(block, int) else ctypes.addressof(block)
+    sites = kernel.sites
+    kernel.dropped.value = sites.index(SITES.dropped) if SITES.dropped in sites else -1
     report = kernel.run(address, threads, order.ctypes.data, ctas, seed, arrays.ctypes.data,
                         len(arrays), equal_stores)  # fmt: skip
+    SITES.reached.update(name for name, was in zip(sites, kernel.reached, strict=False) if was)
     if report:
         raise Refused(report.decode())
 

@@ -179,6 +179,7 @@ def planned(
     rows: np.ndarray,
     shared: Any,
     workers: int,
+    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Cuts, nodes and the status word of the planner of GPUs."""
     run = simulated.kernel(alone(planner.body(form, 4, BLOCK), "plan_cuts"), "plan_cuts")
@@ -195,7 +196,7 @@ def planned(
         node_count=len(keys), head_blocks=blocks, max_tokens=int(rows[-1]),
         kv_heads=shape.kv_heads, front=ranges.of_front(BLOCK, 4, workers),
     )  # fmt: skip
-    simulated.launch(run, block, planner.THREADS, 1, 0, (copied, cuts, nodes, status))
+    simulated.launch(run, block, planner.THREADS, 1, seed, (copied, cuts, nodes, status))
     return cuts, nodes, int(status[0])
 
 

@@ -4,6 +4,7 @@ scheduler, loaders, consumers and merges, with boxes that arrive in any order.""
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +19,7 @@ from tilewright import dtypes
 from tilewright.attention import plan as plans
 from tilewright.attention.families import hopper
 from tilewright.attention.spec import Spec, alone
+from tilewright.ir.body import Body
 from tilewright.toolchain import compilers
 
 pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
@@ -40,56 +42,110 @@ def tensor_map(pointer: int, dtype: Any, shape: Any, strides: Any, box: Any) -> 
     return [*words, *[0] * (16 - len(words))]
 
 
-def result(case: Case, page_size: int, workers: int, seed: int) -> tuple[Any, Any, tw.Plan]:
-    """o and lse of the kernel, and its plan, all of whose items are narrow."""
+@dataclass(frozen=True)
+class Prepared:
+    """A call of the kernel: its plan and parameters, the body of its launch with the CTAs of that;
+    o and lse, poisoned."""
+
+    plan: tw.Plan
+    address: int
+    body: Body
+    ctas: int
+    o: np.ndarray
+    lse: np.ndarray
+    partials: np.ndarray
+    counters: np.ndarray
+    kept: Any
+
+    def launch(self, seed: int) -> None:
+        writes = self.o, self.lse, self.partials, self.counters
+        run = simulated.kernel(alone(self.body))
+        simulated.launch(run, self.address, self.body.threads, self.ctas, seed, writes)
+        assert not self.counters.any()
+
+
+def prepared(case: Case, page_size: int, workers: int, dtype: Any = np.float32) -> Prepared:
+    """A plan for so many SMs, made on the host. `dtype`: of o."""
     attn, table = oracle.attention_of(case), oracle.table_of(case)
-    kv = tw.KV(table, tw.Pool(case.k, case.v))
+    k, v = (x[:, 0] if case.form == "ragged" else x for x in (case.k, case.v))
+    kv = tw.KV(table, tw.Pool(k, v))
     traced, kind = attn.variant.traced, dtypes.ALL[case.q.dtype.name]
-    out = dtypes.ALL["float32"]
+    out = dtypes.ALL[np.dtype(dtype).name]
     spec = Spec(attn.group, *case.dims, kind, kind, out, traced, table.form)
     known = {n: x for n, x in attn.variant.fixed if np.isscalar(x)}
     shape = plans.Shape("hopper", attn.kv_heads, attn.group, traced.mask, known,
                         hopper.FAMILY.qo_tile(spec), "batch", 0, hopper.order,
                         few=hopper.FAMILY.few(spec))  # fmt: skip
     plan = plans.make(case.qo_indptr, kv.lengths(), shape, workers)
-    box = hopper.box_keys(spec, page_size)
-    wide, narrow = hopper._lists(spec, plan)
-    assert wide == 0 and narrow == plan.narrow > 0
-    o, lse, numbers, _kept = simulated.arguments(case, attn, kv, plan.tokens)
-    partials = np.full(max(plan.slots, 1) * 128 * (case.dims[1] + 8), np.nan, np.float32)
-    counters = np.zeros(2 + 8 * plan.counters, np.int32)
+    box, (wide, narrow) = hopper.box_keys(spec, page_size), hopper._lists(spec, plan)
+    o, lse, numbers, kept = simulated.arguments(case, attn, kv, plan.tokens, dtype)
+    floats = max(plan.slots, 1) * hopper.rows_of(spec) * (case.dims[1] + 8)
+    partials = np.full(floats, np.nan, np.float32)
+    counters = np.zeros(2 + 4 * hopper.tiles_of(spec).groups * plan.counters, np.int32)
     struct = hopper.params_struct(spec)
     padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
-    block = struct.pack(
+    ctas = min(wide + narrow, workers)
+    block = bytes(struct.pack(
         **numbers, **hopper.maps(spec, numbers, plan.tokens), **padding, cycles=0,
         qo_indptr=plan.qo_indptr.ctypes.data, items=plan.items.ctypes.data, item_count=wide,
-        counter=counters.ctypes.data, counters=counters.ctypes.data + 8, narrow_ctas=narrow,
-        narrow_count=len(plan.items), partials=partials.ctypes.data,
-        page_shift=page_size.bit_length() - 1, ctas=narrow,
-    )  # fmt: skip
-    room = np.zeros(len(bytes(block)) + 64, np.uint8)  # the parameters are aligned to 64 bytes
+        counter=counters.ctypes.data, counters=counters.ctypes.data + 8, ctas=ctas,
+        narrow_ctas=min(narrow, workers), narrow_count=len(plan.items) - wide,
+        partials=partials.ctypes.data, page_shift=page_size.bit_length() - 1,
+    ))  # fmt: skip
+    room = np.zeros(len(block) + 64, np.uint8)  # the parameters are aligned to 64 bytes
     at = -room.ctypes.data % 64
-    room[at : at + len(bytes(block))] = np.frombuffer(bytes(block), np.uint8)
-    run = simulated.kernel(alone(hopper.body(spec, box, plan.slots > 0, True)))
-    simulated.launch(run, room.ctypes.data + at, hopper.threads(spec, box), narrow, seed,
-                     (o, lse, partials, counters))  # fmt: skip
-    assert not counters.any()
-    return o, lse, plan
+    room[at : at + len(block)] = np.frombuffer(block, np.uint8)
+    body = hopper.body(spec, box, plan.slots > 0, narrow > 0)
+    return Prepared(plan, room.ctypes.data + at, body, ctas, o, lse, partials, counters,
+                    (kept, kv, table, room))  # fmt: skip
+
+
+@pytest.fixture
+def maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "tensor_map", tensor_map)
+
+
+def result(case: Case, *args: Any, seed: int, **more: Any) -> tuple[Any, Any, tw.Plan]:
+    """o and lse of the kernel, and its plan."""
+    call = prepared(case, *args, **more)
+    call.launch(seed)
+    return call.o, call.lse, call.plan
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c[0][:3])))
-def test_narrow_items(rng, monkeypatch, case):
+def test_narrow_items(rng, monkeypatch, maps, case):
     """Right, and the same bits whatever arrives first; chunks among them."""
-    monkeypatch.setattr(hopper, "tensor_map", tensor_map)
     tiles = dataclasses.replace(hopper.TILES[128, 128], segment=32)  # of 40 and 33 tiles
     if case[-1] == 1:
         hopper.body.cache_clear()
         monkeypatch.setitem(hopper.TILES, (128, 128), tiles)
     shape, counts, lengths, page_size, workers = case
     drawn = cascade(rng, shape, counts, [], lengths, page_size)
-    first, lse, plan = result(drawn, page_size, workers, 0)
+    first, lse, plan = result(drawn, page_size, workers, seed=0)
+    assert plan.narrow
     close(drawn, first, lse, str(plan))
     assert (plan.slots > 0) == (workers > 6 and shape[4] != "window")
-    again = result(drawn, page_size, workers, 1)[0]
+    again = result(drawn, page_size, workers, seed=1)[0]
     assert np.array_equal(first.view(np.uint32), again.view(np.uint32))
     hopper.body.cache_clear()
+
+
+WIDE = [  # shape, queries and keys of each request, page size, SMs, dtype of o
+    ((4, 2, 128, BFLOAT16, "causal", "scores", ""), [70, 1, 0, 40], [170, 3, 40, 300], 16, 3,
+     BFLOAT16),
+    ((3, 1, 128, np.float16, "window", "scores", "per head"), [90, 33], [300, 140], 1, 2,
+     np.float32),
+    ((2, 1, 64, BFLOAT16, "causal", "softcap", ""), [130, 20], [260, 30], 8, 2, BFLOAT16),
+    ((2, 1, 256, np.float16, "causal", "alibi", ""), [70, 40], [150, 40], 64, 2, np.float16),
+    ((1, 1, 128, BFLOAT16, "causal", "scores", ""), [150], [1400], 32, 8, BFLOAT16),  # chunks
+    ((1, 1, 128, BFLOAT16, "images", "scores", ""), [150, 40], [300, 90], 32, 1, np.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WIDE, ids=lambda c: "-".join(map(str, c[0][:3])))
+def test_wide_items(rng, maps, case):
+    """By simulated wgmma; items of some rows are beside them where tiles have 128 keys."""
+    shape, counts, lengths, page_size, workers, dtype = case
+    drawn = cascade(rng, shape, counts, [], lengths, page_size)
+    o, lse, plan = result(drawn, page_size, workers, dtype, seed=0)
+    close(drawn, o.astype(np.float64), lse, str(plan))

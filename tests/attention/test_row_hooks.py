@@ -239,16 +239,8 @@ def test_cubins_without_spills(arch):
         assert compile_cuda(text, arch).resources["stage0"].spill_bytes <= 64 * (arch == "sm_80")
 
 
-@needs_compiler
-@pytest.mark.parametrize("rows", [name for name in oracle.ROWS if name])
-@pytest.mark.parametrize("softmax", [True, False])
-def test_on_simulated_warps(rng, rows, softmax):
-    """The text of the CUDA kernel, its threads run one after the other, against the oracle."""
-    dim = 40 if softmax else 33  # loads of 16 bytes, and of one element
-    shape = (3, 2, dim, np.float16, "window", "scores" if softmax else "softcap", "")
-    case = cascade(rng, shape, [3, 1, 0, 9], [], [70, 40, 5, 130], 7)
-    values = oracle.draw_row_values(rng, oracle.ROWS[rows][2], case.heads, (4, 13, 90))
-    case = replace(case, rows=rows, softmax=softmax, values=case.values | values)
+def portable_result(case: oracle.Case, seed: int) -> None:
+    """The kernel of CUDA cores on simulated warps: what the oracle says."""
     attn, table = oracle.attention_of(case), oracle.table_of(case)
     k, v = (x[:, 0] if case.form == "ragged" else x for x in (case.k, case.v))
     kv, traced = tw.KV(table, tw.Pool(k, v)), attn.variant.traced
@@ -261,12 +253,25 @@ def test_on_simulated_warps(rng, rows, softmax):
     lengths = kv.lengths()
     plan = plans.make(case.qo_indptr, lengths, shape, 7, table.tree(lengths))
     o, lse, numbers, _kept = simulated.arguments(case, attn, kv, plan.tokens)
-    numbers |= {} if softmax else {"lse": 0}
+    numbers |= {} if case.softmax else {"lse": 0}
     work = {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
     block = params_struct(spec, ITEMS).pack(**numbers, **work)
     run = simulated.kernel(alone(portable.body(spec), "stage0", "TW_UNALIGNED"))
-    simulated.launch(run, block, portable.THREADS, len(plan.items), 5, (o, lse))
-    oracle.compare(case, o, lse if softmax else None, 4e-6)
+    simulated.launch(run, block, portable.THREADS, len(plan.items), seed, (o, lse))
+    oracle.compare(case, o, lse if case.softmax else None, 4e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [name for name in oracle.ROWS if name])
+@pytest.mark.parametrize("softmax", [True, False])
+def test_on_simulated_warps(rng, rows, softmax):
+    """The text of the CUDA kernel, its threads run one after the other, against the oracle."""
+    dim = 40 if softmax else 33  # loads of 16 bytes, and of one element
+    shape = (3, 2, dim, np.float16, "window", "scores" if softmax else "softcap", "")
+    case = cascade(rng, shape, [3, 1, 0, 9], [], [70, 40, 5, 130], 7)
+    values = oracle.draw_row_values(rng, oracle.ROWS[rows][2], case.heads, (4, 13, 90))
+    case = replace(case, rows=rows, softmax=softmax, values=case.values | values)
+    portable_result(case, 5)
 
 
 # ---------------------------------------------------------------------------- families and states

@@ -41,6 +41,8 @@ int64_t moves;  // steps of any fiber: without one nothing will ever come
 uint64_t state = 1;
 void (*kernel)(const void*);
 const void* argument;
+void (*start_others)(), (*end_thread)();  // of warps_hopper.h, where a CTA starts and where a thread ends
+uint32_t lateness;                        // of copies that arrive by themselves
 
 UNWATCHED uint32_t random32() {
   state = state * 6364136223846793005ull + 1442695040888963407ull;
@@ -82,6 +84,7 @@ UNWATCHED void stop(const char* what) {
 
 UNWATCHED void entry() {
   kernel(argument);
+  if (end_thread) end_thread();
   fibers[current].ended = true;
   ++moves;
   for (;;) yield();
@@ -136,11 +139,10 @@ UNWATCHED void perform(Copy& c) {
   c.to = nullptr;
 }
 
-void (*start_others)();  // of warps_hopper.h, where a CTA starts
-
 // Launch a grid, one CTA after the other, `order` [ctas]. `arrays`: what it may write (see start_launch). Returns what went wrong, or an empty text.
 UNWATCHED const char* run(void (*f)(const void*), const void* p, int count, const int32_t* order, int ctas, uint64_t seed, const int64_t* arrays, int array_count, bool equal) {
   state = seed * 2 + 1;
+  lateness = seed % 2 ? 4000 : 4;
   kernel = f;
   argument = p;
   threads = count;

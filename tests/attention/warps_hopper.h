@@ -1,10 +1,8 @@
 // Stands for hopper.cuh behind warps.h: mbarriers, TMA and wgmma on fibers. Addresses of shared memory are offsets in it.
 // A box, and a thread's copies that tell a barrier of their end, arrive when they are issued or later, while some thread
 // waits. Products are computed when they are issued; their sums are NaN until they are waited for.
-#include <algorithm>
-
-using std::max;
-using std::min;
+using tw::max;
+using tw::min;
 
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
@@ -102,7 +100,7 @@ UNWATCHED void arrive_one(T (&all)[4096], int& count) {
   perform(one);
 }
 UNWATCHED void arrive_some() {
-  if (random32() % 4) return;
+  if (random32() % lateness) return;
   arrive_one(boxes, box_count);
   for (int i = 0; i < 8; ++i) arrive_one(rows, rows_count);
 }
@@ -196,14 +194,19 @@ struct Products {
   Sums sums[4];
   int count, group;      // of sums; groups so far
   bool fenced;           // registers that the thread wrote may be read
-  int stores;            // boxes that the thread has stored
+  int stores, stored;    // boxes that the thread has stored, those that it has waited for
 };
 Products products[MOST_THREADS];
 
 UNWATCHED void start_hopper() {
   box_count = rows_count = 0;
   for (; arrivals_count; --arrivals_count) free(arrivals[arrivals_count - 1].now), free(arrivals[arrivals_count - 1].done);
-  for (int t = 0; t < threads; ++t) products[t].count = products[t].group = products[t].stores = products[t].fenced = 0;
+  for (int t = 0; t < threads; ++t) products[t].count = products[t].group = products[t].stores = products[t].stored = products[t].fenced = 0;
+}
+UNWATCHED void end_hopper() {
+  const Products& p = products[current];
+  if (p.stored < p.stores) stop("a thread ends while its boxes are read from shared memory");
+  if (p.count) stop("a thread ends with products that nobody waits for");
 }
 HERE float element(uint64_t descriptor, int row, int k, bool turned, bool bfloat16) {
   const uint32_t start = (descriptor & 0x3fff) << 4, columns64 = (descriptor >> 16 & 0x3fff) << 4, rows8 = (descriptor >> 32 & 0x3fff) << 4;
@@ -328,7 +331,8 @@ UNWATCHED void store_box(const void* map, uint32_t from, int c0, int c1, int c2)
 // Those of this thread; a warp stores by one.
 UNWATCHED void stores_read() {
   using namespace simulated;
-  if (products[current].stores) know(stores_of(current / 32), products[current].stores);
+  Products& p = products[current];
+  if (p.stores) know(stores_of(current / 32), p.stored = p.stores);
 }
 
 }  // namespace tw

@@ -68,7 +68,7 @@ class Rows:
             writes = [words(x) for x in arrays]
             # Each thread of a CTA stores what it knows of its row.
             simulated.launch(run, launch.params, sampler.THREADS, count, seed, writes,
-                             equal_stores=True)  # fmt: skip
+                             [words(self.logits)], equal_stores=True)  # fmt: skip
         tokens, drawn = self.tokens.to_numpy()[:, :count].tolist()
         return tokens, drawn
 
