@@ -396,7 +396,7 @@ def reported(run: Run, site: str, seed: int = 1) -> str:
         os.write(writer, said.encode())
         os._exit(0)
     os.close(writer)
-    with os.fdopen(reader) as pipe:
+    with os.fdopen(reader, encoding="utf-8") as pipe:
         said = pipe.read()
     _, status = os.waitpid(child, 0)
     return said or (f"signal {status}" if status else "")
