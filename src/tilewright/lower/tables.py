@@ -55,9 +55,16 @@ class Statement:
 
 def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
     """The structures that could drive a reduction: those read at plain indices, one of them
-    reduced."""
-    found = ir.driving(st.value, frozenset(a.name for a in st.axes))
-    return {Driver(*key): x.tensor for key, x in found.items()}
+    reduced. The plain evaluator finds them by code of its own (`ir.driving`)."""
+    reduced = {a.name for a in st.axes}
+    tensors: dict[Driver, ir.Tensor] = {}
+    for x in ir.walk(st.value, ir.Access):
+        if x.tensor.is_sparse:
+            driver = Driver.of(x)
+            names = set(driver.indices)
+            if driver.is_plain and len(names) == len(driver.indices) and reduced & names:
+                tensors.setdefault(driver, x.tensor)
+    return tensors
 
 
 class Tables:
