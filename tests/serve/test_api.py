@@ -466,6 +466,8 @@ BAD: list[tuple[str, Any, int]] = [
     (CHAT, {"messages": ASKED, "response_format":
             {"type": "json_schema", "json_schema": {"schema": {}, "nam": "x"}}}, 400),
     (CHAT, {"messages": ASKED, "response_format": {"type": "text", "schema": {}}}, 400),
+    (CHAT, {"messages": ASKED, "response_format": {"type": "grammar"}}, 400),
+    (CHAT, {"messages": ASKED, "response_format": {"type": "text", "grammar": "start: /a/"}}, 400),
     (CHAT, {"messages": ASKED, "response_format":
             {"type": "json_schema", "json_schema": {"name": "x"}}}, 400),
     (CHAT, {"messages": ASKED, "stream_options": {"include_usag": True}}, 400),

@@ -278,15 +278,21 @@ def test_the_oldest_messages_are_left_out(tiny_path: Path):
     tokenizer = load_tokenizer(model)
     prompts = Prompts(model, 64, tokenizer)
     assert prompts.template is not None
+    system = {"role": "system", "content": "be brief"}
     talk = [{"role": ("user", "assistant")[i % 2], "content": f"message {i}"} for i in range(9)]
-    sizes = {n: len(tokenizer.encode(render(prompts.template, talk[n:]))) for n in range(0, 9, 2)}
-    for limit in range(sizes[8], sizes[0] + 2):
-        prompts.context = limit + min(64, limit)
-        assert prompts.too_many(talk) == next(n for n in range(0, 9, 2) if sizes[n] <= limit)
-    prompts.context = 2 * (sizes[8] - 1)
-    with pytest.raises(ModelError) as error:
-        prompts.too_many(talk)
-    assert error.value.code == "M105"
+    for first in ([], [system]):
+        sizes = {}
+        for left_out in range(0, 9, 2):
+            text = render(prompts.template, [*first, *talk[left_out:]])
+            sizes[left_out] = len(tokenizer.encode(text))
+        for limit in range(sizes[8], sizes[0] + 2):
+            prompts.context = limit + min(64, limit)
+            wanted = next(n for n in range(0, 9, 2) if sizes[n] <= limit)
+            assert prompts.too_many([*first, *talk]) == wanted
+        prompts.context = 2 * (sizes[8] - 1)
+        with pytest.raises(ModelError) as error:
+            prompts.too_many([*first, *talk])
+        assert error.value.code == "M105"
 
 
 def test_the_constructor_starts_the_process(monkeypatch: pytest.MonkeyPatch):

@@ -354,8 +354,8 @@ def _call(cls: type, me: Any, name: str) -> ir.Expr:
 
 
 def _check_size(variant: str, name: str, hook: ir.Expr) -> None:
-    """A hook is small enough to be written as text, where what is used twice stands twice. Raises
-    ProgramError[P101]."""
+    """A hook is small enough to be written as text, where what is used twice is repeated.
+    Raises ProgramError[P101]."""
     level, nodes, depth = [hook], 0, 0
     while level:
         nodes, depth = nodes + len(level), depth + 1

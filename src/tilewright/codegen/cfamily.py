@@ -56,7 +56,7 @@ class Renderer:
 
     @contextmanager
     def braces(self, head: str) -> Iterator[None]:
-        """What is printed inside stands in braces behind `head`."""
+        """Puts what is printed inside in braces behind `head`."""
         self.line(f"{head} {{".lstrip())
         self.depth += 1
         yield

@@ -2,8 +2,8 @@
 
 Arrays are recognised by the type's own module, so no framework is imported that the caller has
 not imported already. An adapter is looked up once a type. `view` checks and describes an array
-(1 to 2 µs); `layout` returns a key of its layout, and its address (1 µs). A kernel calls the first
-once for each layout, and the second at each call.
+(1 to 2 µs); `layout` returns a key of its layout, and its address (0.3 µs). A kernel calls the
+first once for each layout, and the second at each call.
 """
 
 import ctypes

@@ -19,7 +19,7 @@ MOST_COPIES = 64  # of an output
 
 
 def _named(kind: str, name: str, known: Mapping[str, T]) -> T:
-    """What a name stands for. Raises ScheduleError[S101] for one that is not in `known`."""
+    """What has a name. Raises ScheduleError[S101] for one that is not in `known`."""
     if name not in known:
         raise unknown(f"no {kind} {name!r}", f"there are: {', '.join(known) or 'none'}")
     return known[name]

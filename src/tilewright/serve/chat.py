@@ -123,17 +123,19 @@ class Prompts:
         return self.template.tokens(messages, tools)
 
     def too_many(self, messages: Messages) -> int:
-        """How many of the oldest messages to leave out, so that the rest begins with a question and
-        `ANSWER_ROOM` tokens (at most half of the context) remain for an answer. Raises
-        ModelError[M105] where the last question is too long."""
+        """How many of the oldest messages to leave out behind a leading system message, which
+        remains, so that the rest begins with a question and `ANSWER_ROOM` tokens (at most half of
+        the context) are left for an answer. Raises ModelError[M105] where the last question is too
+        long."""
         room, size = self.context - min(ANSWER_ROOM, self.context // 2), 0
+        system = [m for m in messages[:1] if m["role"] == "system"]
         for start, message in enumerate(messages):
             if message["role"] == "user":
-                size = len(self.prompt(messages[start:]))
+                size = len(self.prompt([*system, *messages[start:]]))
                 if size <= room:
-                    return start
+                    return start - len(system)
         rule = f"the prompt takes {size} tokens, {room} fit"
-        raise ModelError("M105", rule, hint="shorten the last message")
+        raise ModelError("M105", rule, hint="shorten the last message or the system message")
 
 
 class ChatTemplate:

@@ -1,13 +1,14 @@
 """The cost of a step: seconds by the tokens it reads, from ten constants that `tune.py` fits.
 
-    seconds = step + answer · answers + context · (Σ keys of answers + COPIED · Σ keys of chunks)
+    seconds = step + answer · answers + context · (Σ keys of answers + copied · Σ keys of chunks)
               + over · max(0, rows - knee) + tail · blocks of rows that are left over
             and with prompts  + mixed + prompt · tokens + reads · Σ keys of each token
                               + beside [answers too]
 
 Up to `knee` rows a GPU reads the weights in the time that their products take. A CPU, whose knee is
 0, takes eight rows of prompts or four answers at once; what is left over is blocks of 4, 2 and 1.
-The kernel of several queries copies the keys of a chunk into tiles first, however few these are.
+Its kernel of several queries copies the keys of a chunk into tiles first, however few queries there
+are: such a key counts `COPIED` times. On a GPU it counts once.
 The constants are fitted by least squares of the relative error, none below zero.
 """
 
@@ -29,7 +30,7 @@ from tilewright.toolchain import compilers
 
 CONSTANTS = ("step", "mixed", "answer", "context", "prompt", "reads", "tail", "beside", "over")
 HOW_TO_TUNE = "measure them: tilewright tune serve MODEL --out FILE"
-COPIED = 2.5  # times what a key of an answer costs: fitted to 278 steps of a CPU
+COPIED = 2.5  # times what a key of an answer costs (docs/design/serving-log.md)
 SLOWNESS = 64  # steps in which the factors follow a change
 
 
@@ -70,7 +71,8 @@ class CostModel:
     def seconds(self, work: Work) -> float:
         """The time that a step takes."""
         answers, context, prompt, reads, span = work
-        cost = self.step + self.answer * answers + self.context * (context + COPIED * span)
+        keys = context + span * (1.0 if self.knee else COPIED)
+        cost = self.step + self.answer * answers + self.context * keys
         cost += self.tail * ((answers % 4).bit_count() + (prompt % 8).bit_count())
         cost += self.over * max(0, answers + prompt - self.knee)
         if not prompt:

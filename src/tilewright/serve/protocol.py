@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from starlette.exceptions import HTTPException
 
 from tilewright.errors import TilewrightError
@@ -41,6 +41,12 @@ class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema", "grammar"]
     json_schema: Schema | None = None
     grammar: str = ""
+
+    @model_validator(mode="after")
+    def _has_its_grammar(self) -> "ResponseFormat":
+        if (self.type == "grammar") != bool(self.grammar):
+            raise ValueError("grammar= goes with type grammar, which needs one")
+        return self
 
     def schema_text(self) -> str:
         """The JSON schema or the grammar of an answer, "" for none."""
