@@ -102,11 +102,18 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers", nargs="*", choices=[*PEERS, "ours"], metavar="PEER",
         help=f"serve the same requests (default: all): {', '.join(PEERS)}, ours",
     )  # fmt: skip
+    fixed_help = (
+        "--peers: steps of so many tokens, of ours without promises (default: --step-tokens)"
+    )
+    parser.add_argument("--fixed", type=int, nargs="*", help=fixed_help)
     parser.add_argument("--shape", help="--peers: a model of random weights instead of --model")
     parser.add_argument("--attention", default="", help="--peers: of transformers")
     parser.add_argument("--limit", type=float, default=inf, help="--peers: seconds of each")
     parser.add_argument("--shared-prefix", type=int, help="tokens that all requests begin with")
     parser.add_argument("--layers", type=int, help="--shared-prefix: of the shape, the first ones")
+    parser.add_argument(
+        "--long-prompt", type=int, help="tokens of a prompt that comes among answers"
+    )
     steps_help = "what the time of steps goes to: answers+tokens of a prompt, as 63+960"
     parser.add_argument("--steps", nargs="*", metavar="STATE", help=steps_help)
     parser.add_argument("--fast", action="store_true", help="faster batches, not equal to the bit")
@@ -136,6 +143,11 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
         from bench.serve_steps import step_rows
 
         yield from step_rows(args)
+        return
+    if args.long_prompt:
+        from bench.serve_long import long_prompt_rows
+
+        yield from long_prompt_rows(args)
         return
     if args.shared_prefix:
         from bench.serve_shared import shared_prefix_rows

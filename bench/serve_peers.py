@@ -37,7 +37,8 @@ FIT_S = 60  # seconds for the cost of our steps, where no file of it is named
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all peers share. `chunk`: tokens of a step of those that have fixed ones."""
+    """What all peers share. `chunk`: tokens of a step of those that have fixed ones; `fixed`: of
+    our own engine, each of which it serves by."""
 
     model: PeerModel
     jobs: tuple[Job, ...]
@@ -48,6 +49,7 @@ class Setting:
     ttft_ms: float
     itl_ms: tuple[float, ...]
     cost: Path | None
+    fixed: tuple[int, ...]
     attention: str = ""
     cost_out: Path | None = None
 
@@ -83,7 +85,7 @@ class Absent(Exception):
 def ours(setting: Setting) -> Iterator[Served]:
     """Our engine by promised gaps, with fixed chunks, and with prompts first."""
     target = "cpp" if setting.model.device == "cpu" else "cuda"
-    tokens = max(setting.chunk, 2048 if target == "cuda" else 512)
+    tokens = max(*setting.fixed, 2048 if target == "cuda" else 512)
     options = Options(
         context=setting.context, running=setting.seats, step_tokens=tokens, share=False,
         kv_tokens=setting.seats * setting.context, invariant=False, cost=setting.cost,
@@ -113,8 +115,9 @@ def ours(setting: Setting) -> Iterator[Served]:
         promise = Sampling(ttft_ms=setting.ttft_ms, itl_ms=gap, best_effort=True)
         yield served(f"tilewright {gap:g} ms", promise)
     wide = scheduler.limits
-    scheduler.limits = replace(wide, step_tokens=setting.chunk)
-    yield served(f"tilewright, chunk {setting.chunk}", Sampling())
+    for chunk in setting.fixed:
+        scheduler.limits = replace(wide, step_tokens=chunk)
+        yield served(f"tilewright, chunk {chunk}", Sampling())
     scheduler.limits, scheduler.policy = wide, prefill_first
     yield served("tilewright, prompts first", Sampling())
     scheduler.policy = decide
@@ -420,7 +423,8 @@ def _setting(args: argparse.Namespace) -> Setting:
         torch.set_num_threads(pool.wanted_threads())
     return Setting(
         model, tuple(jobs), pace, args.running, args.step_tokens, context, args.ttft_ms,
-        tuple(args.itl_ms), args.cost, args.attention, args.cost_out,
+        tuple(args.itl_ms), args.cost, tuple(args.fixed or [args.step_tokens]), args.attention,
+        args.cost_out,
     )  # fmt: skip
 
 
