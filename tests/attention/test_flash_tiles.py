@@ -165,6 +165,20 @@ def test_hooks_of_rows_on_simulated_warps(rng, rows, softmax):
     close(case, *simulated_result(case))
 
 
+@needs_compiler
+@pytest.mark.parametrize("shared", [[], [[0, 3]]], ids=["alone", "shared"])
+def test_outputs_wait_for_copied_queries(rng, shared):
+    """Of requests without keys no tile waits for the copies of their queries, and outputs that a
+    variant changes are staged where queries lie."""
+    shape, counts = (3, 2, 80, np.float16, "causal", "scores", ""), [50, 1, 2]
+    case = cascade(rng, shape, counts, shared, [0] * len(shared) + [0, 3, 0], page_size=7)
+    assert not case.q.ctypes.data % 16  # so q is copied without registers
+    values = oracle.draw_row_values(rng, oracle.ROWS["gated"][2], case.heads, (3, 53, 3000))
+    case = replace(case, rows="gated", narrow=True, values=case.values | values)
+    for seed in range(4):
+        close(case, *simulated_result(case, seed))
+
+
 # ---------------------------------------------------------------------------- on a GPU
 
 

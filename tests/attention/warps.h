@@ -25,7 +25,6 @@ struct Fiber {
   int turns;  // of collectives of its warp, done
   Copy copies[4096];
   int copy_begin, copy_end, group, groups_done;
-  const int32_t *acquired, *told;  // the clock of the counter it was the last to arrive at; the same of a lane that it heard of
 };
 // What its lanes exchange, in turns; `kind`: of the collective, which all lanes must have in common.
 struct Warp { int64_t words[2][32][4]; int arrived[2], kind[2], generation; int32_t* clock[2]; };
@@ -169,7 +168,6 @@ UNWATCHED const char* run(void (*f)(const void*), const void* p, int count, cons
     for (int t = 0; t < count; ++t) {
       Fiber& f = fibers[t];
       f.ended = false;
-      f.acquired = f.told = nullptr;
       f.turns = f.copy_begin = f.copy_end = f.group = f.groups_done = 0;
       uintptr_t top = reinterpret_cast<uintptr_t>(stacks[t]) + sizeof stacks[t] - 64;
       void** sp = reinterpret_cast<void**>(top & ~uintptr_t{15});
@@ -237,18 +235,12 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __syncwarp() { int all[32]; simulated::collective(simulated::SYNC, 0, all); }
 inline void __syncthreads() { simulated::barrier(0, simulated::threads); }
 template <class T>
-UNWATCHED T __shfl_sync(uint32_t, T x, int from) {
+inline T __shfl_sync(uint32_t, T x, int from) {
   T all[32];
   simulated::collective(simulated::EXCHANGE, x, all);
-  simulated::fibers[simulated::current].told = simulated::fibers[simulated::current / 32 * 32 + (from & 31)].acquired;
   return all[from & 31];
 }
-// A shuffle orders nothing, but what depends on its value comes behind it, and behind a fence of this thread so do its
-// accesses: it knows what the lane knew that told it of a counter.
-UNWATCHED void __threadfence() {
-  simulated::Fiber& f = simulated::fibers[simulated::current];
-  if (f.told) simulated::acquire(f.told);
-}
+inline void __threadfence() {}  // joins no clocks: counters acquire and release by themselves
 template <class T>
 inline T __shfl_xor_sync(uint32_t, T x, int with) { T all[32]; simulated::collective(simulated::EXCHANGE, x, all); return all[(simulated::current ^ with) & 31]; }
 template <class T>
@@ -347,7 +339,6 @@ UNWATCHED int arrive(int* counter, int count = 1) {
   access(UPDATE, counter, 4);
   acquire(counters[n].clock);
   release(counters[n].clock);
-  fibers[current].acquired = counters[n].clock;
   const int before = *counter;
   *counter += count;
   return before;

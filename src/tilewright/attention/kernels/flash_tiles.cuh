@@ -124,6 +124,7 @@ TW_INLINE void change_keys(const Variant& variant, const Work& w, const tw::Page
 }
 
 // The queries to shared memory, as the variant changes them; zeros behind their last row. They may lie at any address.
+// The copies are a group of their own: without keys none comes behind them, and outputs may be staged where they land.
 TW_INLINE void copy_queries(const Params& p, const Variant& variant, const Work& w, const tw::Pages& pages, Element* to, int thread) {
   const uint64_t strides = static_cast<uint64_t>(p.q_token) | static_cast<uint64_t>(p.q_head);
   const bool aligned = ((reinterpret_cast<uint64_t>(p.q) | strides * sizeof(Element)) & 15) == 0;
@@ -145,6 +146,7 @@ TW_INLINE void copy_queries(const Params& p, const Variant& variant, const Work&
       for (int c = 0; c < 8; ++c) here[c] = exists ? p.q[at + c] : Element(0);
     }
   }
+  tw::copy_async_commit();
 }
 
 // Scores of the rows of a warp with the keys of a tile.

@@ -142,7 +142,7 @@ struct NarrowConsumer {
     if (lane == 0) before = tw::arrive(counter);
     if (__shfl_sync(0xffffffffu, before, 0) != item.chunks - 1) return false;
     if (lane == 0) *counter = 0;
-    __threadfence();
+    __syncwarp();  // all lanes come behind the arrival of the first
     all = Sum{make_float4(0.0f, 0.0f, 0.0f, 0.0f), lowest(), 0.0f};
 #pragma unroll 1
     for (int chunk = 0; chunk < item.chunks; ++chunk) {

@@ -48,7 +48,7 @@ struct Writer {
     if (lane == 0) before = tw::arrive(p.counters + item.counter * WARPS + number);
     if (__shfl_sync(0xffffffffu, before, 0) != item.chunks - 1) return false;
     if (lane == 0) p.counters[item.counter * WARPS + number] = 0;
-    __threadfence();
+    __syncwarp();  // all lanes come behind the arrival of the first
     rows = Rows{{lowest(), lowest()}, {0.0f, 0.0f}};
 #pragma unroll
     for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
