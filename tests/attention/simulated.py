@@ -27,7 +27,7 @@ SOURCES = (
     Path(render.__file__).parent / "kernels",
     Path(render.__file__).parent.parent / "serve/kernels",
 )
-REPLACED = "gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh"
+REPLACED = "gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh", "integers.cuh"
 FLAGS = "-O1", "-fsanitize=thread"
 RUN = """
 extern "C" __attribute__((visibility("default"))) UNWATCHED const char*

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from pathlib import Path
 
@@ -299,3 +300,17 @@ def test_unknown_architectures_are_refused(arch: object):
     for kind in ("interp", "cpp", "cuda"):
         with pytest.raises(BuildError, match="B103"):
             Target(kind, arch)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", [n for n in tilewright.__all__ if n != "ops"])
+def test_what_is_public_says_what_it_does(name: str):
+    """Each name of the package, and each method of its classes, hooks of variants too."""
+    public = getattr(tilewright, name)
+    if not inspect.isclass(public):
+        assert inspect.getdoc(public)
+        return
+    for kind in public.__mro__:
+        if kind.__module__.startswith("tilewright"):
+            for method, x in vars(kind).items():
+                f = getattr(x, "fget", None) or getattr(x, "__func__", None) or x
+                assert method[0] == "_" or not inspect.isfunction(f) or f.__doc__, method

@@ -140,6 +140,7 @@ def setting(jobs: list[bench_serve.Job]) -> serve_peers.Setting:
     return serve_peers.Setting(
         serve_peers.random_model("tiny", "cpu"), tuple(jobs), bench_serve.Pace(1e6),
         seats=2, chunk=20, context=64, ttft_ms=1e6, itl_ms=(1e6,), cost=None,
+        fixed=(20, 40),
     )  # fmt: skip
 
 

@@ -16,8 +16,9 @@ class KV:
     t % page_size of its page t // page_size.
 
     Raises ArgumentError (A103, A105, A107); on a CPU A109 for a page that the pool does not have,
-    for a length beyond a request's pages, and for a position beyond int32. On a GPU kernels clamp
-    pages and lengths.
+    for a length beyond a request's pages, and for a position beyond int32. Kernels clamp pages and
+    lengths, on CPUs as on GPUs, and take a kv_stride below 1 as 1: what the arrays hold later, when
+    they change in memory, may give wrong results, but nothing outside of the pool is read.
     """
 
     table: Table

@@ -186,16 +186,18 @@ class Causal:
     sees none: o = 0, lse = −inf."""
 
     def mask(self, at: Any) -> Any:
+        """Whether a key's position is at most its query's (bool)."""
         return at.kv <= at.qo
 
 
 @variant
 class SlidingWindow(Causal):
-    """Causal, and only the last `window` keys, the query's own included."""
+    """Causal, and only the last `window` positions, the query's own included."""
 
     window = scalar("int32")
 
     def mask(self, at: Any) -> Any:
+        """Whether a key is one of the last `window` positions up to its query (bool)."""
         return super().mask(at) & (at.qo - at.kv < self.window)
 
 
@@ -206,6 +208,7 @@ class Softcap(Causal):
     soft_cap = scalar("float32", 30.0)
 
     def logits(self, s: Any, at: Any) -> Any:
+        """The scaled score `s`, within ±`soft_cap` (float32)."""
         return self.soft_cap * tanh(s / self.soft_cap)
 
 
@@ -216,4 +219,5 @@ class Alibi(Causal):
     slopes = per_head("float32")
 
     def logits(self, s: Any, at: Any) -> Any:
+        """The scaled score `s` less the slope times the distance in positions (float32)."""
         return s + self.slopes[at.qo_head] * (at.kv - at.qo)

@@ -311,8 +311,11 @@ class Renderer:
         source, to, a = e.a.dtype, e.dtype, self.expr(e.a)
         lanes = f"<{to.lanes}>" if to.lanes > 1 else ""
         if source.name in STORED_AS_BITS:
-            wide = f"tw::from_{source.name}{lanes}({a})"
-            return wide if to.name == "float32" else self.convert(wide, to)
+            a, source = f"tw::from_{source.name}{lanes}({a})", dtypes.float32.vector(to.lanes)
+        if source == to:
+            return a
+        if source.is_float and to.is_int:
+            return f"tw::to_integer<{_lanes_of(to) if to.lanes > 1 else self.type(to)}>({a})"
         if to.name in STORED_AS_BITS:
             single = dtypes.float32.vector(to.lanes)
             narrow = a if source.name == "float32" else self.convert(a, single)

@@ -1,19 +1,20 @@
 """The text of the files in `codegen/prelude`, which generated code includes."""
 
 import os
+import re
 from functools import cache
 from pathlib import Path
 
 PRELUDE = Path(__file__).parent / "prelude"
-COMMON = '#include "common.h"\n'  # part of cpu.h and of gpu.cuh
+SHARED = re.compile('#include "(common|integers)[.]h"\n')  # parts of texts for CPUs and for GPUs
 
 
 @cache
 def prelude(name: str) -> str:
-    """The text of one file. An include of common.h is replaced by its text, since a C++ source is
-    compiled without an include path."""
+    """The text of one file. An include of a SHARED one is replaced by its text, since a C++ source
+    is compiled without an include path."""
     text = (PRELUDE / name).read_text(encoding="utf-8")
-    return text.replace(COMMON, prelude("common.h")) if COMMON in text else text
+    return SHARED.sub(lambda found: prelude(f"{found[1]}.h"), text)
 
 
 @cache

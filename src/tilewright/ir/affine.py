@@ -80,7 +80,7 @@ def is_multiple(e: Expr, n: int, known: Callable[[Var], bool] = lambda v: False)
     if isinstance(e, Const):
         return int(e.value) % n == 0
     if isinstance(e, Cast):
-        return is_multiple(e.a, n, known)
+        return e.a.dtype.is_int and is_multiple(e.a, n, known)
     if not isinstance(e, Binary):
         return False
     if e.op == "*" and isinstance(e.b, Const):

@@ -82,7 +82,8 @@ class Expr(Operators):
         raise ProgramError("P101", "an expression of a program has no truth value", hint=hint)
 
     def cast(self, to: DType | str) -> Expr:
-        """The value converted to another dtype."""
+        """The value converted to another dtype. A float that becomes an integer loses its
+        fraction; out of range it is the nearest integer of the type, and NaN is 0."""
         return cast(self, dtypes.dtype(to))
 
     def __str__(self) -> str:

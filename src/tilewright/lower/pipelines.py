@@ -179,4 +179,6 @@ def _carried(f: Any) -> Any:
         return s.read_at(ir.add(registers[load.buffer.name, start], rest))
 
     body = ir.seq(ir.transform(f.body, visit), *steps)
+    if not before:
+        return f
     return ir.If(ir.binary("<", f.begin, f.end), ir.seq(*before, replace(f, body=body)))

@@ -72,9 +72,11 @@ class Server:
             self.busy -= Counter({asker: requests})  # keeps those above zero
 
     async def page(self) -> FileResponse:
+        """A page to chat with the model."""
         return FileResponse(Path(__file__).with_name("page.html"))
 
     async def health(self) -> Response:
+        """200 once the engine is ready, 503 while it is being started."""
         is_ready = self.worker.is_ready
         status = {"status": "ok" if is_ready else "the engine is being started"}
         return JSONResponse(status, 200 if is_ready else 503)
@@ -87,13 +89,16 @@ class Server:
         return PlainTextResponse("".join(lines))
 
     async def models(self) -> dict[str, Any]:
+        """A list of models: the one that is served."""
         return {"object": "list", "data": [self.card]}
 
     async def model(self, wanted: str) -> dict[str, Any]:
+        """The card of the model; 404 for another name."""
         self._check_model(wanted)
         return self.card
 
     async def completions(self, body: Completion, http: Request) -> Response:
+        """Continues prompts (texts, or tokens as ids): the texts, or a stream of events."""
         self._check_model(body.model)
         asked = body.prompt
         if isinstance(asked, str) or (asked and isinstance(asked[0], int)):
@@ -102,6 +107,7 @@ class Server:
         return await self._answer(http, body, prompts, body.sampling(16, body.logprobs))
 
     async def chat(self, body: Chat, http: Request) -> Response:
+        """Answers a chat: `n` messages, or a stream of events."""
         self._check_model(body.model)
         if body.max_completion_tokens is not None:
             body.max_tokens = body.max_completion_tokens
@@ -113,6 +119,7 @@ class Server:
         return await self._answer(http, body, [prompt], how)
 
     async def tokenize(self, body: Tokenize) -> dict[str, Any]:
+        """The tokens of a prompt or of messages, their count, and the longest that there may be."""
         self._check_model(body.model)
         if (body.messages is None) == (body.prompt is None):
             raise HTTPException(400, "prompt or messages, one of them")

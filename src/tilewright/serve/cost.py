@@ -82,6 +82,7 @@ class CostModel:
 
     @property
     def is_fitted(self) -> bool:
+        """Whether it has been measured; one that has not takes every step for 0 seconds."""
         return self.seconds(Work(1, 1)) > 0
 
     def corrected(self, work: Work, seconds: float) -> "CostModel":
@@ -95,6 +96,7 @@ class CostModel:
         return replace(self, factors=factors)
 
     def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a JSON file for `load`; times in seconds. Raises OSError."""
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod

@@ -132,6 +132,7 @@ class Engine:
         return how
 
     def cancel(self, request: Request) -> None:
+        """Ends a request with finish "cancel", wherever it is; one that has ended stays so."""
         self.scheduler.finish(request, "cancel")
 
     def step(self) -> list[Request]:

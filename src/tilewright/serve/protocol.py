@@ -27,10 +27,14 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
+    """`include_usage`: a stream ends with the counts of tokens."""
+
     include_usage: bool = False
 
 
 class Schema(Strict):
+    """A JSON schema that an answer keeps to."""
+
     schema_: dict[str, Any] = Field(alias="schema")
     name: str = ""
     strict: bool | None = None
@@ -38,6 +42,8 @@ class Schema(Strict):
 
 
 class ResponseFormat(Strict):
+    """What an answer is: any text, an object of JSON, what a schema or a grammar says."""
+
     type: Literal["text", "json_object", "json_schema", "grammar"]
     json_schema: Schema | None = None
     grammar: str = ""
@@ -90,12 +96,16 @@ class Body(_OfSampling):
 
 
 class Completion(Body):
+    """A request to continue texts; lists of integers are tokens."""
+
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
     echo: Literal[False] = False
 
 
 class Chat(Body):
+    """A request to answer the messages of a chat; `top_logprobs` need `logprobs`."""
+
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool = False
@@ -106,6 +116,8 @@ class Chat(Body):
 
 
 class Tokenize(Strict):
+    """A prompt or messages, one of them, whose tokens are asked for."""
+
     model: str = ""
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
@@ -129,6 +141,7 @@ class Shape:
         self.head = {"id": number, "object": kind, "created": int(time.time()), "model": model}
 
     def answer(self, prompt_tokens: int, pieces: list[Piece]) -> dict[str, Any]:
+        """The whole body: a choice for each piece, and the counts of tokens."""
         choices = [self._choice(i, piece, "message") for i, piece in enumerate(pieces)]
         return self.head | {"choices": choices, "usage": usage(prompt_tokens, pieces)}
 
@@ -173,6 +186,7 @@ class Shape:
 
 
 def usage(prompt_tokens: int, answers: list[Piece]) -> dict[str, Any]:
+    """Counts of tokens: of the prompt, of all answers, and those read from the prefix cache."""
     written, cached = sum(a.answered for a in answers), sum(a.cached for a in answers)
     return {
         "prompt_tokens": prompt_tokens, "completion_tokens": written,
@@ -181,6 +195,7 @@ def usage(prompt_tokens: int, answers: list[Piece]) -> dict[str, Any]:
 
 
 def event(value: Any) -> str:
+    """A server-sent event with a value as JSON."""
     return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
 
 

@@ -179,6 +179,7 @@ class Request:
 
     @property
     def answer(self) -> list[int]:
+        """The tokens of the answer so far."""
         return self.tokens[self.prompt_tokens :]
 
     @property

@@ -177,6 +177,14 @@ TW_INLINE vec<To, N> convert(V v) {
   else return __builtin_convertvector(v, vec<To, N>);
 }
 
+#include "integers.h"
+template <class To, int N, class V>
+TW_INLINE vec<To, N> to_integer(V x) {
+  vec<To, N> out;
+  for (int l = 0; l < N; ++l) out[l] = to_integer<To>(x[l]);
+  return out;
+}
+
 // -- arithmetic ----------------------------------------------------------------------------------
 
 template <class M, class V>
