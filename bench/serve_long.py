@@ -23,24 +23,27 @@ from tilewright.serve.request import Request, Sampling
 from tilewright.serve.tune import fit, measure
 
 PROMPT = 512  # tokens of those that are answered when the long prompt comes
-_LAST = 64  # tokens of each answer behind the first token of the long prompt
-_FIT_S = 40.0
+ANSWERED = 4096  # tokens of each with its answer, which does not end before the prompt is read
+LAST = 64  # tokens of each answer behind the first token of the long prompt
+FIT_S = 40.0
 
 
 def long_prompt_rows(args: argparse.Namespace) -> Iterator[Row]:
     """The longest gap and the 99th percentile of all answers while the prompt is read; its first
     token beside them and alone, in milliseconds; `ratio` of that: beside answers over alone."""
     answers, gap_ms = args.running - 1, args.itl_ms[0]
+    file = model_of(args)
     options = Options(
-        context=args.long_prompt + 1024, running=args.running, step_tokens=2048, share=False,
-        kv_tokens=args.long_prompt + 1024 + answers * 4096, invariant=False, cost=args.cost,
+        context=min(args.long_prompt + 1024, file.config.context), running=args.running,
+        step_tokens=2048, share=False, kv_tokens=args.long_prompt + 1024 + answers * ANSWERED,
+        invariant=False, cost=args.cost,
     )  # fmt: skip
-    engine = Engine(model_of(args), args.target, options)
+    engine = Engine(file, args.target, options)
     if args.target == "cuda":
         engine.runner.warm()
     if not engine.scheduler.model.is_fitted:
         key = engine.scheduler.model.key
-        engine.scheduler.model = fit([*measure(engine, _FIT_S)], key)
+        engine.scheduler.model = fit([*measure(engine, FIT_S)], key)
         if args.cost_out:
             engine.scheduler.model.save(args.cost_out)
     alone, _ = first_token(engine, args.long_prompt, 0, gap_ms)
@@ -66,7 +69,7 @@ def first_token(
     """Seconds from the arrival of a prompt to its first token, and all gaps between tokens of the
     answers beside it from then until a while after."""
     rng, vocab = np.random.default_rng(answers), engine.model.config.vocab
-    how = Sampling(max_tokens=4096 - PROMPT - 2, ignore_eos=True, itl_ms=gap_ms, best_effort=True)
+    how = Sampling(max_tokens=ANSWERED - PROMPT, ignore_eos=True, itl_ms=gap_ms, best_effort=True)
     others = [engine.submit(rng.integers(3, vocab, PROMPT).tolist(), how) for _ in range(answers)]
     while not all(request.answered > 4 for request in others):
         engine.step()
@@ -76,7 +79,7 @@ def first_token(
         rng.integers(3, vocab, tokens).tolist(), Sampling(max_tokens=2, ignore_eos=True)
     )
     gaps: list[float] = []
-    first, rest = 0.0, _LAST
+    first, rest = 0.0, LAST
     while rest:
         ready = engine.step()
         now = time.perf_counter()

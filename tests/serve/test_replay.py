@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="the peers compute with PyTorch")
 pytest.importorskip("transformers", reason="a peer")
 from tests.serve.test_families import SIZES  # noqa: E402
 
-from bench import peer_models, serve_loop, serve_peers, serve_steps  # noqa: E402
+from bench import peer_models, serve_long, serve_loop, serve_peers, serve_steps  # noqa: E402
 from bench import serve as bench_serve  # noqa: E402
 from tilewright.errors import ArgumentError  # noqa: E402
 
@@ -172,7 +172,7 @@ def test_peers_give_equal_tokens():
         for name in ("loop", "transformers", "generate", "ours")
         for x in serve_peers.PEERS[name](given)
     ]
-    assert len(served) == 1 + 2 + 3
+    assert len(served) == 1 + 2 + 4
     for one in served:
         assert [job.tokens for job in one.jobs] == [job.tokens for job in served[0].jobs], one.impl
         assert all(job.is_done and np.all(np.diff(job.times_s) >= 0) for job in one.jobs)
@@ -187,3 +187,16 @@ def test_peers_that_are_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert missing.pop("llama.cpp").startswith("it takes a GGUF file")
     assert missing == dict.fromkeys(("transformers", "generate"), "not asked for")
     assert "without llama.cpp: it takes" in capsys.readouterr().err
+
+
+def test_a_long_prompt_among_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Gaps count from the last token in front of the prompt: one is as long as its steps."""
+    monkeypatch.setattr(serve_long, "PROMPT", 9)
+    monkeypatch.setattr(serve_long, "ANSWERED", 100)
+    monkeypatch.setattr(serve_long, "LAST", 3)
+    long = "--long-prompt", "40", "--running", "3", "--itl-ms", "1e6", "--shape", "tiny"
+    monkeypatch.setattr(serve_long, "FIT_S", 1e-3)
+    rows = rows_of(tmp_path, *long)
+    found = {row["metric"]: row["value"] for row in rows}
+    assert 0 < found["ms gap p99"] <= found["ms longest gap"] <= found["ms first token"]
+    assert [row["ratio"] for row in rows].count(None) == 3
