@@ -26,6 +26,7 @@ import pytest
 pytest.importorskip("jinja2", reason="chat templates need the models extra")
 pytest.importorskip("fastapi", reason="the server needs the serve extra")
 pytest.importorskip("uvicorn", reason="the server needs the serve extra")
+pytest.importorskip("prometheus_client", reason="the server needs the serve extra")
 pytest.importorskip("httpx", reason="clients of the tests")
 pytest.importorskip("openai", reason="clients of the tests")
 
@@ -692,24 +693,33 @@ def test_an_address_is_a_client(runnable_path: Path):
         assert httpx.get(url + "/v1/models").status_code == 200
 
 
-def test_the_form_of_metrics(url: str):
-    """Prometheus' text format: each name once, its kind in front of it, a number behind it."""
+def test_the_form_of_metrics(served: tuple[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """Prometheus' text format: each name once, its help and kind in front, a number behind it; a
+    large count is the same number, whatever its form."""
+    url, server = served
+    monkeypatch.setattr(server.worker, "restarts", 12_345_678)
     answer = httpx.get(url + "/metrics")
-    assert answer.headers["content-type"].startswith("text/plain")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
     lines = answer.text.splitlines()
-    assert answer.text.endswith("\n") and len(lines) % 2 == 0 and len(set(lines[::2])) > 8
-    for kind, value in zip(lines[::2], lines[1::2], strict=True):
+    values: dict[str, float] = {}
+    for about, kind, value in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
         name = re.fullmatch(r"# TYPE (tilewright_[a-z_]+) (counter|gauge)", kind)
         assert name is not None and (name[2] == "counter") == name[1].endswith("_total")
-        assert re.fullmatch(rf"{name[1]} \d+", value)
+        assert about.startswith(f"# HELP {name[1]} ") and name[1] not in values
+        own, number = value.split(" ")
+        assert own == name[1]
+        values[own.removeprefix("tilewright_")] = float(number)
+    assert values.keys() == server.worker.counts.keys() | {"engine_restarts_total"}
+    assert values["engine_restarts_total"] == 12_345_678
+    assert values["pages"] == server.worker.counts["pages"] > 0
 
 
 def test_metrics(served: tuple[str, Any], client: openai.OpenAI):
     url, server = served
 
-    def value(name: str) -> int:
+    def value(name: str) -> float:
         lines = httpx.get(url + "/metrics").text.splitlines()
-        return next(int(x.split()[1]) for x in lines if x.startswith(f"tilewright_{name} "))
+        return next(float(x.split()[1]) for x in lines if x.startswith(f"tilewright_{name} "))
 
     until(lambda: is_idle(server))
     client.completions.create(model="tiny", prompt=HELLO, max_tokens=1)  # behind earlier counts
