@@ -3,9 +3,11 @@
 import argparse
 import logging
 import resource
+import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,20 +136,33 @@ def serve(args: argparse.Namespace) -> int:
         from tilewright.serve.api import ServerLimits, build_app
         from tilewright.serve.worker import Worker
 
-    path = Path(args.model or packaged_model())
-    options = engine_options(args)
-    file, name = open_model(path), args.name or path.stem
-    worker = Worker.process(str(path), args.target, options)
-    prompts = Prompts(file, options.resolved(file.config.context)[0])
-    limits = ServerLimits(of_client=args.of_client, api_keys=args.api_key)
-    app = build_app(prompts, worker, name, limits)
-    print(f"{name} at http://{args.host}:{args.port}/v1", flush=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    uvicorn.run(
-        app, host=args.host, port=args.port, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=int(limits.answer_s),  # for those that read no answer
-    )  # fmt: skip
+    with _listening(args.host, args.port) as door:
+        path = Path(args.model or packaged_model())
+        options = engine_options(args)
+        file, name = open_model(path), args.name or path.stem
+        worker = Worker.process(str(path), args.target, options)
+        prompts = Prompts(file, options.resolved(file.config.context)[0])
+        limits = ServerLimits(of_client=args.of_client, api_keys=args.api_key)
+        app = build_app(prompts, worker, name, limits)
+        print(f"{name} at http://{args.host}:{door.getsockname()[1]}/v1", flush=True)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False,
+            timeout_graceful_shutdown=int(limits.answer_s),  # for those that read no answer
+        )  # fmt: skip
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after its end
+            uvicorn.Server(config).run([door])
     return 0
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that listens, before a model is loaded. Raises ArgumentError[A109]."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        rule = f"the server cannot listen at --host {host} --port {port}: {error}"
+        raise ArgumentError("A109", rule, hint="--port 0 takes a free one") from None
 
 
 def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict[str, Any]) -> None:
