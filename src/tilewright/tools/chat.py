@@ -136,7 +136,13 @@ def serve(args: argparse.Namespace) -> int:
         from tilewright.serve.api import ServerLimits, build_app
         from tilewright.serve.worker import Worker
 
-    with _listening(args.host, args.port) as door:
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:  # before a model is loaded
+        listening = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        rule = f"the server cannot listen at --host {args.host} --port {args.port}: {error}"
+        raise ArgumentError("A109", rule, hint="--port 0 takes a free one") from None
+    with listening:
         path = Path(args.model or packaged_model())
         options = engine_options(args)
         file, name = open_model(path), args.name or path.stem
@@ -144,25 +150,15 @@ def serve(args: argparse.Namespace) -> int:
         prompts = Prompts(file, options.resolved(file.config.context)[0])
         limits = ServerLimits(of_client=args.of_client, api_keys=args.api_key)
         app = build_app(prompts, worker, name, limits)
-        print(f"{name} at http://{args.host}:{door.getsockname()[1]}/v1", flush=True)
+        print(f"{name} at http://{args.host}:{listening.getsockname()[1]}/v1", flush=True)
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False,
             timeout_graceful_shutdown=int(limits.answer_s),  # for those that read no answer
         )  # fmt: skip
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after its end
-            uvicorn.Server(config).run([door])
+            uvicorn.Server(config).run([listening])
     return 0
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens, before a model is loaded. Raises ArgumentError[A109]."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        rule = f"the server cannot listen at --host {host} --port {port}: {error}"
-        raise ArgumentError("A109", rule, hint="--port 0 takes a free one") from None
 
 
 def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict[str, Any]) -> None:
