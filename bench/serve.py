@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.harness import Row, base_row, note, progress
-from bench.simulate import Replay, in_time, percentiles, simulate_rows, timeline
+from bench.simulate import Replay, in_time, percentiles, read_arrivals, simulate_rows, timeline
 from tilewright.errors import ArgumentError
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.policy import Decision
@@ -74,7 +74,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a model file (default: the packaged SmolLM2)")
     parser.add_argument("--target", default="cpp", help="cpp or cuda")
     folder = Path(__file__).resolve().parents[2]
-    trace_help = "TIMESTAMP,ContextTokens,GeneratedTokens, also .gz"
+    trace_help = "TIMESTAMP,ContextTokens,GeneratedTokens, or .jsonl of Mooncake; also .gz"
     parser.add_argument("--trace", type=Path, default=folder / TRACE, help=trace_help)
     parser.add_argument("--requests", type=int, default=100, help="the first ones of the trace")
     parser.add_argument(
@@ -209,9 +209,17 @@ def predicted(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def read_trace(path: Path, count: int, factor: float, sizes: tuple[int, int]) -> list[Job]:
-    """The first requests of a trace with random tokens; `sizes`: the context, in which prompt and
-    answer are cut to fit, and the vocabulary. Raises ArgumentError[A109]."""
+    """The first requests of a trace of Azure or Mooncake with random tokens, equal where Mooncake's
+    prompts are; `sizes`: the context, in which prompt and answer are cut to fit, and the
+    vocabulary. Raises ArgumentError[A109]."""
     context, vocab = sizes
+    if ".jsonl" in path.name:
+        arrivals = read_arrivals(path, count, 1.0, context)
+        lengths = [(int(len(a.prompt) * factor), int(a.answer * factor)) for a in arrivals]
+        return [
+            Job(a.at_s, random_tokens(a.prompt[: max(1, read)], vocab), max(1, written))
+            for a, (read, written) in zip(arrivals, lengths, strict=True)
+        ]
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             rows = [row for row, _ in zip(csv.DictReader(file), range(count), strict=False)]
@@ -228,6 +236,12 @@ def read_trace(path: Path, count: int, factor: float, sizes: tuple[int, int]) ->
         written = int(np.clip(answer * factor, 1, context - read))
         jobs.append(Job(at - times[0], rng.integers(3, vocab, read).tolist(), written))
     return jobs
+
+
+def random_tokens(numbers: list[int], vocab: int) -> list[int]:
+    """A token for each number, always the same one (a multiplicative hash)."""
+    mixed = np.array(numbers, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return (3 + (mixed >> np.uint64(33)) % np.uint64(vocab - 3)).astype(int).tolist()
 
 
 def replay(engine: Engine, jobs: list[Job], pace: Pace, how: Sampling = _PLAINLY) -> float:

@@ -52,6 +52,7 @@ class Setting:
     fixed: tuple[int, ...]
     attention: str = ""
     cost_out: Path | None = None
+    share: bool = False  # known beginnings of prompts, of our own engine
 
     def fresh(self) -> list[Job]:
         """The jobs as they were before anybody served them."""
@@ -87,7 +88,7 @@ def ours(setting: Setting) -> Iterator[Served]:
     target = "cpp" if setting.model.device == "cpu" else "cuda"
     tokens = max(*setting.fixed, 2048 if target == "cuda" else 512)
     options = Options(
-        context=setting.context, running=setting.seats, step_tokens=tokens, share=False,
+        context=setting.context, running=setting.seats, step_tokens=tokens, share=setting.share,
         kv_tokens=setting.seats * setting.context, invariant=False, cost=setting.cost,
     )  # fmt: skip
     engine = Engine(setting.model.ours(), target, options)
@@ -109,6 +110,7 @@ def ours(setting: Setting) -> Iterator[Served]:
 
     def served(impl: str, how: Sampling) -> Served:
         jobs = setting.fresh()
+        scheduler.prefix.evict(sum(1 for _ in scheduler.prefix.nodes()))  # nothing is known yet
         return Served(impl, jobs, replay(engine, jobs, setting.pace, how))
 
     for gap in setting.itl_ms:
@@ -424,7 +426,7 @@ def _setting(args: argparse.Namespace) -> Setting:
     return Setting(
         model, tuple(jobs), pace, args.running, args.step_tokens, context, args.ttft_ms,
         tuple(args.itl_ms), args.cost, tuple(args.fixed or [args.step_tokens]), args.attention,
-        args.cost_out,
+        args.cost_out, ".jsonl" in args.trace.name,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.serve.sequence import Sequence as Alone
 
 from tilewright.attention.batch import BoundAttention
 from tilewright.runtime.pool import address_of, pool
@@ -332,3 +333,34 @@ def answers_of(engine: Engine, prompts: list[list[int]], how: Sampling) -> list[
     while not all(r.finish for r in requests):
         engine.step()
     return [r.answer for r in requests]
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_pages_behind_a_window_serve_others(tiny: ModelFile, ahead: bool, share: bool):
+    """Where every layer has a window, answers that are longer than the pool together are the tokens
+    that each has alone. Free pages hold NaN between the steps."""
+    file = replace(tiny, config=replace(tiny.config, windowed=(True, True), window=21))
+    stem = np.random.default_rng(0).integers(3, 260, 50).tolist()
+    prompts = [stem[:n] for n in (9, 50, 3, 37, 50, 21)]
+    wanted = []
+    for prompt in prompts:
+        alone = Alone(file, context=128)
+        alone.prefill(prompt)
+        tokens = [alone.greedy()]
+        while len(tokens) < 70:
+            tokens.append(alone.decode(tokens[-1]))
+        wanted.append(tokens)
+    engine = Engine(file, "cpp", Options(context=128, kv_tokens=160, step_tokens=40, share=share))
+    late = Late(engine) if ahead else None
+    how = Sampling(max_tokens=70, ignore_eos=True)
+    requests = [engine.submit(prompt, how) for prompt in prompts]
+    pages, longest = engine.scheduler.pages, 0
+    while not all(r.finish for r in requests):
+        engine.step()
+        longest = max(longest, sum(len(r.pages) for r in engine.scheduler.running))
+        for layer in (*engine.runner.keys, *engine.runner.values):
+            layer[pages.free] = np.nan
+    assert [r.answer for r in requests] == wanted
+    assert longest > 1.5 * pages.count and engine.scheduler.pages.held == 0
+    assert late is None or late.ahead > 50

@@ -26,6 +26,7 @@ import pytest
 pytest.importorskip("jinja2", reason="chat templates need the models extra")
 pytest.importorskip("fastapi", reason="the server needs the serve extra")
 pytest.importorskip("uvicorn", reason="the server needs the serve extra")
+pytest.importorskip("prometheus_client", reason="the server needs the serve extra")
 pytest.importorskip("httpx", reason="clients of the tests")
 pytest.importorskip("openai", reason="clients of the tests")
 
@@ -692,24 +693,33 @@ def test_an_address_is_a_client(runnable_path: Path):
         assert httpx.get(url + "/v1/models").status_code == 200
 
 
-def test_the_form_of_metrics(url: str):
-    """Prometheus' text format: each name once, its kind in front of it, a number behind it."""
+def test_the_form_of_metrics(served: tuple[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """Prometheus' text format: each name once, its help and kind in front, a number behind it; a
+    large count is the same number, whatever its form."""
+    url, server = served
+    monkeypatch.setattr(server.worker, "restarts", 12_345_678)
     answer = httpx.get(url + "/metrics")
-    assert answer.headers["content-type"].startswith("text/plain")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
     lines = answer.text.splitlines()
-    assert answer.text.endswith("\n") and len(lines) % 2 == 0 and len(set(lines[::2])) > 8
-    for kind, value in zip(lines[::2], lines[1::2], strict=True):
+    values: dict[str, float] = {}
+    for about, kind, value in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
         name = re.fullmatch(r"# TYPE (tilewright_[a-z_]+) (counter|gauge)", kind)
         assert name is not None and (name[2] == "counter") == name[1].endswith("_total")
-        assert re.fullmatch(rf"{name[1]} \d+", value)
+        assert about.startswith(f"# HELP {name[1]} ") and name[1] not in values
+        own, number = value.split(" ")
+        assert own == name[1]
+        values[own.removeprefix("tilewright_")] = float(number)
+    assert values.keys() == server.worker.counts.keys() | {"engine_restarts_total"}
+    assert values["engine_restarts_total"] == 12_345_678
+    assert values["pages"] == server.worker.counts["pages"] > 0
 
 
 def test_metrics(served: tuple[str, Any], client: openai.OpenAI):
     url, server = served
 
-    def value(name: str) -> int:
+    def value(name: str) -> float:
         lines = httpx.get(url + "/metrics").text.splitlines()
-        return next(int(x.split()[1]) for x in lines if x.startswith(f"tilewright_{name} "))
+        return next(float(x.split()[1]) for x in lines if x.startswith(f"tilewright_{name} "))
 
     until(lambda: is_idle(server))
     client.completions.create(model="tiny", prompt=HELLO, max_tokens=1)  # behind earlier counts
@@ -775,43 +785,20 @@ def test_bytes_that_are_no_http(url: str):
 # ---------------------------------------------------------------------------- the command
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 @contextmanager
 def command(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command with its address. Another process may take the free port first: then again."""
-
-    def answers() -> bool:
-        if process.poll() is not None:
-            told = process.stderr.read() if process.stderr else ""
-            assert "address already in use" in told, told
-            return True
+    """The command with its address, which it prints."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tilewright", "serve", *arguments, "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+    ) as process:  # fmt: skip
         try:
-            return httpx.get(url + "/health").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    for _ in range(5):
-        port = free_port()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tilewright", "serve", *arguments, "--port", str(port)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-        )  # fmt: skip
-        url = f"http://127.0.0.1:{port}"
-        try:
-            until(answers)
-            if process.poll() is None:
-                yield process, url
-                return
+            assert process.stdout is not None and process.stderr is not None
+            address = re.search(r"(http://127\.0\.0\.1:[1-9]\d*)/v1$", process.stdout.readline())
+            assert address is not None, process.stderr.read()
+            yield process, address[1]
         finally:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
-    pytest.fail("five free ports were taken")
+            process.kill()
 
 
 def test_the_command_finishes_answers_before_it_ends(runnable_path: Path):
@@ -832,8 +819,31 @@ def test_numbers_out_of_range(option: str, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err.startswith("ArgumentError[A109]")
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_that_is_taken(host: str, capsys: pytest.CaptureFixture[str]):
+    """Is refused before a model is looked for; the one who has it goes on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        taken = socket.create_server((host, 0), family=family)
+    except OSError:
+        pytest.skip(f"no {host} on this machine")
+    with taken:
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", "no such file", "--host", host, "--port", port]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("ArgumentError[A109]") and "Address already in use" in told
+        assert f"--port {port}" in told and "--port 0" in told and host in told
+        socket.create_connection(taken.getsockname()[:2], 10).close()
+
+
+def test_an_address_that_is_none(capsys: pytest.CaptureFixture[str]):
+    for host in ("x" * 80 + ".local", "192.0.2.1"):
+        assert cli.main(["serve", "no such file", "--host", host, "--port", "0"]) == 2
+        assert capsys.readouterr().err.startswith("ArgumentError[A109]")
+
+
 def test_a_cost_of_another_device(runnable_path: Path, tmp_path: Path, capsys):
-    """`tilewright serve` ends before it listens."""
+    """`tilewright serve` ends, and gives no address."""
     CostModel(step=0.01, key="another device").save(tmp_path / "cost.json")
     command = ["serve", str(runnable_path), "--port", "0", "--cost", str(tmp_path / "cost.json")]
     assert cli.main(command) == 2
@@ -846,10 +856,10 @@ def test_the_end_waits_no_longer_than_an_answer(
 ):
     """For a client that reads nothing and keeps its connection."""
     told: dict[str, Any] = {}
-    monkeypatch.setattr("uvicorn.run", lambda _, **more: told.update(more))
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, _: told.update(vars(self.config)))
     worker = threaded(LLM(runnable_path).engine)
     monkeypatch.setattr(Worker, "process", lambda *_: worker)
-    assert cli.main(["serve", str(runnable_path)]) == 0
+    assert cli.main(["serve", str(runnable_path), "--port", "0"]) == 0
     assert told["timeout_graceful_shutdown"] == ServerLimits().answer_s
     worker._send(-1, None)
 

@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the server needs the serve extra")
 pytest.importorskip("uvicorn", reason="the server needs the serve extra")
+pytest.importorskip("prometheus_client", reason="the server needs the serve extra")
 pytest.importorskip("openai", reason="clients of the tests")
 
 from tests.serve.test_api import PATIENCE_S, serving, until

@@ -200,3 +200,20 @@ def test_a_long_prompt_among_answers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = {row["metric"]: row["value"] for row in rows}
     assert 0 < found["ms gap p99"] <= found["ms longest gap"] <= found["ms first token"]
     assert [row["ratio"] for row in rows].count(None) == 3
+
+
+def test_prompts_of_mooncake_begin_alike(tmp_path: Path):
+    """Equal blocks are equal tokens, in every request; lengths are cut to fit."""
+    blocks = (2000, 10, [0, 1, 2, 3]), (1030, 20, [0, 1, 9]), (40, 5000, [7])
+    rows = [
+        {"timestamp": 1000 * i, "input_length": n, "output_length": m, "hash_ids": ids}
+        for i, (n, m, ids) in enumerate(blocks)
+    ]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    first, second, third = bench_serve.read_trace(trace, 3, 0.5, (4096, 300))
+    assert [len(job.prompt) for job in (first, second, third)] == [1000, 515, 20]
+    assert [job.answer for job in (first, second, third)] == [5, 10, (4096 - 40) // 2]
+    assert first.prompt[:512] == second.prompt[:512] != third.prompt
+    assert len(set(first.prompt)) > 200 and 3 <= min(first.prompt) <= max(first.prompt) < 300
+    assert [job.arrival_s for job in (first, second, third)] == [0.0, 1.0, 2.0]

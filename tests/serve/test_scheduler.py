@@ -94,6 +94,16 @@ TRACES = {
          Arrival(span(4, 70), 2), Arrival(span(4, 90), 2, at=2, cancel=3)],
         ["1: 0[0:8] +0", "2: 1[0:4] 2[0:4] +1 +2", "3: 1[4:5] 2[4:5]", "4:"],
     ),
+    # 4 pages, of which a window of 6 needs three. Request 1 reads 20 tokens: in step 6 it takes the
+    # page of the first four from the tree. 2 needs only the two pages behind it, 3 reads all anew.
+    "a window": (
+        Limits(4, running=1, step_tokens=16, page_size=4, window=6),
+        [Arrival(span(13), 1), Arrival(span(13), 8, at=2), Arrival(span(13), 1, at=10),
+         Arrival(span(9), 1, at=11)],
+        ["1: 0[0:13] +0", "2: 1[12:13] +1", "3: 1[13:14]", "4: 1[14:15]", "5: 1[15:16]",
+         "6: 1[16:17]", "7: 1[17:18]", "8: 1[18:19]", "9: 1[19:20]", "10: 2[12:13] +2",
+         "11: 3[0:9] +3"],
+    ),
 }  # fmt: skip
 
 
@@ -105,7 +115,7 @@ def test_traces_worked_by_hand(name: str):
     assert clock.log == wanted
 
 
-def random_trace(seed: int) -> tuple[Limits, list[Arrival]]:
+def random_trace(seed: int, windows: bool = False) -> tuple[Limits, list[Arrival]]:
     """Few pages, equal beginnings, priorities and cancels."""
     rng = np.random.default_rng(seed)
 
@@ -116,7 +126,7 @@ def random_trace(seed: int) -> tuple[Limits, list[Arrival]]:
     least = -(-longest // size) + 1
     limits = Limits(
         int(rng.integers(least, 4 * least + 2)), running, running + upto(20),
-        bool(rng.integers(2)), bool(rng.integers(2)), size,
+        bool(rng.integers(2)), bool(rng.integers(2)), size, windows and upto(20),
     )  # fmt: skip
     stems = rng.integers(0, 3, (2, 60)).tolist()
     arrivals = []
@@ -136,12 +146,13 @@ def alone(prompt: list[int], count: int) -> list[int]:
     return tokens
 
 
-def test_random_traces():
+@pytest.mark.parametrize("windows", [False, True])
+def test_random_traces(windows: bool):
     """Invariants of every step (`Clock.check`), the tokens that each request has alone, and a
     replay equal to the byte."""
     preemptions = cached = 0
     for seed in range(300):
-        limits, arrivals = random_trace(seed)
+        limits, arrivals = random_trace(seed, windows)
         clock, again = Clock(limits, arrivals), Clock(limits, arrivals)
         for request, arrival in zip(clock.run(), arrivals, strict=True):
             if request.finish == "length":
@@ -155,9 +166,11 @@ def test_random_traces():
     assert preemptions > 50 and cached > 1000, "the traces are too easy"
 
 
-def test_a_step_that_fails_is_decided_again():
+@pytest.mark.parametrize("window", [0, 4, 5, 6, 7, 8])
+def test_a_step_that_fails_is_decided_again(window: int):
     """Neither what was not committed nor a token that was lost after commit leaves a trace."""
-    clock = Clock(Limits(16, 4, 8, page_size=4), [Arrival(span(10), 6), Arrival(span(3, 50), 5)])
+    limits = Limits(16, 4, 8, page_size=4, window=window)
+    clock = Clock(limits, [Arrival(span(10), 6), Arrival(span(3, 50), 5)])
     step = clock.step
 
     def failing() -> None:
@@ -203,11 +216,12 @@ def test_the_least_recently_used_is_evicted_first():
     assert pages.available == 6 and not pages.free
     tree.touch(chains[0][1])
     pages.hold(chains[2][0].page)
+    wanted = [chains[1][1], chains[1][0], chains[2][1], chains[0][1], chains[0][0]]
+    wanted, left = [n.page for n in wanted], chains[2][0]
     order = []
     for _ in range(5):
         tree.evict(1)
         order.append(pages.free[-1])
-    wanted = [chains[1][1], chains[1][0], chains[2][1], chains[0][1], chains[0][0]]
-    assert order == [n.page for n in wanted]
+    assert order == wanted
     tree.evict(1)
-    assert len(pages.free) == 5 and tree.match([30, 30, 1]) == [chains[2][0]]
+    assert len(pages.free) == 5 and tree.match([30, 30, 1]) == [left]

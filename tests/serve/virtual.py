@@ -2,7 +2,7 @@
 
 The simulated cache holds in each slot a hash of the tokens up to its position. A step checks that
 every slot it reads holds the right one, so that a page that was freed, shared or written wrongly is
-seen at once.
+seen at once. With a window the slots behind it are not read, and what is there does not count.
 """
 
 from __future__ import annotations
@@ -90,10 +90,13 @@ class Clock:
         for request in scheduler.running:
             if request.computed >= request.in_chunks:
                 assert request.id in chosen, "an answer waits"
-        kept = {node.page for node in scheduler.prefix.nodes()}
+        nodes = [*scheduler.prefix.nodes()]
+        assert self.limits.window or all(node.page >= 0 for node in nodes)
+        assert all(node.page >= 0 or node.children for node in nodes)
+        kept = {node.page for node in nodes} - {-1}
         held: dict[int, int] = {}
         for request in scheduler.running:
-            for page in request.pages:
+            for page in request.pages[request.unseen :]:
                 held[page] = held.get(page, 0) + 1
                 assert held[page] == 1 or page in kept, "a page is written by two"
         assert [pages.holders[p] for p in range(pages.count)] == [
@@ -104,6 +107,8 @@ class Clock:
         for chunk in decision.chunks:
             tokens = chunk.request.tokens
             assert chunk.start < chunk.stop <= len(chunk.request.pages) * size
-            for n in range(chunk.start):
+            window = self.limits.window or chunk.start + 1
+            for n in range(max(0, chunk.start - window + 1), chunk.start):
                 slot = chunk.request.pages[n // size], n % size
+                assert n // size >= chunk.request.unseen, "a page that was given back is read"
                 assert self.slots.get(slot) == hash(tuple(tokens[: n + 1])), "a wrong key is read"

@@ -1,6 +1,6 @@
 """OpenAI's HTTP API over an engine: `/v1/models`, `/v1/completions`, `/v1/chat/completions`,
 `/tokenize`, `/health`, `/metrics`, and a chat page at `/`. Needs the extra `serve` (FastAPI,
-uvicorn).
+uvicorn, prometheus_client).
 
 The text of a request never becomes a control token; a prompt of token ids is taken as it is.
 Errors have OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
@@ -22,6 +22,8 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from tilewright.errors import ModelError, TilewrightError
@@ -82,11 +84,14 @@ class Server:
         return JSONResponse(status, 200 if is_ready else 503)
 
     async def metrics(self) -> PlainTextResponse:
-        """In Prometheus' text format."""
+        return PlainTextResponse(generate_latest(self), media_type=CONTENT_TYPE_LATEST)
+
+    def collect(self) -> Iterator[Metric]:
+        """The counts of the worker, for prometheus_client."""
         values = self.worker.counts | {"engine_restarts_total": self.worker.restarts}
-        kinds = {n: "counter" if n.endswith("_total") else "gauge" for n in values}
-        lines = [f"# TYPE tilewright_{n} {kinds[n]}\ntilewright_{n} {values[n]}\n" for n in values]
-        return PlainTextResponse("".join(lines))
+        for name, value in values.items():
+            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield family(f"tilewright_{name}", "", value)
 
     async def models(self) -> dict[str, Any]:
         """A list of models: the one that is served."""

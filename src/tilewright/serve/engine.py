@@ -78,6 +78,7 @@ class Engine:
 
     def __init__(self, file: ModelFile, target: Target | str, options: Options) -> None:
         self.context, limits = options.resolved(file.config.context)
+        limits = replace(limits, window=file.config.window * all(file.config.windowed))
         self.tokenizer = load_tokenizer(file)
         self.model = Llama(file, target, self.context + 1)
         key = cost_key(file, self.model.target, limits.invariant, self.model.products_by)

@@ -2,7 +2,9 @@
 that hold the keys and values of known beginnings of prompts.
 
 A node of the tree is a full page, its key the tokens of that page; a path from the root is a
-prefix. A running request holds the pages of its path, so what it reads is never evicted.
+prefix. A running request holds the pages of its path, so what it reads is never evicted. Where
+every layer has a sliding window it gives those back that lie behind the window, and a node may lose
+its page while later ones stay.
 """
 
 import heapq
@@ -59,36 +61,46 @@ class Pages:
 
 
 class Node:
-    """A page with its tokens, after those of its parents. `depth`: pages from the root to it;
-    `used`: the time of its last use."""
+    """A page with its tokens, after those of its parents. `page`: -1 where it was evicted before
+    its children; `parent`: of the root itself; `depth`: pages from the root to it; `used`: the time
+    of its last use."""
 
     __slots__ = ("children", "depth", "key", "page", "parent", "used")
 
     def __init__(self, key: Key, page: int, parent: "Node | None", used: int) -> None:
-        self.key, self.page, self.parent, self.used = key, page, parent, used
-        self.depth = 0 if parent is None else parent.depth + 1
+        self.key, self.page, self.used = key, page, used
+        self.parent, self.depth = (parent, parent.depth + 1) if parent else (self, 0)
         self.children: dict[Key, Node] = {}
 
 
 class PrefixTree:
-    """Pages by the tokens in them and before them."""
+    """Pages by the tokens in them and before them. `window`: keys that a token sees (0: all)."""
 
-    def __init__(self, pages: Pages, page_size: int) -> None:
+    def __init__(self, pages: Pages, page_size: int, window: int = 0) -> None:
         self.pages, self.page_size = pages, page_size
+        self.window = max(window, page_size) if window else 0
         self.root = Node((), -1, None, 0)
         self.time = 0
 
+    def unseen(self, computed: int) -> int:
+        """How many first pages no token sees once so many are computed, nor where the last of them
+        is computed again; the last full page is never among them."""
+        return max(0, computed - (self.window or computed)) // self.page_size
+
     def match(self, tokens: Sequence[int]) -> list[Node]:
-        """The path of the longest prefix of `tokens` in full pages; a last token at least is left
-        out, since its logits are wanted."""
+        """The path of the longest prefix of `tokens` in full pages, of which all that a later token
+        sees are there; a last token at least is left out, since its logits are wanted."""
         path: list[Node] = []
+        known = missing = 0  # pages of the prefix, and up to the last that is not there
         node, size = self.root, self.page_size
         for begin in range(0, len(tokens) - size, size):
             child = node.children.get(tuple(tokens[begin : begin + size]))
             if child is None:
                 break
             path.append(node := child)
-        return path
+            missing = len(path) if node.page < 0 else missing
+            known = len(path) if missing <= self.unseen(len(path) * size) else known
+        return path[:known]
 
     def insert(self, parent: Node | None, key: Key, page: int) -> Node:
         """The node of a page after `parent`: one of the same tokens if there is one, else a new one
@@ -96,7 +108,9 @@ class PrefixTree:
         parent = self.root if parent is None else parent
         node = parent.children.get(key)
         if node is None:
-            node = parent.children[key] = Node(key, page, parent, self.time)
+            node = parent.children[key] = Node(key, -1, parent, self.time)
+        if node.page < 0:
+            node.page = page
             self.pages.keep(page)
         return node
 
@@ -109,19 +123,24 @@ class PrefixTree:
 
     def evict(self, count: int) -> None:
         """Frees at least `count` pages that no request holds, as far as there are any; the least
-        recently used first, children before parents."""
-        holders = self.pages.holders
-        unused = [(n.used, n.page, n) for n in self.nodes() if not (n.children or holders[n.page])]
+        recently used first, children before parents, but for those in front of a held one."""
+        holders, front = self.pages.holders, {self.root}
+        nodes = [*self.nodes()]
+        for node in [n for n in nodes if n.page >= 0 and holders[n.page]] if self.window else ():
+            while node.parent not in front:
+                front.add(node := node.parent)
+        unused = [(n.used, n.page, n) for n in nodes if not n.children or n in front]
+        unused = [one for one in unused if one[1] >= 0 and not holders[one[1]]]
         heapq.heapify(unused)
         while unused and count > 0:
             *_, node = heapq.heappop(unused)
-            parent = node.parent
-            assert parent is not None
-            del parent.children[node.key]
             self.pages.evict(node.page)
-            count -= 1
-            if parent is not self.root and not holders[parent.page] and not parent.children:
-                heapq.heappush(unused, (parent.used, parent.page, parent))
+            node.page, count = -1, count - 1
+            while node is not self.root and node.page < 0 and not node.children:
+                del node.parent.children[node.key]
+                node = node.parent
+            if node is not self.root and not (node.children or holders[node.page]):
+                heapq.heappush(unused, (node.used, node.page, node))
 
     def nodes(self) -> Iterator[Node]:
         stack = list(self.root.children.values())

@@ -139,8 +139,9 @@ class Request:
     """One prompt and its answer.
 
     `tokens`: prompt and answer; keys and values of the first `computed` are in `pages`, the first
-    `cached` of them were when it was admitted; the first `in_chunks` are read many at once, later
-    ones one a step. `rank`: its priority, grown by waiting. `finish`: "" while it runs, then stop,
+    `cached` of them were when it was admitted; the first `unseen` of its pages lie behind a sliding
+    window, and are others' perhaps; the first `in_chunks` tokens are read many at once, later ones
+    one a step. `rank`: its priority, grown by waiting. `finish`: "" while it runs, then stop,
     length, cancel or error. `pieces`: text that nobody has read yet. `since`: the step at which it
     began to wait, for a seat or for its next tokens. Seconds: `arrived`; `due`: the next token is
     promised; `first`, `last`: its first and its latest token came.
@@ -156,6 +157,7 @@ class Request:
     computed: int = 0
     cached: int = 0
     pages: list[int] = field(default_factory=list)
+    unseen: int = 0
     node: Node | None = None
     rank: int = 0
     since: int = 0

@@ -29,7 +29,8 @@ WINDOW = 64  # waiting requests that the policy sees, the best by rank and arriv
 class Limits:
     """`pages`: of the pool; `running`: most requests at once; `step_tokens`: most tokens of a step,
     more than requests; `share`: whether pages of equal prefixes are shared; `invariant`: an answer
-    that was preempted is read again token by token, as it was written, else in chunks."""
+    that was preempted is read again token by token, as it was written, else in chunks; `window`:
+    keys that a token sees in every layer (0: all), behind which pages are given back."""
 
     pages: int
     running: int = 16
@@ -37,6 +38,7 @@ class Limits:
     share: bool = True
     invariant: bool = True
     page_size: int = PAGE_SIZE
+    window: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class Scheduler:
         self.model = model or CostModel()
         self.policy = policy
         self.pages = Pages(limits.pages)
-        self.prefix = PrefixTree(self.pages, limits.page_size)
+        self.prefix = PrefixTree(self.pages, limits.page_size, limits.window)
         self.waiting: list[Request] = []
         self.running: list[Request] = []  # by rank, then by arrival
         self.step = 0
@@ -146,6 +148,10 @@ class Scheduler:
             request.computed, request.since = chunk.stop, batch.step
             if self.limits.share:
                 self._keep(request)
+            unseen = max(request.unseen, self.prefix.unseen(chunk.stop))
+            for page in request.pages[request.unseen : unseen]:
+                self.pages.release(page)
+            request.unseen = unseen
             if chunk.wants_token:
                 self.late += now > request.due
                 request.due = now + request.gap
@@ -182,19 +188,22 @@ class Scheduler:
     def _candidate(self, r: Request, now: float) -> Prompt:
         """A waiting request, with what the prefix tree knows of it."""
         path = self.prefix.match(r.tokens)
-        pages = self._needed(r) - sum([self.pages.holders[n.page] > 0 for n in path])
-        return self._prompt(r, now, len(path) * self.limits.page_size, self._rank(r), pages)
+        start = len(path) * self.limits.page_size
+        unseen, holders = self.prefix.unseen(start), self.pages.holders
+        pages = self._needed(r) - unseen - sum([holders[n.page] > 0 for n in path[unseen:]])
+        return self._prompt(r, now, start, self._rank(r), pages)
 
     def _admit(self, requests: list[Request]) -> None:
         """Moves waiting requests to the running ones, with the pages of their tokens. All hold what
         the prefix tree knows of them before any takes a new page, which may evict another."""
         for request in requests:
             path = self.prefix.match(request.tokens)
-            for node in path:
-                self.pages.hold(node.page)
-            request.pages = [node.page for node in path]
-            request.node = path[-1] if path else None
             request.computed = len(path) * self.limits.page_size
+            request.unseen = self.prefix.unseen(request.computed)
+            for node in path[request.unseen :]:
+                self.pages.hold(node.page)
+            request.pages = [max(node.page, 0) for node in path]  # of those unseen any is right
+            request.node = path[-1] if path else None
             if request.answered == 0:
                 request.cached = request.computed
             self.prefix.touch(request.node)
@@ -232,9 +241,9 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.running.remove(request)
         self.prefix.touch(request.node)
-        for page in request.pages:
+        for page in request.pages[request.unseen :]:
             self.pages.release(page)
-        request.pages, request.node = [], None
+        request.pages, request.node, request.unseen = [], None, 0
 
     def _keep(self, request: Request) -> None:
         """Enters the pages of a request that have become full into the prefix tree. Where the tree

@@ -3,9 +3,11 @@
 import argparse
 import logging
 import resource
+import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,19 +136,28 @@ def serve(args: argparse.Namespace) -> int:
         from tilewright.serve.api import ServerLimits, build_app
         from tilewright.serve.worker import Worker
 
-    path = Path(args.model or packaged_model())
-    options = engine_options(args)
-    file, name = open_model(path), args.name or path.stem
-    worker = Worker.process(str(path), args.target, options)
-    prompts = Prompts(file, options.resolved(file.config.context)[0])
-    limits = ServerLimits(of_client=args.of_client, api_keys=args.api_key)
-    app = build_app(prompts, worker, name, limits)
-    print(f"{name} at http://{args.host}:{args.port}/v1", flush=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    uvicorn.run(
-        app, host=args.host, port=args.port, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=int(limits.answer_s),  # for those that read no answer
-    )  # fmt: skip
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:  # before a model is loaded
+        listening = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        rule = f"the server cannot listen at --host {args.host} --port {args.port}: {error}"
+        raise ArgumentError("A109", rule, hint="--port 0 takes a free one") from None
+    with listening:
+        path = Path(args.model or packaged_model())
+        options = engine_options(args)
+        file, name = open_model(path), args.name or path.stem
+        worker = Worker.process(str(path), args.target, options)
+        prompts = Prompts(file, options.resolved(file.config.context)[0])
+        limits = ServerLimits(of_client=args.of_client, api_keys=args.api_key)
+        app = build_app(prompts, worker, name, limits)
+        print(f"{name} at http://{args.host}:{listening.getsockname()[1]}/v1", flush=True)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False,
+            timeout_graceful_shutdown=int(limits.answer_s),  # for those that read no answer
+        )  # fmt: skip
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after its end
+            uvicorn.Server(config).run([listening])
     return 0
 
 
