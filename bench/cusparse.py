@@ -110,6 +110,12 @@ def _prepared(name: str, arguments: list[Any], keep: Any, result: Any) -> Callab
     import torch
 
     cusparse, handle = library(), _handle()
+
+    def on_stream() -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        cusparse.cusparseSetStream(handle, c_void_p(stream))
+
+    on_stream()  # the last call may have been captured, on another one
     size = c_size_t()
     _check(
         getattr(cusparse, f"{name}_bufferSize")(handle, *arguments, byref(size)),
@@ -124,7 +130,7 @@ def _prepared(name: str, arguments: list[Any], keep: Any, result: Any) -> Callab
     held = (keep, workspace)
 
     def run() -> Any:
-        cusparse.cusparseSetStream(handle, c_void_p(torch.cuda.current_stream().cuda_stream))
+        on_stream()
         status = function(handle, *arguments, address)
         if status:
             _check(status, name)
