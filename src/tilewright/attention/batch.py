@@ -138,9 +138,8 @@ class Attention:
         return result
 
     def room(self, kv: KV, rows: int, invariant: bool = False) -> Room:
-        """Plans whose work the host writes, for recorded steps of at most `rows` rows over caches
-        like `kv`. Keys are divided on a GPU, if not `invariant`. Raises ArgumentError[A103, A107].
-        """
+        """Plans whose work the host writes, for recorded steps of up to `rows` rows over caches as
+        `kv`; on a GPU they divide keys, if not `invariant`. Raises ArgumentError[A103, A107]."""
         check_kv(kv, self.kv_heads, self.head_dim, self.head_dim_vo)
         checks.check_count("rows", rows)
         spec, device = _spec_of(self, (kv.pool.dtype,) * 3, kv.table.form), kv.table.device

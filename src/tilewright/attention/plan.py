@@ -46,7 +46,7 @@ _ARRAYS = {
 _LAYOUT = ITEM.version + CUT.version + NODE.version
 _BATCH_CHUNK_TILES = 16  # the fewest where the batch decides: a GPU's item starts anew in a CTA
 _NARROW_COST = 0.58  # of a tile of keys in an item of few rows, in such tiles of others
-_LAST_TILES = 8  # of requests of a recorded step, that are not full
+_LAST_TILES = 8  # that requests of a recorded step do not fill; it may have more rows for more
 _ITEMS_PER_REQUEST = 64  # to aim at, where a request has keys enough: work for many threads
 
 
@@ -332,11 +332,9 @@ def _imbalance(work: np.ndarray, workers: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Plans for recorded steps, each of so many `rows`, whose work the host writes before each run:
-    `plan` is what attention is bound with, `work` the int32 words that its memory then has.
-
-    `shape`: of a family of items; `requests`: rows of the table; `most`: rows of a step; `gpu`: its
-    number, -1 for a CPU."""
+    """Plans for recorded steps of some `rows`, whose work the host writes before each run: `plan`
+    is what attention is bound with, `work` the int32 words of its memory. `requests`: rows of the
+    table; `most`: rows of a step; `gpu`: its number, -1 for a CPU."""
 
     shape: Shape
     requests: int
@@ -345,8 +343,7 @@ class Room:
     gpu: int
 
     def items(self, rows: int) -> int:
-        """Those of a step: of full tiles, of the last tiles of a few requests (of all, where a step
-        has the most rows: others may be filled up with rows), and for chunks of keys."""
+        """Of a step: for tiles, of which requests do not fill some, and for chunks of keys."""
         tiles = rows // self.shape.qo_tile + (self.requests if rows >= self.most else _LAST_TILES)
         return tiles * self.shape.kv_heads + self.workers * bool(self.shape.splits)
 
@@ -363,10 +360,9 @@ class Room:
         """The plan of a step; `tokens`: rows of q; `words`: the memory of its work."""
         shape, end, chunks = self.shape, self.requests + 1, self.workers * bool(self.shape.splits)
         indptr, items = np.zeros(end, np.int32), np.zeros(self.items(rows), ITEM.numpy)
-        indptr[-1] = tokens
         if self.gpu < 0:
-            words[:end] = indptr
             indptr, items = words[:end], words[end:].view(ITEM.numpy)
+        indptr[-1] = tokens
         plan = Plan(
             indptr, shape.kv_heads, shape.qo_tile, self.workers, shape.family, chunks, chunks, 1.0,
             items, nodes=of_requests(self.requests), group=shape.group, planned=True,
@@ -384,8 +380,7 @@ class Room:
         own = _items(qo_indptr, of_requests(count), keys, self.shape, workers)["items"]
         items = np.zeros(self.items(rows), ITEM.numpy)
         items["request"], items["chunks"] = count, 1
-        if self.gpu < 0:  # there an item has a query: of a chunk that does not exist
-            items["qo_end"] = items["chunk"] = 1
+        items["qo_end"] = items["chunk"] = self.gpu < 0  # there: of a chunk that does not exist
         items[: len(own)] = own
         items["request"] += first
         return np.concatenate([indptr, items.view(np.int32)])

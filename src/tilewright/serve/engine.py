@@ -151,9 +151,8 @@ class Engine:
         return ready
 
     def _launch(self, behind: list[Request] | None) -> tuple[Batch, Logits] | None:
-        """Launches the next step, if there is one. `behind`: the requests that get a token of the
-        step in front, which is not read (None: there is none). Then only if it answers these: their
-        tokens are PENDING meanwhile, those of prompts the host knows."""
+        """Launches the next step, if there is one. `behind`: who gets a token of the step in front,
+        which is not read; then if it answers just these, whose tokens are PENDING meanwhile."""
         for request in behind or ():
             request.tokens.append(PENDING)
         try:
@@ -170,8 +169,7 @@ class Engine:
 
     def _commit(self, batch: Batch, logits: Logits) -> tuple[list[Request], Any]:
         """Notes that a step was run. The requests that get a token, and the next step if it was
-        launched already: where this one chooses all tokens itself, and no prompt ends. Else waits
-        for them."""
+        launched already: where this one chooses its tokens, and no prompt ends. Else it waits."""
         known = [c.is_prompt != c.wants_token for c in batch.chunks]
         leads = self.runs_ahead and all(known) and not logits.left
         if not leads:

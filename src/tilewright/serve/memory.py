@@ -43,16 +43,15 @@ class Memory:
         return lambda: next(copies).copy(array)
 
     def sender(self, array: Any) -> Callable[[Any], None]:
-        """A function that writes the first values of an int32 array in the order of the stream: on
-        a GPU without a wait, where all but one of those before have come."""
-        count = math.prod(array.shape) if self.on_cuda else 0
-        staged = cycle([HostWords(0, count) if count else None for _ in range(2)])
+        """A function that writes the first values of an int32 array. Two may be under way."""
+        if not self.on_cuda:
+            return lambda values: self.write(self.rows(array, 0, len(values)), values)
+        staged = cycle([HostWords(0, math.prod(array.shape)) for _ in range(2)])
 
         def send(values: Any) -> None:
-            if words := next(staged):
-                words.words[: len(values)] = values
-                values = words.words[: len(values)]
-            self.write(self.rows(array, 0, len(values)), values, waits=False)
+            words = next(staged).words[: len(values)]
+            words[:] = values
+            self.write(self.rows(array, 0, len(values)), words, waits=False)
 
         return send
 

@@ -85,7 +85,7 @@ class Runner:
             [new(*shape, dtype=model.kv_dtype) for _ in range(config.layers)] for _ in range(2)
         )
         self.pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
-        tokens = -(-(limits.step_tokens + most) // BUCKET) * BUCKET  # a row more for each chunk
+        self.tokens = tokens = -(-(limits.step_tokens + most) // BUCKET) * BUCKET  # a row a chunk
         self.width = context // PAGE_SIZE + 1
         # The most answers that our kernel of one row reads; more, and prompts, a library if any.
         self.few = OWN_ROWS if model.products else 2**31
@@ -100,7 +100,6 @@ class Runner:
         on_gpu = model.memory.on_cuda and not config.logit_cap  # tanh has other bits there
         self.seats: Any = Seats(model.memory, self.last["logits"], chosen) if on_gpu else None
         self.kv_len = put(np.zeros(most, np.int32))
-        self.longest = self.width * PAGE_SIZE  # as if answers were so long their keys are divided
         self.table = np.zeros((most, self.width), np.int32)
         self._held: list[Any] = [(None,)] * most  # of each row: pages, how far known, how many
         self.cascade = Cascade(model, self.pools, self.table.shape, not limits.invariant)
@@ -115,7 +114,7 @@ class Runner:
         self._works = {x: x.room(every, tokens, not self.joins) for x in self.attentions}
         # Of `Rows`, one behind the other; the rows whose logits are wanted; the work of attention.
         words = sum([room.words(tokens) for room in self._works.values()])
-        self.ints = new(4 * tokens + most + words, dtype="int32")
+        self.ints = put(np.zeros(4 * tokens + most + words, np.int32))
         arrays = self.kv_len, self.last["token"], self.ints
         self._send_lengths, self._send_tokens, self._send_ints = map(model.memory.sender, arrays)
         self._steps: dict[int, Step] = {}  # by rows, where none is sampled
@@ -157,7 +156,7 @@ class Runner:
         drawn = self.seats.take(seated) if self.seats else set()
         # Prompts first: what is copied for them would wait for the step of the answers.
         if prompts:
-            self._read_prompts(answers if joined else (), prompts, stops, rows)
+            self._read_prompts(by_row if joined else prompts, stops, rows)
         if answers and not joined:
             of = self.cascade.steps if groups.nodes else (self._steps, self._sampling)
             steps = of[bool(drawn)]
@@ -193,11 +192,9 @@ class Runner:
                 step(answers, keys=keys)
                 step(answers, keys=keys, heat=1.0)
         for answers in range(0, self.limits.running if self.joins else 1, BUCKET):
-            for size in (1, 2, 5, 16, *range(BUCKET, most - answers, BUCKET), most - answers - 1):
+            for size in (*range(BUCKET, most - answers, BUCKET), most - answers - 1):
                 step(answers + self.joins, (0, min(size, longest)))
                 step(0, (longest - min(size, longest), min(size, longest)))
-        for start in (0, longest - 16) if longest else ():
-            step(0, (start, 16), (0, 1))  # a prompt of few rows beside another
 
     def _write_table(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> None:
         """The rows of the page table that have changed, to memory of the target."""
@@ -213,11 +210,10 @@ class Runner:
                 memory.write(row, self.table[i : i + 1], waits=False)
                 self._held[i] = now
 
-    def _rows(self, tokens: int, few: bool, columns: int = 0) -> Rows:
-        """Rows of a step. `columns`: numbers in each of its columns (0: as many, rounded up)."""
+    def _rows(self, tokens: int, few: bool) -> Rows:
         of = self.wide if self.model.is_wide(few) else self.activations
         rows = self.model.memory.rows
-        begins = (i * (columns or tokens + -tokens % BUCKET) for i in range(4))
+        begins = (i * self.tokens for i in range(4))
         ids, position, page, slot = (rows(self.ints, at, at + tokens) for at in begins)
         activations = {k: rows(a, 0, tokens) for k, a in of.items()}
         return Rows(tokens, few, {0: ids}, position, page, slot, activations)
@@ -231,9 +227,9 @@ class Runner:
         return self._views[begin, end]
 
     def _answer_plans(self, requests: int) -> dict[Attention, Plan]:
-        """The plan of each attention for the first requests, which have one query each. On a GPU
-        `share` SMs for each KV head cut the keys at equal places for any number of requests."""
-        views, known = self._kv(0, requests), np.full(requests, self.longest)
+        """The plan of each attention for the first requests: one query each, on a whole context. On
+        a GPU `share` SMs for each KV head cut keys at equal places for any number of requests."""
+        views, known = self._kv(0, requests), np.full(requests, self.width * PAGE_SIZE)
         heads, most = self.model.config.kv_heads, len(self.table)
         share = max(1, min(8, 1024 // (heads * most)))  # partial results of more take much memory
         workers = requests * heads * share if self.model.memory.on_cuda else None
@@ -241,13 +237,13 @@ class Runner:
         of = self.attentions
         return {x: x.plan(indptr, views[0], workers=workers, lengths=known) for x in of}
 
-    def _read_prompts(
-        self, answers: Sequence[Chunk], prompts: Sequence[Chunk], stops: list[int], first: int
-    ) -> None:
+    def _read_prompts(self, chunks: Sequence[Chunk], stops: list[int], first: int) -> None:
         """Reads prompts up to `stops`, whose rows of the page table begin at `first`, behind the
         answers in front of them, if any; so do rows of the logits of those that want a token."""
-        model, rows, front = self.model, self.model.memory.rows, first if answers else 0
-        indptr = np.cumsum([0, *[stop - c.start for c, stop in zip(prompts, stops, strict=True)]])
+        model, rows, n = self.model, self.model.memory.rows, len(chunks) - len(stops)
+        front = first if n else 0  # rows of answers, and those that fill them up
+        sizes = [1] * n + [end - c.start for c, end in zip(chunks[n:], stops, strict=True)]
+        indptr = np.cumsum([0, *sizes[n:]])
         *begins, total = (front + indptr).tolist()
         count = total + -total % BUCKET
         while min([room.left(count, indptr) for room in self._works.values()]) < 0:
@@ -255,54 +251,46 @@ class Runner:
         if (front, count) not in self._mixed:
             make = self._record if model.products else self._bind_prompts
             self._mixed[front, count] = make(front, count)
-        of = [*zip(prompts, begins, stops, range(first, first + len(stops)), strict=True)]
-        picked = [*range(front), *[at + c.stop - c.start - 1 for c, at, *_ in of if c.wants_token]]
-        # Tokens (those of answers lie elsewhere), positions, pages and slots. A row more than a
-        # chunk has tokens has token 0; rows that fill the step up have no page.
-        columns = np.zeros((4, count), np.int32)
-        columns[2] = -1
-        n, starts = np.arange(len(answers)), np.array([c.start for c in answers], int)
-        columns[1, : len(n)], columns[2, : len(n)] = starts, self.table[n, starts // PAGE_SIZE]
-        for c, at, stop, row in of:
-            rows_of, positions = slice(at, at + stop - c.start), np.arange(c.start, stop)
-            columns[0, at : at + c.stop - c.start] = c.request.tokens[c.start : c.stop]
-            columns[1, rows_of] = positions
-            columns[2, rows_of] = self.table[row, positions // PAGE_SIZE]
-        columns[3] = columns[1] % PAGE_SIZE
+        # Tokens (not read for answers), positions, pages and slots. A row more than a chunk has
+        # tokens has token 0; rows that fill the step up have no page.
+        columns, at = np.zeros((4, self.tokens), np.int32), [*range(n), *range(front, total)]
+        of = np.repeat([*range(n), *range(first, first + len(stops))], sizes)
+        placed = [*zip(chunks, sizes, [*range(n), *begins], strict=True)]
+        tokens = [(*c.request.tokens[c.start : c.stop], 0)[:size] for c, size, _ in placed]
+        positions = np.concatenate([np.arange(c.start, c.start + size) for c, size, _ in placed])
+        columns[0, at], columns[1, at], columns[2] = np.concatenate(tokens), positions, -1
+        columns[2, at], columns[3] = self.table[of, positions // PAGE_SIZE], columns[1] % PAGE_SIZE
+        lasts = [row + c.stop - c.start - 1 for c, _, row in placed[n:] if c.wants_token]
+        picked = [*range(front), *lasts]
         work = [x.work(count, indptr, np.array(stops), first) for x in self._works.values()]
         wanted = np.array(picked + [0] * (len(self.table) - len(picked)))
         self._send_ints(np.concatenate([columns.reshape(-1), wanted, *work]))
-        read = self._mixed[front, count]
+        read, b = self._mixed[front, count], self._rows(total, few=False)
         if model.products:
             read()
         else:  # call by call, of no more rows than there are
-            b = self._rows(total, False, count)
             model.forward(b, (self.keys, self.values), lambda i, *_: read[i](), do=call)
         if picked:
             begin, few = first - front, len(picked) <= self.few
             last = {name: rows(a, begin, begin + len(picked)) for name, a in self.last.items()}
             if model.is_wide(few):
                 last["normed"] = rows(self.wide["normed"], 0, len(picked))
-            x, ids = (
-                (self.wide or self.activations)["x"],
-                rows(self.ints, 4 * count, 4 * count + len(picked)),
-            )
+            ids, x = rows(self.ints, columns.size, columns.size + len(picked)), b.a["x"]
             embedding_kernel("f32", model.name)(ids, x, out=last["x"])
             model.finish(last, few, do=call)
 
     def _bind_prompts(self, answers: int, count: int) -> list[Any]:
         """The attention of prompts in each layer, whose rows come behind those of answers."""
         model, rows, every = self.model, self.model.memory.rows, self._kv(0, len(self.table))
-        a, plans, end = self._rows(count, False).a, dict[Attention, Plan](), 4 * count
-        end += len(self.table)  # what is in front of the work
+        a, plans = self._rows(count, few=False).a, dict[Attention, Plan]()
+        end = 4 * self.tokens + len(self.table)  # of what is in front of the work
         for attention, room in self._works.items():
             begin, end = end, end + room.words(count)
             plans[attention] = room.plan(count, count - answers, rows(self.ints, begin, end))
         heads = count, model.config.qo_heads, model.config.head_dim
         q, out = (rows(a[x].reshape(*heads), answers, count) for x in ("rotated", "attended"))
-        of = [layer.attention for layer in model.layers]
-        how = [{"plan": plans[x], "scratch": self.scratch} for x in of]
-        return [x.bind(q, kv, out, **h) for x, kv, h in zip(of, every, how, strict=True)]
+        of = zip([layer.attention for layer in model.layers], every, strict=True)
+        return [x.bind(q, kv, out, plan=plans[x], scratch=self.scratch) for x, kv in of]
 
     def _record(self, answers: int, count: int, samples: Any = 0, cascaded: Any = 0) -> Step:
         """The step of one row of each of some answers, of which some are sampled (`samples`) or
@@ -331,9 +319,9 @@ class Runner:
             *read, own = (rows(x, 0, count) for x in of_rows)
             positions = positions_kernel(PAGE_SIZE, model.name)
             do(positions, *read, out=(b.position, b.page, b.slot, own))
-        else:
-            ids = {answers: rows(b.ids[0], answers, count)}
-            b = replace(b, ids=ids | ({0: rows(self.last["token"], 0, answers)} if answers else {}))
+        elif answers:  # whose tokens are where the step in front, or the host, has put them
+            ids = rows(self.last["token"], 0, answers), rows(b.ids[0], answers, count)
+            b = replace(b, ids=dict(zip((0, answers), ids, strict=True)))
         if cascaded:
             views, plan, planners = self.cascade.bind(answers)
             plans = dict.fromkeys(plans, plan)

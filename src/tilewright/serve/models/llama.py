@@ -66,8 +66,7 @@ class Rows:
 
     `few`: linear layers take the kernel of one row, not that of many rows or the products of a
     library. Of the two kernels, not of a library, a row has the same bits for any number of rows.
-    `ids`: int32 arrays by their first row; `position`, `page`, `slot`: int32 (tokens,). `a`: arrays
-    of `Llama.activations`.
+    `ids` (by first row), `position`, `page`, `slot`: int32 (tokens,). `a`: `Llama.activations`.
     """
 
     tokens: int
