@@ -102,16 +102,16 @@ def test_scratch_of_another_device_is_refused(fake: ctypes.CDLL):  # noqa: F811
     gc.collect()
 
 
-def test_a_room_is_planned_again_and_again(rng: np.random.Generator):
+def test_a_sheet_is_planned_again_and_again(rng: np.random.Generator):
     """Of one bound call: batches of other requests, queries and keys, some from the middle of the
     table, as many as fit. Each as planned and run alone, to the bit; no other row is written."""
     table, pool = np.zeros((30, 8), np.int32), rng.normal(0, 1, (2, 200, 16, 2, 64)).astype("f4")
     lengths = np.zeros(30, np.int32)
     kv = KV(Table(lengths, table), Pool(*pool))
-    rows, room = 64, ATTN.room(kv, 128)
+    rows, sheet = 64, ATTN.sheet(kv, 128)
     q = rng.normal(0, 1, (rows, 8, 64)).astype(np.float32)
-    words, out = np.zeros(room.words(rows), np.int32), np.zeros_like(q)
-    bound = ATTN.bind(q, kv, out, plan=room.plan(rows, rows, words))
+    words, out = np.zeros(sheet.words(rows), np.int32), np.zeros_like(q)
+    bound = ATTN.bind(q, kv, out, plan=sheet.plan(rows, rows, words))
     for counts, first in (([40, 7], 3), ([1], 0), ([64], 28), ([3] * 8, 5), ([9, 1, 30, 2], 11)):
         keys = np.array([n + int(rng.integers(0, 60)) for n in counts])
         lengths[:], table[:] = rng.integers(0, 9, 30), rng.permutation(200)[:8]
@@ -119,8 +119,8 @@ def test_a_room_is_planned_again_and_again(rng: np.random.Generator):
         for i, n in enumerate(keys):
             lengths[first + i], table[first + i] = n, rng.permutation(200)[:8]
         indptr = np.cumsum([0, *counts])
-        assert room.left(rows, indptr) >= 0
-        words[:] = room.work(rows, indptr, keys, first)
+        assert sheet.left(rows, indptr) >= 0
+        words[:] = sheet.work(rows, indptr, keys, first)
         bound()
         own = slice(first, first + len(counts))
         alone = KV(Table(lengths[own], table[own]), kv.pool)
@@ -128,7 +128,7 @@ def test_a_room_is_planned_again_and_again(rng: np.random.Generator):
         np.testing.assert_array_equal(out[: indptr[-1]], wanted)
         assert np.isnan(out[indptr[-1] :]).all()
     many = np.arange(15)  # requests of one query
-    assert room.left(rows, many) < 0 <= room.left(128, many)
-    assert room.left(128, np.arange(31)) >= 0  # as many as the table has
+    assert sheet.left(rows, many) < 0 <= sheet.left(128, many)
+    assert sheet.left(128, np.arange(31)) >= 0  # as many as the table has
     with pytest.raises(ArgumentError, match=r"A103.*rows"):
-        ATTN.room(kv, 0)
+        ATTN.sheet(kv, 0)

@@ -331,7 +331,7 @@ def _imbalance(work: np.ndarray, workers: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Sheet:
     """Plans for recorded steps of some `rows`, whose work the host writes before each run: `plan`
     is what attention is bound with, `work` the int32 words of its memory. `requests`: rows of the
     table; `most`: rows of a step; `gpu`: its number, -1 for a CPU."""

@@ -111,9 +111,9 @@ class Runner:
         self._views: dict[tuple[int, int], list[KV]] = {}
         every = self._kv(0, most)[0]
         # Of prompts, whose keys are divided where their bits may depend on the batch.
-        self._works = {x: x.room(every, tokens, not self.joins) for x in self.attentions}
+        self._sheets = {x: x.sheet(every, tokens, not self.joins) for x in self.attentions}
         # Of `Rows`, one behind the other; the rows whose logits are wanted; the work of attention.
-        words = sum([room.words(tokens) for room in self._works.values()])
+        words = sum([sheet.words(tokens) for sheet in self._sheets.values()])
         self.ints = put(np.zeros(4 * tokens + most + words, np.int32))
         arrays = self.kv_len, self.last["token"], self.ints
         self._send_lengths, self._send_tokens, self._send_ints = map(model.memory.sender, arrays)
@@ -246,7 +246,7 @@ class Runner:
         indptr = np.cumsum([0, *sizes[n:]])
         *begins, total = (front + indptr).tolist()
         count = total + -total % BUCKET
-        while min([room.left(count, indptr) for room in self._works.values()]) < 0:
+        while min([sheet.left(count, indptr) for sheet in self._sheets.values()]) < 0:
             count += BUCKET
         if (front, count) not in self._mixed:
             make = self._record if model.products else self._bind_prompts
@@ -262,7 +262,7 @@ class Runner:
         columns[2, at], columns[3] = self.table[of, positions // PAGE_SIZE], columns[1] % PAGE_SIZE
         lasts = [row + c.stop - c.start - 1 for c, _, row in placed[n:] if c.wants_token]
         picked = [*range(front), *lasts]
-        work = [x.work(count, indptr, np.array(stops), first) for x in self._works.values()]
+        work = [x.work(count, indptr, np.array(stops), first) for x in self._sheets.values()]
         wanted = np.array(picked + [0] * (len(self.table) - len(picked)))
         self._send_ints(np.concatenate([columns.reshape(-1), wanted, *work]))
         read, b = self._mixed[front, count], self._rows(total, few=False)
@@ -284,9 +284,9 @@ class Runner:
         model, rows, every = self.model, self.model.memory.rows, self._kv(0, len(self.table))
         a, plans = self._rows(count, few=False).a, dict[Attention, Plan]()
         end = 4 * self.tokens + len(self.table)  # of what is in front of the work
-        for attention, room in self._works.items():
-            begin, end = end, end + room.words(count)
-            plans[attention] = room.plan(count, count - answers, rows(self.ints, begin, end))
+        for attention, sheet in self._sheets.items():
+            begin, end = end, end + sheet.words(count)
+            plans[attention] = sheet.plan(count, count - answers, rows(self.ints, begin, end))
         heads = count, model.config.qo_heads, model.config.head_dim
         q, out = (rows(a[x].reshape(*heads), answers, count) for x in ("rotated", "attended"))
         of = zip([layer.attention for layer in model.layers], every, strict=True)
