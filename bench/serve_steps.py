@@ -2,7 +2,8 @@
 
 Each state is so many answers of 600 keys and so many tokens of one prompt, read in one step of our
 engine with products of a library. Rows: milliseconds until its tokens are on the host, and of these
-products, attention, all between them, and what the GPU waits.
+products, attention, all between them, and what the GPU waits; and those of a step that is launched
+before the tokens of the one in front are read.
 
     python3 dev.py bench serve --steps --shape llama-3.1-8b --target cuda
     python3 dev.py bench serve --steps 64+0 63+960 --shape qwen3-8b --target cuda
@@ -21,7 +22,7 @@ from bench.harness import Row, base_row, note
 from tilewright.errors import ArgumentError
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.request import Request
-from tilewright.serve.scheduler import Chunk
+from tilewright.serve.scheduler import PENDING, Chunk
 
 STATES = ("16+0", "64+0", "63+96", "63+448", "63+960", "0+2048")
 KEYS, CONTEXT = 600, 4096
@@ -53,6 +54,7 @@ def step_rows(args: argparse.Namespace) -> Iterator[Row]:
             engine.runner.run(chunks).wait()
 
         found = measured(run, 1 + engine.model.config.qk_norm)
+        found["ahead_ms"] = launched_ahead(engine, chunks)
         kept = found["products_ms"] + found["attention_ms"]
         note(f"{text:8} {found['waited_for_ms']:7.2f} ms: " + ", ".join(
             f"{name.removesuffix('_ms')} {ms:.2f}" for name, ms in found.items()))  # fmt: skip
@@ -75,6 +77,20 @@ def chunks_of(engine: Engine, answers: int, prompt: int) -> list[Chunk]:
         request.pages = rng.integers(1, pages, (start + size) // 16 + 1).tolist()
         out.append(Chunk(request, start, start + size))
     return out
+
+
+def launched_ahead(engine: Engine, chunks: list[Chunk]) -> float:
+    """Milliseconds from the tokens of a step to those of the next, which is launched before."""
+    for chunk in chunks:
+        if not chunk.is_prompt:  # it is where the step in front has put it
+            chunk.request.tokens[chunk.start] = PENDING
+    times, front = [time.perf_counter()], engine.runner.run(chunks)
+    for _ in range(_ROUNDS + 3):
+        front, ended = engine.runner.run(chunks), front
+        ended.wait()
+        times.append(time.perf_counter())
+    front.wait()
+    return 1e3 * statistics.median(np.diff(times[3:]))
 
 
 def measured(run: Callable[[], None], before: int) -> dict[str, float]:

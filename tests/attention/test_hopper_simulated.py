@@ -18,6 +18,7 @@ import tilewright as tw
 from tilewright import dtypes
 from tilewright.attention import plan as plans
 from tilewright.attention.families import hopper
+from tilewright.attention.plan import ITEM
 from tilewright.attention.spec import Spec, alone
 from tilewright.ir.body import Body
 from tilewright.toolchain import compilers
@@ -64,8 +65,11 @@ class Prepared:
         assert not self.counters.any()
 
 
-def prepared(case: Case, page_size: int, workers: int, dtype: Any = np.float32) -> Prepared:
-    """A plan for so many SMs, made on the host. `dtype`: of o."""
+def prepared(
+    case: Case, page_size: int, workers: int, dtype: Any = np.float32, own: slice | None = None
+) -> Prepared:
+    """A plan for so many SMs, made on the host; of a sheet, if only requests `own` have queries and
+    the next one has no keys. `dtype`: of o."""
     attn, table = oracle.attention_of(case), oracle.table_of(case)
     k, v = (x[:, 0] if case.form == "ragged" else x for x in (case.k, case.v))
     kv = tw.KV(table, tw.Pool(k, v))
@@ -77,6 +81,15 @@ def prepared(case: Case, page_size: int, workers: int, dtype: Any = np.float32) 
                         hopper.FAMILY.qo_tile(spec), "batch", 0, hopper.order,
                         few=hopper.FAMILY.few(spec))  # fmt: skip
     plan = plans.make(case.qo_indptr, kv.lengths(), shape, workers)
+    if own is not None:
+        sheet = plans.Sheet(dataclasses.replace(shape, few=0), table.requests, 999, workers, 0)
+        indptr, keys = case.qo_indptr[own.start : own.stop + 1], kv.lengths()[own]
+        words, end = sheet.work(256, indptr, keys, own.start), table.requests + 1
+        assert len(words) == sheet.words(256) and (words[:end] == case.qo_indptr).all()
+        sizes = {"slots": workers, "counters": workers, "items": words[end:].view(ITEM.numpy)}
+        plan = plans.Plan(plan.qo_indptr, plan.kv_heads, plan.qo_tile, workers, "hopper",
+                          imbalance=1.0, nodes=plan.nodes, group=plan.group, planned=True,
+                          **sizes)  # fmt: skip
     box, (wide, narrow) = hopper.box_keys(spec, page_size), hopper._lists(spec, plan)
     o, lse, numbers, kept = simulated.arguments(case, attn, kv, plan.tokens, dtype)
     floats = max(plan.slots, 1) * hopper.rows_of(spec) * (case.dims[1] + 8)
@@ -149,3 +162,29 @@ def test_wide_items(rng, maps, case):
     drawn = cascade(rng, shape, counts, [], lengths, page_size)
     o, lse, plan = result(drawn, page_size, workers, dtype, seed=0)
     close(drawn, o.astype(np.float64), lse, str(plan))
+
+
+SHEETS = [  # shape, queries and keys of each request, page size, SMs, dtype of o, who has queries
+    ((4, 2, 128, BFLOAT16, "causal", "scores", ""), [0, 70, 1, 40, 0, 0], [9, 170, 3, 300, 0, 5],
+     16, 3, BFLOAT16, slice(1, 4)),
+    ((2, 1, 64, BFLOAT16, "causal", "softcap", ""), [130, 0], [260, 0], 8, 2, BFLOAT16,
+     slice(0, 1)),
+    ((1, 1, 128, BFLOAT16, "causal", "scores", ""), [0, 0, 150, 0], [3, 0, 2300, 0], 32, 8,
+     BFLOAT16, slice(2, 3)),
+    ((2, 1, 256, np.float16, "window", "scores", ""), [70, 40, 0], [150, 40, 0], 64, 2, np.float16,
+     slice(0, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHEETS, ids=lambda c: "-".join(map(str, c[0][:3])))
+def test_items_that_a_sheet_does_not_need(rng, maps, case):
+    """They have no query and no key, in any order: nothing is written for them."""
+    shape, counts, lengths, page_size, workers, dtype, own = case
+    drawn = cascade(rng, shape, counts, [], lengths, page_size)
+    for seed in range(2):
+        o, lse, plan = result(drawn, page_size, workers, dtype, own, seed=seed)
+        left = plan.items["qo_end"] == 0
+        assert left.sum() > 8 and not left[: (~left).sum()].any()
+        assert (plan.items["request"][left] == own.stop).all()  # a row without keys
+        assert (plan.items["chunks"].max() > 1) == (workers == 8)
+        close(drawn, o.astype(np.float64), lse, str(plan))

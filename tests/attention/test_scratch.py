@@ -15,6 +15,7 @@ from tilewright.attention.batch import Attention
 from tilewright.attention.families import Scratch
 from tilewright.attention.kv import KV
 from tilewright.attention.pool import Pool
+from tilewright.attention.table import Table
 from tilewright.attention.workspace import Workspace
 from tilewright.errors import ArgumentError
 from tilewright.runtime.cuda import DeviceArray
@@ -101,15 +102,33 @@ def test_scratch_of_another_device_is_refused(fake: ctypes.CDLL):  # noqa: F811
     gc.collect()
 
 
-def test_another_layer_s_pages(rng: np.random.Generator):
-    """`run_over` is the call over other pages, to the bit; lengths are those of the first table."""
-    [(kv, q)] = layers(rng, [3000, 9000], 1)
-    plan = ATTN.plan(np.arange(3), kv, q_dtype=np.float32)
-    other = Pool(*(3 * np.asarray(x.owner) for x in (kv.pool.k, kv.pool.v)))
-    bound, same = ATTN.bind(q, kv, plan=plan), KV(kv.table, other)
-    wanted = [ATTN.run(q, x, plan).o.copy() for x in (kv, same)]
-    for x, o in ((kv, wanted[0]), (same, wanted[1]), (kv, wanted[0])):
-        bound.state.o[:] = np.nan
-        bound.run_over(x)
-        np.testing.assert_array_equal(bound.state.o, o)
-    assert np.abs(wanted[0] - wanted[1]).max() > 0.01
+def test_a_sheet_is_planned_again_and_again(rng: np.random.Generator):
+    """Of one bound call: batches of other requests, queries and keys, some from the middle of the
+    table, as many as fit. Each as planned and run alone, to the bit; no other row is written."""
+    table, pool = np.zeros((30, 8), np.int32), rng.normal(0, 1, (2, 200, 16, 2, 64)).astype("f4")
+    lengths = np.zeros(30, np.int32)
+    kv = KV(Table(lengths, table), Pool(*pool))
+    rows, sheet = 64, ATTN.sheet(kv, 128)
+    q = rng.normal(0, 1, (rows, 8, 64)).astype(np.float32)
+    words, out = np.zeros(sheet.words(rows), np.int32), np.zeros_like(q)
+    bound = ATTN.bind(q, kv, out, plan=sheet.plan(rows, rows, words))
+    for counts, first in (([40, 7], 3), ([1], 0), ([64], 28), ([3] * 8, 5), ([9, 1, 30, 2], 11)):
+        keys = np.array([n + int(rng.integers(0, 60)) for n in counts])
+        lengths[:], table[:] = rng.integers(0, 9, 30), rng.permutation(200)[:8]
+        lengths[first + len(counts)], out[:] = 0, np.nan
+        for i, n in enumerate(keys):
+            lengths[first + i], table[first + i] = n, rng.permutation(200)[:8]
+        indptr = np.cumsum([0, *counts])
+        assert sheet.left(rows, indptr) >= 0
+        words[:] = sheet.work(rows, indptr, keys, first)
+        bound()
+        own = slice(first, first + len(counts))
+        alone = KV(Table(lengths[own], table[own]), kv.pool)
+        wanted = ATTN.run(q[: indptr[-1]], alone, ATTN.plan(indptr, alone, lengths=0 * keys)).o
+        np.testing.assert_array_equal(out[: indptr[-1]], wanted)
+        assert np.isnan(out[indptr[-1] :]).all()
+    many = np.arange(15)  # requests of one query
+    assert sheet.left(rows, many) < 0 <= sheet.left(128, many)
+    assert sheet.left(128, np.arange(31)) >= 0  # as many as the table has
+    with pytest.raises(ArgumentError, match=r"A103.*rows"):
+        ATTN.sheet(kv, 0)

@@ -38,25 +38,28 @@ class Late:
     """Runs steps, and counts those that were launched while one in front had not been read."""
 
     def __init__(self, engine: Engine) -> None:
-        self.run_now, self.unread, self.ahead, self.launched = engine.runner.run, 0, 0, 0
+        self.run_now, self.unread = engine.runner.run, 0
+        self.ahead = self.launched = self.mixed = 0  # mixed: of those ahead, beside answers
         self.rows: list[list[Request]] = []
         engine.runner.run = self.run
         engine.runs_ahead = True
 
     def run(self, chunks: Sequence[Chunk]) -> Any:
-        pending = [c.request.tokens[c.start] == PENDING for c in chunks]
-        assert all(pending) or not any(pending)
-        if any(pending):
-            assert [c.request for c in chunks] == self.rows[-1] and self.unread == 1
+        answers = [c for c in chunks if not c.is_prompt]
+        pending = [c.request.tokens[c.start] == PENDING for c in answers]
+        if self.unread:  # no prompt of the step in front ended, and it has the same answers
+            assert self.unread == 1 and all(pending)
+            assert [c.request for c in answers] == self.rows[-1]
         else:
-            assert self.unread == 0
-            for c in chunks:
-                assert PENDING not in c.request.tokens
-        self.rows.append([c.request for c in chunks])
+            assert not any(pending)
+        for c in chunks:
+            assert not c.is_prompt or PENDING not in c.request.tokens
+        self.rows.append([c.request for c in chunks if c.wants_token])
+        ahead, self.unread = self.unread, 0
         logits = self.run_now(chunks)
-        self.launched, self.unread, self.ahead = (
-            self.launched + 1, self.unread + 1, self.ahead + any(pending),
-        )  # fmt: skip
+        self.unread = ahead + 1
+        self.launched, self.ahead = self.launched + 1, self.ahead + ahead
+        self.mixed += ahead * (0 < len(answers) < len(chunks))
         return LateLogits(self, logits)
 
 

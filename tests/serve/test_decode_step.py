@@ -14,15 +14,18 @@ from tests.runtime.test_cuda import fake  # noqa: F401 - a fixture
 from tests.runtime.test_step import missing
 from tests.serve.sequence import Sequence
 
+from tilewright.attention.families import hopper
 from tilewright.ops.rope import Rope
 from tilewright.runtime.step import Step
 from tilewright.serve import engine, runner
 from tilewright.serve.gguf import Weight
+from tilewright.serve.memory import Memory
 from tilewright.serve.models.config import ModelConfig
 from tilewright.serve.models.llama import Llama
 from tilewright.serve.request import Request, Sampling
 from tilewright.serve.scheduler import Chunk, Limits
 from tilewright.serve.weights import ModelFile
+from tilewright.target import target
 from tilewright.toolchain import nvrtc
 
 CONFIG = ModelConfig(
@@ -80,6 +83,59 @@ def test_steps_of_other_models_are_bound_and_recorded(fake: ctypes.CDLL):  # noq
     advance(of, answers)
     assert set(of._steps) == {16} and of._lengths.tolist()[:17] == [2] * 9 + [-1] * 7 + [0]
     del of
+    gc.collect()
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
+def test_prompts_are_bound_to_what_the_host_writes(
+    fake: ctypes.CDLL,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """On the fake driver, whose memory is the host's: the Hopper kernels of all layers read their
+    plan, and the rows of it, where the one copy of a step with prompts goes."""
+    monkeypatch.setattr(hopper, "tensor_map", lambda *_: [0] * 16)
+    config = replace(CONFIG, head_dim=64, dim=256, kv_heads=2, context=400)
+    of = runner.Runner(Llama(model_file(config), "cuda:sm_90a", 401), Limits(64, 6, 200), 400)
+    request = Request(0, list(range(90)))
+    request.pages = [*range(6)]
+    of.run([Chunk(request, 0, 70)]).wait()
+    sent = of.ints.to_numpy()
+    [sheet], bound = of._sheets.values(), of._mixed[0, 128]
+    assert len(bound) == 2 and sheet.shape.family == "hopper" and not sheet.shape.splits
+    begin = 4 * of.tokens + len(of.table)
+    work = sheet.work(128, np.array([0, 70]), np.array([70]), 0)
+    np.testing.assert_array_equal(sent[begin : begin + len(work)], work)
+    assert sent[:70].tolist() == request.tokens[:70] and not sent[70:128].any()
+    pages = sent[2 * of.tokens : 2 * of.tokens + 128]
+    assert pages[:70].tolist() == [n // 16 for n in range(70)] and (pages[70:] == -1).all()
+    addresses = [of.ints.pointer + 4 * at for at in (begin, begin + sheet.requests + 1)]
+    for one in bound:
+        params = bytes(one.launch.params)
+        assert all(address.to_bytes(8, "little") in params for address in addresses)
+        assert one.launch.grid[0] == min(sheet.items(128), sheet.workers)
+    del of, bound, one
+    gc.collect()
+
+
+def test_values_are_sent_without_a_wait(fake: ctypes.CDLL):  # noqa: F811
+    """From two buffers in turn: what is sent next does not overwrite what is under way."""
+    memory = Memory(target("cuda:sm_90a"))
+    array = memory.put(np.zeros(6, np.int32))
+    send, copied, at = memory.sender(array), array.to_numpy, list[int]()
+    copy_from = type(array).copy_from
+
+    def noted(to: Any, values: np.ndarray, waits: bool = True) -> None:
+        at.append(values.ctypes.data)
+        assert not waits
+        copy_from(to, values, waits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(array), "copy_from", noted)
+        for values in ([5, 7], np.arange(6), [9], [1, 2, 3]):
+            send(values)
+    assert copied().tolist() == [1, 2, 3, 3, 4, 5]
+    assert at[0] == at[2] != at[1] == at[3]
+    del array, send, copied
     gc.collect()
 
 

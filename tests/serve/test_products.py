@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.serve import exact
-from tests.serve.test_ahead import SAMPLED, sampling_in_the_step
+from tests.serve.test_ahead import SAMPLED, Late, sampling_in_the_step
 from tests.serve.test_decode_step import CONFIG, Answer, Spelled, advance, model_file
 
 from tilewright.serve import engine, runner
@@ -78,7 +78,7 @@ def test_logits_are_those_of_our_layers(
     of = runner_of(file, invariant)
     found = logits_of(of, prompts, 3)
     joined = set() if invariant else {(64, 128)}
-    assert set(of._parts) == {(0, 64)} | joined and max(of._steps) == 19
+    assert set(of._mixed) == {(0, 64)} | joined and max(of._steps) == 19
     for one, other in zip(wanted, found, strict=True):
         assert one.request.tokens == other.request.tokens
         for a, b in zip(one.logits, other.logits, strict=True):
@@ -195,6 +195,89 @@ def test_answers_beside_prompts_are_sampled_there(monkeypatch: pytest.MonkeyPatc
         assert [r.sampling.logprobs for r in left] == [2, 2]
 
 
+TARGETS = ["cpp", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def engine_of(
+    monkeypatch: pytest.MonkeyPatch, target: str, invariant: bool, name: str = "plain"
+) -> engine.Engine:
+    """One that reads at most 70 tokens a step, with products of a library."""
+    if target == "cpp":
+        monkeypatch.setattr(llama, "products_of", lambda file, where: Products("cpu", "float32"))
+    monkeypatch.setattr(engine, "load_tokenizer", lambda file: Spelled())
+    monkeypatch.setattr(engine, "cost_key", lambda *_: "")
+    sizes = {"context": 400, "running": 8, "step_tokens": 70, "share": False, "kv_tokens": 4000}
+    file = file_of(name)
+    file = replace(file, config=replace(file.config, context=400))
+    return engine.Engine(file, target, engine.Options(invariant=invariant, **sizes))
+
+
+def submitted(one: engine.Engine, tokens: int) -> list[Request]:
+    """Short prompts, and long ones that are read in several steps beside their answers."""
+    rng = np.random.default_rng(11)
+    prompts = [rng.integers(0, CONFIG.vocab, n).tolist() for n in (5, 1, 30, 300, 17, 260)]
+    how = Sampling(max_tokens=tokens, ignore_eos=True)
+    return [one.submit(p, how) for p in prompts]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("invariant", [True, False])
+def test_steps_with_prompts_are_launched_ahead(
+    monkeypatch: pytest.MonkeyPatch, target: str, invariant: bool
+):
+    """Behind each step in which no prompt ends: the tokens are those of steps in turn, until one
+    has ended, of which a step ahead has a row more (bits of a GPU depend on that)."""
+    said = list[list[list[int]]]()
+    for ahead in (False, True):
+        one = engine_of(monkeypatch, target, invariant)
+        late = Late(one)
+        one.runs_ahead = ahead
+        requests = submitted(one, 60)
+        while not any(r.finish for r in requests):
+            one.step()
+        said.append([r.answer for r in requests])
+        assert min(map(len, said[-1])) > 40
+        assert (late.mixed >= 5) == ahead and late.ahead >= 40 * ahead
+    assert said[0] == said[1] and len({*map(tuple, said[0])}) == 6
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["plain", "as Gemma", HALVES])
+@pytest.mark.parametrize("invariant", [True, False])
+def test_steps_with_prompts_are_those_of_separate_steps(
+    monkeypatch: pytest.MonkeyPatch, target: str, name: str, invariant: bool
+):
+    """Each step with prompts is also run as one of prompts and one of answers, with a cache of its
+    own: tokens and logits of both agree."""
+    one = engine_of(monkeypatch, target, invariant, name)
+    limits, run_now = one.scheduler.limits, one.runner.run
+    other = runner.Runner(llama.Llama(one.model.file, target, 401), limits, 400)
+    errors, mixed, one.runs_ahead = list[Any](), 0, False
+    within = 1e-4 if target == "cpp" else 0.2  # what rounding to bfloat16 leaves of logits of 3
+
+    def run(chunks: Any) -> Any:
+        nonlocal mixed
+        own, wanted = run_now(chunks), dict[Request, Any]()
+        own.wait()
+        parts = [[c for c in chunks if c.is_prompt is prompt] for prompt in (True, False)]
+        mixed += all(parts)
+        for part in filter(None, parts):
+            apart = other.run(part)
+            apart.wait()
+            wanted |= {r: apart.row(i).copy() for i, r in enumerate(apart.requests)}
+        for i, request in enumerate(own.requests):
+            errors.append(own.row(i) - wanted[request])
+            assert wanted[request].max() - wanted[request][own.tokens[i]] <= within
+        return own
+
+    one.runner.run = run
+    requests = submitted(one, 30)
+    while not all(r.finish for r in requests):
+        one.step()
+    assert mixed >= 8 and np.abs(errors).max() <= within
+    assert np.sqrt(np.square(errors).mean()) <= within / 8
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["norms of heads", "q8_0 norms of heads", "as Gemma", HALVES])
 @pytest.mark.parametrize("kind", ["stored", "bf16"])
@@ -209,6 +292,6 @@ def test_on_a_gpu(name: str, kind: str, invariant: bool):
     of = runner.Runner(llama.Llama(file, "cuda", 1201), limits, 1200)
     assert of.model.products_by.startswith("torch")
     found = logits_of(of, prompts, 12)
-    assert set(of._parts) == {(0, 64)} | (set() if invariant else {(64, 128)})
+    assert set(of._mixed) == {(0, 64)} | (set() if invariant else {(64, 128)})
     assert max(of._steps) == 24
     check_rounding(file, prompts, found, invariant)

@@ -18,7 +18,7 @@ from tilewright.attention.arguments import check_kv, check_names, check_q, outpu
 from tilewright.attention.families import Call, Family, Scratch, decode
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
-from tilewright.attention.plan import Plan
+from tilewright.attention.plan import Plan, Sheet
 from tilewright.attention.report import Batch
 from tilewright.attention.spec import Spec, param_values
 from tilewright.attention.table import MAX_KEYS, Table, TableForm
@@ -136,6 +136,18 @@ class Attention:
         if gpu is not None:
             result.on_device(ordinal_of(table.device))
         return result
+
+    def sheet(self, kv: KV, rows: int, invariant: bool = False) -> Sheet:
+        """Plans whose work the host writes, for recorded steps of up to `rows` rows over caches as
+        `kv`; on a GPU they divide keys, if not `invariant`. Raises ArgumentError[A103, A107]."""
+        check_kv(kv, self.kv_heads, self.head_dim, self.head_dim_vo)
+        checks.check_count("rows", rows)
+        spec, device = _spec_of(self, (kv.pool.dtype,) * 3, kv.table.form), kv.table.device
+        family, _ = families.choose(spec, decode.ROWS + 1, device, kv.pool)
+        gpu = -1 if device == "cpu" else ordinal_of(device)
+        splits = "" if gpu < 0 or invariant else family.splits
+        shape = replace(_shape_of(self, family, family.qo_tile(spec), ()), splits=splits)
+        return Sheet(shape, kv.table.requests, rows, 1 if gpu < 0 else cuda.device(gpu).sms, gpu)
 
     def reserve(
         self, max_requests: int, *, max_tokens: int | None = None, device: str = "cuda",
@@ -326,14 +338,6 @@ class BoundAttention:
     def __call__(self) -> State:
         self._prepared.run()
         return self.state
-
-    def run_over(self, kv: KV) -> None:
-        """Runs it over the pages of another layer, which are laid out alike: without the checks of
-        `bind`. Only where there is a `launch`."""
-        *_, family, call = self._keep
-        values = call.values | kv.pool.params()
-        prepared = family.prepare(replace(call, pool=kv.pool, values=values))
-        prepared.run()  # what it reads lives until here
 
     def __repr__(self) -> str:
         return f"<bound attention, {self._keep[2]!r}>"

@@ -46,6 +46,7 @@ _ARRAYS = {
 _LAYOUT = ITEM.version + CUT.version + NODE.version
 _BATCH_CHUNK_TILES = 16  # the fewest where the batch decides: a GPU's item starts anew in a CTA
 _NARROW_COST = 0.58  # of a tile of keys in an item of few rows, in such tiles of others
+_LAST_TILES = 8  # that requests of a recorded step do not fill; it may have more rows for more
 _ITEMS_PER_REQUEST = 64  # to aim at, where a request has keys enough: work for many threads
 
 
@@ -327,6 +328,62 @@ def _imbalance(work: np.ndarray, workers: int) -> float:
     for w in work.tolist():
         heapq.heapreplace(loads, loads[0] + w)
     return max(loads) * workers / float(work.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """Plans for recorded steps of some `rows`, whose work the host writes before each run: `plan`
+    is what attention is bound with, `work` the int32 words of its memory. `requests`: rows of the
+    table; `most`: rows of a step; `gpu`: its number, -1 for a CPU."""
+
+    shape: Shape
+    requests: int
+    most: int
+    workers: int
+    gpu: int
+
+    def items(self, rows: int) -> int:
+        """Of a step: for tiles, of which requests do not fill some, and for chunks of keys."""
+        tiles = rows // self.shape.qo_tile + (self.requests if rows >= self.most else _LAST_TILES)
+        return tiles * self.shape.kv_heads + self.workers * bool(self.shape.splits)
+
+    def words(self, rows: int) -> int:
+        """How many a step's work has: `qo_indptr`, then the items."""
+        return self.requests + 1 + self.items(rows) * (ITEM.size // 4)
+
+    def left(self, rows: int, qo_indptr: np.ndarray) -> int:
+        """Items of a step that are left for chunks, below 0 where the requests do not fit."""
+        tiles = int((-(-np.diff(qo_indptr) // self.shape.qo_tile)).sum())
+        return self.items(rows) - tiles * self.shape.kv_heads
+
+    def plan(self, rows: int, tokens: int, words: Any) -> Plan:
+        """The plan of a step; `tokens`: rows of q; `words`: the memory of its work."""
+        shape, end, chunks = self.shape, self.requests + 1, self.workers * bool(self.shape.splits)
+        indptr, items = np.zeros(end, np.int32), np.zeros(self.items(rows), ITEM.numpy)
+        if self.gpu < 0:
+            indptr, items = words[:end], words[end:].view(ITEM.numpy)
+        indptr[-1] = tokens
+        plan = Plan(
+            indptr, shape.kv_heads, shape.qo_tile, self.workers, shape.family, chunks, chunks, 1.0,
+            items, nodes=of_requests(self.requests), group=shape.group, planned=True,
+        )  # fmt: skip
+        if self.gpu >= 0:
+            plan.tensors[self.gpu] = words.rows(0, end), words.rows(end, words.shape[0]), None
+        return plan
+
+    def work(self, rows: int, qo_indptr: np.ndarray, keys: np.ndarray, first: int) -> np.ndarray:
+        """The words of a step whose requests are rows of the table from `first` on. The row behind
+        them has no keys: items that are left over are of that, and of no query."""
+        count, indptr = len(keys), np.zeros(self.requests + 1, np.int32)
+        indptr[first : first + count], indptr[first + count :] = qo_indptr[:-1], qo_indptr[-1]
+        workers = max(1, min(self.workers, self.left(rows, qo_indptr)))
+        own = _items(qo_indptr, of_requests(count), keys, self.shape, workers)["items"]
+        items = np.zeros(self.items(rows), ITEM.numpy)
+        items["request"], items["chunks"] = count, 1
+        items["qo_end"] = items["chunk"] = self.gpu < 0  # there: of a chunk that does not exist
+        items[: len(own)] = own
+        items["request"] += first
+        return np.concatenate([indptr, items.view(np.int32)])
 
 
 # ---------------------------------------------------------------------------- checking

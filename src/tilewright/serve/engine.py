@@ -139,10 +139,10 @@ class Engine:
     def step(self) -> list[Request]:
         """Runs one step. Returns the requests that got a token or ended.
 
-        On a GPU the next step, if it has the same requests, is launched before the tokens of this
+        On a GPU the next step, if it has the same answers, is launched before the tokens of this
         one are read: they are where it needs them. Behind one that ends an answer a token is then
         computed in vain."""
-        flight, self._flight = self._flight or self._launch([]), None
+        flight, self._flight = self._flight or self._launch(None), None
         if flight is None:
             return []
         batch, logits = flight
@@ -152,28 +152,28 @@ class Engine:
         self._flight = behind  # forgotten after an exception: the tokens are computed again
         return ready
 
-    def _launch(self, behind: list[Request]) -> tuple[Batch, Logits] | None:
-        """Launches the next step, if there is one. Behind a step whose tokens are not read: if it
-        has the same requests, whose next tokens are PENDING meanwhile."""
-        for request in behind:
+    def _launch(self, behind: list[Request] | None) -> tuple[Batch, Logits] | None:
+        """Launches the next step, if there is one. `behind`: who gets a token of the step in front,
+        which is not read; then if it answers just these, whose tokens are PENDING meanwhile."""
+        for request in behind or ():
             request.tokens.append(PENDING)
         try:
             now = time.perf_counter()
             batch = self.scheduler.schedule(now)
-            requests = [c.request for c in batch.chunks]
-            if not requests or (behind and requests != behind):
+            answers = [c.request for c in batch.chunks if not c.is_prompt]
+            if not batch.chunks or (behind is not None and answers != behind):
                 return None
-            self._began = self._began if behind else now
+            self._began = now if behind is None else self._began
             return batch, self.runner.run(batch.chunks)
         finally:
-            for request in behind:
+            for request in behind or ():
                 request.tokens.pop()
 
     def _commit(self, batch: Batch, logits: Logits) -> tuple[list[Request], Any]:
         """Notes that a step was run. The requests that get a token, and the next step if it was
-        launched already, which is where it chooses all tokens itself. Else waits for them."""
-        rows = [c for c in batch.chunks if not c.is_prompt and c.wants_token]
-        leads = self.runs_ahead and len(rows) == len(batch.chunks) and not logits.left
+        launched already: where this one chooses its tokens, and no prompt ends. Else it waits."""
+        known = [c.is_prompt != c.wants_token for c in batch.chunks]
+        leads = self.runs_ahead and all(known) and not logits.left
         if not leads:
             logits.wait()
         ready = self.scheduler.commit(batch, time.perf_counter())

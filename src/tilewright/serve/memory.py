@@ -42,6 +42,19 @@ class Memory:
         copies = cycle([HostWords(0, math.prod(array.shape)) for _ in range(2)])
         return lambda: next(copies).copy(array)
 
+    def sender(self, array: Any) -> Callable[[Any], None]:
+        """A function that writes the first values of an int32 array. Two may be under way."""
+        if not self.on_cuda:
+            return lambda values: self.write(self.rows(array, 0, len(values)), values)
+        staged = cycle([HostWords(0, math.prod(array.shape)) for _ in range(2)])
+
+        def send(values: Any) -> None:
+            words = next(staged).words[: len(values)]
+            words[:] = values
+            self.write(self.rows(array, 0, len(values)), words, waits=False)
+
+        return send
+
     def rows(self, array: Any, begin: int, end: int) -> Any:
         """Rows begin … end-1 of the first dimension, in place."""
         return array.rows(begin, end) if isinstance(array, DeviceArray) else array[begin:end]

@@ -4,8 +4,8 @@ Answers, one row each, are a step that is recorded once for each number of reque
 replayed as one native call. It computes positions, pages and slots from the lengths in memory of
 the target, adds 1 to these, and reads the tokens that the step before has put there: the host
 writes what it wants otherwise. Prompts precede it, their chunks packed one after the other. Where a
-library computes products, what lies between the attentions of prompts is recorded too, and answers
-whose bits may depend on the batch are rows in front of the prompts.
+library computes products they are a recorded step too, whose attention reads its work where the
+host writes it, and answers whose bits may depend on the batch are rows in front of the prompts.
 
 With `invariant` the bits of a row depend on its own request only, and not on how its prompt is cut:
 *The bits of an answer* in docs/design/serving.md has what that takes, and where it holds on GPUs.
@@ -21,9 +21,8 @@ import numpy as np
 from tilewright.attention.batch import Attention
 from tilewright.attention.families import Scratch
 from tilewright.attention.kv import KV
-from tilewright.attention.plan import CHUNK_TILES, Plan
+from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
-from tilewright.attention.ranges import TILE
 from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.paging import positions_kernel
@@ -38,7 +37,7 @@ from tilewright.serve.sampler import Seats
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
-BUCKET = 64  # rows of recorded parts of a step with prompts are a multiple, and those of answers
+BUCKET = 64  # rows of a recorded step with prompts are a multiple, and those of its answers
 
 
 class Logits:
@@ -86,7 +85,7 @@ class Runner:
             [new(*shape, dtype=model.kv_dtype) for _ in range(config.layers)] for _ in range(2)
         )
         self.pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
-        tokens = -(-(limits.step_tokens + most) // BUCKET) * BUCKET  # a row more for each chunk
+        self.tokens = tokens = -(-(limits.step_tokens + most) // BUCKET) * BUCKET  # a row a chunk
         self.width = context // PAGE_SIZE + 1
         # The most answers that our kernel of one row reads; more, and prompts, a library if any.
         self.few = OWN_ROWS if model.products else 2**31
@@ -100,12 +99,7 @@ class Runner:
         self.last["token"] = model.memory.rows(chosen, 0, 1).reshape(most)
         on_gpu = model.memory.on_cuda and not config.logit_cap  # tanh has other bits there
         self.seats: Any = Seats(model.memory, self.last["logits"], chosen) if on_gpu else None
-        # Of `Rows`, one behind the other; and the rows whose logits are wanted.
-        self.ints = new(4 * tokens + most, dtype="int32")
         self.kv_len = put(np.zeros(most, np.int32))
-        # Keys are divided as if every answer were as long as the context, and every prompt short.
-        longest, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * TILE
-        self.longest, self.short = longest, min(short, longest)
         self.table = np.zeros((most, self.width), np.int32)
         self._held: list[Any] = [(None,)] * most  # of each row: pages, how far known, how many
         self.cascade = Cascade(model, self.pools, self.table.shape, not limits.invariant)
@@ -115,18 +109,25 @@ class Runner:
         self.attentions = {layer.attention for layer in model.layers}
         self.read_tokens = model.memory.readback(chosen)
         self._views: dict[tuple[int, int], list[KV]] = {}
+        every = self._kv(0, most)[0]
+        # Of prompts, whose keys are divided where their bits may depend on the batch.
+        self._sheets = {x: x.sheet(every, tokens, not self.joins) for x in self.attentions}
+        # Of `Rows`, one behind the other; the rows whose logits are wanted; the work of attention.
+        words = sum([sheet.words(tokens) for sheet in self._sheets.values()])
+        self.ints = put(np.zeros(4 * tokens + most + words, np.int32))
+        arrays = self.kv_len, self.last["token"], self.ints
+        self._send_lengths, self._send_tokens, self._send_ints = map(model.memory.sender, arrays)
         self._steps: dict[int, Step] = {}  # by rows, where none is sampled
         self._sampling: dict[int, Step] = {}
-        self._parts: dict[tuple[int, int], list[Any]] = {}
+        self._mixed: dict[tuple[int, int], Any] = {}  # with prompts: by rows of answers, and of all
         self._drawing: Any = None  # a step that samples behind prompts
-        self.plans: dict[Attention, Plan] = {}  # of the latest prompts
         self.rooms: list[Any] = []  # workspaces in which recorded steps plan
         self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
     def run(self, chunks: Sequence[Chunk]) -> Logits:
         """Reads the tokens of the chunks, those of answers first, and computes the logits of the
-        requests that want a token. A step of answers alone may read tokens that the step before
-        computes, PENDING on the host, if it has the same requests."""
+        requests that want a token. Answers may read tokens that the step before computes, PENDING
+        on the host, if it has the same answers, and no prompt ended there."""
         answers = [c for c in chunks if not c.is_prompt]
         prompts, rows = chunks[len(answers) :], len(answers)
         if rows > 8 and self.model.memory.on_cuda:
@@ -140,14 +141,15 @@ class Runner:
         # 0, nobody sees its result, and its key is overwritten by the next token.
         stops = [c.stop + ((c.stop - c.start) % self._qo_tile == 1) for c in prompts]
         lengths = [c.start + joined for c in answers] + [joined - 1] * (rows - len(answers)) + stops
+        lengths += [0] * bool(prompts)  # whose attention has items that are of no key
         if self._lengths[: len(lengths)].tolist() != lengths:
             self._lengths[: len(lengths)] = lengths
-            self._write_ints(self.kv_len, lengths)
+            self._send_lengths(lengths)
         by_row = [*answers, *prompts]
         self._write_table([*range(len(answers)), *range(rows, rows + len(prompts))], by_row)
         tokens = [c.request.tokens[c.start] for c in answers]
-        if answers and not joined and PENDING not in tokens:
-            self._write_ints(self.last["token"], tokens)
+        if answers and PENDING not in tokens:
+            self._send_tokens(tokens)
         ends = [c for c in prompts if c.wants_token]
         seated = [*answers, *[None] * (rows - len(answers))]
         seated += ends if joined or not answers else []  # else these are the host's
@@ -183,19 +185,16 @@ class Runner:
                 request.in_chunks = (i >= answers) * len(request.tokens)
                 request.pages = [0] * self.width
             starts = [(r, start) for r, (start, _) in zip(requests, ranges, strict=True)]
-            self.run([Chunk(r, start, len(r.tokens)) for r, start in starts])
+            self.run([Chunk(r, start, len(r.tokens)) for r, start in starts]).wait()
 
         for answers in range(1, self.limits.running + 1):
             for keys in (0, longest)[: 1 + self.cascade.is_on]:
                 step(answers, keys=keys)
                 step(answers, keys=keys, heat=1.0)
         for answers in range(0, self.limits.running if self.joins else 1, BUCKET):
-            for size in (1, 2, 5, 16, *range(BUCKET, most - answers, BUCKET), most - answers - 1):
+            for size in (*range(BUCKET, most - answers, BUCKET), most - answers - 1):
                 step(answers + self.joins, (0, min(size, longest)))
                 step(0, (longest - min(size, longest), min(size, longest)))
-        for start in (0, longest - 16) if longest else ():
-            step(0, (start, 16), (0, 1))  # a prompt of few rows beside another
-        self.read_tokens()()  # waits
 
     def _write_table(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> None:
         """The rows of the page table that have changed, to memory of the target."""
@@ -211,35 +210,13 @@ class Runner:
                 memory.write(row, self.table[i : i + 1], waits=False)
                 self._held[i] = now
 
-    def _write_ints(self, array: Any, values: Any) -> None:
-        """The first values of an int32 array in memory of the target."""
-        memory = self.model.memory
-        memory.write(memory.rows(array, 0, len(values)), np.asarray(values, np.int32))
-
-    def _write(self, placed: Any, rows: int, picked: Sequence[int]) -> None:
-        """Tokens, their positions, pages and slots, to memory of the target, and the rows `picked`.
-        `placed`: chunks, the first row of each, its rows, and its row of the page table; other rows
-        have no page, and a row more than a chunk has tokens token 0."""
-        columns = np.zeros((4, rows + -rows % BUCKET), np.int32)
-        chunks, *numbers = zip(*placed, strict=True)
-        at, sizes, of = map(np.array, numbers)
-        which = np.repeat(np.arange(len(chunks)), sizes)
-        within = np.arange(len(which)) - (np.cumsum(sizes) - sizes)[which]
-        positions = np.array([c.start for c in chunks])[which] + within
-        at, tokens = at[which] + within, ((*c.request.tokens[c.start : c.stop], 0) for c in chunks)
-        columns[0, at] = [t for own, n in zip(tokens, sizes, strict=True) for t in own[:n]]
-        columns[1, at], columns[2] = positions, -1
-        columns[2, at] = self.table[of[which], positions // PAGE_SIZE]
-        columns[3] = columns[1] % PAGE_SIZE
-        self._write_ints(self.ints, np.append(columns.reshape(-1), picked))
-
     def _rows(self, tokens: int, few: bool) -> Rows:
         of = self.wide if self.model.is_wide(few) else self.activations
         rows = self.model.memory.rows
-        begins = (i * (tokens + -tokens % BUCKET) for i in range(4))
+        begins = (i * self.tokens for i in range(4))
         ids, position, page, slot = (rows(self.ints, at, at + tokens) for at in begins)
         activations = {k: rows(a, 0, tokens) for k, a in of.items()}
-        return Rows(tokens, few, ids, position, page, slot, activations)
+        return Rows(tokens, few, {0: ids}, position, page, slot, activations)
 
     def _kv(self, begin: int, end: int) -> list[KV]:
         """The KV of each layer for requests begin … end-1."""
@@ -250,9 +227,9 @@ class Runner:
         return self._views[begin, end]
 
     def _answer_plans(self, requests: int) -> dict[Attention, Plan]:
-        """The plan of each attention for the first requests, which have one query each. On a GPU
-        `share` SMs for each KV head cut the keys at equal places for any number of requests."""
-        views, known = self._kv(0, requests), np.full(requests, self.longest)
+        """The plan of each attention for the first requests: one query each, on a whole context. On
+        a GPU `share` SMs for each KV head cut keys at equal places for any number of requests."""
+        views, known = self._kv(0, requests), np.full(requests, self.width * PAGE_SIZE)
         heads, most = self.model.config.kv_heads, len(self.table)
         share = max(1, min(8, 1024 // (heads * most)))  # partial results of more take much memory
         workers = requests * heads * share if self.model.memory.on_cuda else None
@@ -263,60 +240,66 @@ class Runner:
     def _read_prompts(self, chunks: Sequence[Chunk], stops: list[int], first: int) -> None:
         """Reads prompts up to `stops`, whose rows of the page table begin at `first`, behind the
         answers in front of them, if any; so do rows of the logits of those that want a token."""
-        model, rows, answers = self.model, self.model.memory.rows, len(chunks) - len(stops)
-        front = first if answers else 0  # rows of answers, and those that fill them up
-        sizes = [stop - c.start for c, stop in zip(chunks[answers:], stops, strict=True)]
-        indptr = np.cumsum([0, *sizes], dtype=np.int32)
-        at = [*range(answers), *(front + indptr[:-1]).tolist()]
-        of = [*range(answers), *range(first, first + len(stops))]
-        placed = [*zip(chunks, at, [1] * answers + sizes, of, strict=True)]
-        views, total = self._kv(first, first + len(stops)), front + int(indptr[-1])
-        ends = [n + c.stop - c.start - 1 for c, n, *_ in placed[answers:] if c.wants_token]
-        picked = [*range(front), *ends]
-
-        bound: dict[Attention, Any] = {}  # whose other layers differ in their pages alone
-
-        def attend(layer: int, q: Any, out: Any) -> Any:
-            attention = model.layers[layer].attention
-            if attention in bound and bound[attention].launch:
-                return bound[attention].run_over(views[layer])
-            q, out, plan = rows(q, front, total), rows(out, front, total), plans[attention]
-            one = attention.bind(q, views[layer], out, plan=plan, scratch=self.scratch)
-            bound[attention] = one
-            return one()
-
-        count, parts = total + (-total % BUCKET if model.products else 0), []
-        self._write(placed, count, picked)
-        b = self._rows(count, few=False)
+        model, rows, n = self.model, self.model.memory.rows, len(chunks) - len(stops)
+        front = first if n else 0  # rows of answers, and those that fill them up
+        sizes = [1] * n + [end - c.start for c, end in zip(chunks[n:], stops, strict=True)]
+        indptr = np.cumsum([0, *sizes[n:]])
+        *begins, total = (front + indptr).tolist()
+        count = total + -total % BUCKET
+        while min([sheet.left(count, indptr) for sheet in self._sheets.values()]) < 0:
+            count += BUCKET
+        if (front, count) not in self._mixed:
+            make = self._record if model.products else self._bind_prompts
+            self._mixed[front, count] = make(front, count)
+        # Tokens (not read for answers), positions, pages and slots. A row more than a chunk has
+        # tokens has token 0; rows that fill the step up have no page.
+        columns, at = np.zeros((4, self.tokens), np.int32), [*range(n), *range(front, total)]
+        of = np.repeat([*range(n), *range(first, first + len(stops))], sizes)
+        placed = [*zip(chunks, sizes, [*range(n), *begins], strict=True)]
+        tokens = [(*c.request.tokens[c.start : c.stop], 0)[:size] for c, size, _ in placed]
+        positions = np.concatenate([np.arange(c.start, c.start + size) for c, size, _ in placed])
+        columns[0, at], columns[1, at], columns[2] = np.concatenate(tokens), positions, -1
+        columns[2, at], columns[3] = self.table[of, positions // PAGE_SIZE], columns[1] % PAGE_SIZE
+        lasts = [row + c.stop - c.start - 1 for c, _, row in placed[n:] if c.wants_token]
+        picked = [*range(front), *lasts]
+        work = [x.work(count, indptr, np.array(stops), first) for x in self._sheets.values()]
+        wanted = np.array(picked + [0] * (len(self.table) - len(picked)))
+        self._send_ints(np.concatenate([columns.reshape(-1), wanted, *work]))
+        read, b = self._mixed[front, count], self._rows(total, few=False)
         if model.products:
-            if (front, count) not in self._parts:
-                self._parts[front, count] = self._record(front, count)
-            part, *parts = self._parts[front, count]
-            part()  # while the host plans
-        known = np.array(stops) if self.joins else np.full(len(stops), self.short)
-        # Kept until the next: to free them waits for the GPU.
-        plans = self.plans = {x: x.plan(indptr, views[0], lengths=known) for x in self.attentions}
-        if model.products:
-            for part in parts:
-                attend(*part) if isinstance(part, tuple) else part()
-        else:
-            model.forward(b, (self.keys, self.values), attend, do=call)
+            read()
+        else:  # call by call, of no more rows than there are
+            model.forward(b, (self.keys, self.values), lambda i, *_: read[i](), do=call)
         if picked:
-            end, begin, few = 4 * (count + -count % BUCKET), first - front, len(picked) <= self.few
+            begin, few = first - front, len(picked) <= self.few
             last = {name: rows(a, begin, begin + len(picked)) for name, a in self.last.items()}
             if model.is_wide(few):
                 last["normed"] = rows(self.wide["normed"], 0, len(picked))
-            wanted = rows(self.ints, end, end + len(picked))  # as `_write` put them there
-            embedding_kernel("f32", model.name)(wanted, b.a["x"], out=last["x"])
+            ids, x = rows(self.ints, columns.size, columns.size + len(picked)), b.a["x"]
+            embedding_kernel("f32", model.name)(ids, x, out=last["x"])
             model.finish(last, few, do=call)
 
-    def _record(self, answers: int, count: int, samples: Any = 0, cascaded: Any = 0) -> Any:
+    def _bind_prompts(self, answers: int, count: int) -> list[Any]:
+        """The attention of prompts in each layer, whose rows come behind those of answers."""
+        model, rows, every = self.model, self.model.memory.rows, self._kv(0, len(self.table))
+        a, plans = self._rows(count, few=False).a, dict[Attention, Plan]()
+        end = 4 * self.tokens + len(self.table)  # of what is in front of the work
+        for attention, sheet in self._sheets.items():
+            begin, end = end, end + sheet.words(count)
+            plans[attention] = sheet.plan(count, count - answers, rows(self.ints, begin, end))
+        heads = count, model.config.qo_heads, model.config.head_dim
+        q, out = (rows(a[x].reshape(*heads), answers, count) for x in ("rotated", "attended"))
+        of = zip([layer.attention for layer in model.layers], every, strict=True)
+        return [x.bind(q, kv, out, plan=plans[x], scratch=self.scratch) for x, kv in of]
+
+    def _record(self, answers: int, count: int, samples: Any = 0, cascaded: Any = 0) -> Step:
         """The step of one row of each of some answers, of which some are sampled (`samples`) or
-        share reads (`cascaded`); or of a `count` of rows, of which those of answers are the first:
-        parts, and between them the arguments of the prompts' attention."""
-        parts, bounds, alone = list[Any](), list[Any](), count == answers
-        model, rows, planners = self.model, self.model.memory.rows, list[Any]()
+        share reads (`cascaded`); or of a `count` of rows up to `x`, of which those of answers are
+        the first, and prompts the others."""
+        bounds, planners, alone = list[Any](), list[Any](), count == answers
+        model, rows = self.model, self.model.memory.rows
         views, plans = (self._kv(0, answers), self._answer_plans(answers)) if answers else ([], {})
+        theirs = [] if alone else self._bind_prompts(answers, count)
 
         def do(kernel: Any, *args: Any, out: Any = None) -> None:
             bounds.append(kernel.bind(*args, out=out))
@@ -328,9 +311,7 @@ class Runner:
                 mine = rows(q, 0, answers), views[layer], rows(out, 0, answers)
                 scratch = None if planners else self.scratch
                 bounds.append(attention.bind(*mine, plan=plans[attention], scratch=scratch))
-            if not alone:
-                parts.extend((Step(bounds), (layer, q, out)))
-                bounds.clear()
+            bounds.extend(theirs[layer : layer + 1])
 
         b = self._rows(count, alone and count <= self.few)
         if alone:
@@ -338,6 +319,9 @@ class Runner:
             *read, own = (rows(x, 0, count) for x in of_rows)
             positions = positions_kernel(PAGE_SIZE, model.name)
             do(positions, *read, out=(b.position, b.page, b.slot, own))
+        elif answers:  # whose tokens are where the step in front, or the host, has put them
+            ids = rows(self.last["token"], 0, answers), rows(b.ids[0], answers, count)
+            b = replace(b, ids=dict(zip((0, answers), ids, strict=True)))
         if cascaded:
             views, plan, planners = self.cascade.bind(answers)
             plans = dict.fromkeys(plans, plan)
@@ -347,9 +331,9 @@ class Runner:
         self.rooms += dict.fromkeys(plans.values()) if planners else ()
         if not alone:
             model.forward(b, (self.keys, self.values), attend, do)
-            return [*parts, Step(bounds)]
+            return Step(bounds)
         last = {name: rows(self.last[name], 0, count) for name in ("logits", "token")}
-        b = replace(b, ids=last["token"])
+        b = replace(b, ids={0: last["token"]})
         normed = model.forward(b, (self.keys, self.values), attend, do)
         model.finish({**b.a, **last}, b.few, do, normed)
         if samples:

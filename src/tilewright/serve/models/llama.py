@@ -66,12 +66,12 @@ class Rows:
 
     `few`: linear layers take the kernel of one row, not that of many rows or the products of a
     library. Of the two kernels, not of a library, a row has the same bits for any number of rows.
-    `ids`, `position`, `page`, `slot`: int32 (tokens,). `a`: arrays of `Llama.activations`.
+    `ids` (by first row), `position`, `page`, `slot`: int32 (tokens,). `a`: `Llama.activations`.
     """
 
     tokens: int
     few: bool
-    ids: Any
+    ids: dict[int, Any]
     position: Any
     page: Any
     slot: Any
@@ -224,7 +224,9 @@ class Llama:
         embedded = y if c.scaled_embedding else x
         if self.table_kind not in linear.STORED:
             embedded = embedded.reshape(t, c.dim // 32, 2, 16)  # as the kernel writes it
-        do(embedding_kernel(self.table_kind, name), b.ids, *self.table, out=embedded)
+        for at, ids in b.ids.items():
+            part = self.memory.rows(embedded, at, at + ids.shape[0])
+            do(embedding_kernel(self.table_kind, name), ids, *self.table, out=part)
         if c.scaled_embedding:
             do(rowwise.scaled_kernel(name), y, c.dim**0.5, out=x)
         norms = [layer.norms["attn_norm"] for layer in self.layers]
