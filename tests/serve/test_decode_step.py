@@ -109,9 +109,11 @@ def test_prompts_are_bound_to_what_the_host_writes(
     pages = sent[2 * of.tokens : 2 * of.tokens + 128]
     assert pages[:70].tolist() == [n // 16 for n in range(70)] and (pages[70:] == -1).all()
     addresses = [of.ints.pointer + 4 * at for at in (begin, begin + sheet.requests + 1)]
-    params = [bytes(one.launch.params) for one in bound]
-    assert all(address.to_bytes(8, "little") in own for own in params for address in addresses)
-    assert {one.launch.grid[0] for one in bound} == {min(sheet.items(128), sheet.workers)}
+    for launch in [one.launch for one in bound]:
+        params = bytes(launch.params)
+        assert all(address.to_bytes(8, "little") in params for address in addresses)
+        assert launch.grid[0] == min(sheet.items(128), sheet.workers)
+        del launch
     del of, bound
     gc.collect()
 

@@ -195,6 +195,27 @@ def test_answers_beside_prompts_are_sampled_there(monkeypatch: pytest.MonkeyPatc
         assert [r.sampling.logprobs for r in left] == [2, 2]
 
 
+@pytest.mark.parametrize("running", [1, 2, 9, 10])
+def test_warming_up_fits_any_number_of_seats(monkeypatch: pytest.MonkeyPatch, running: int):
+    """One bucket of answers or two, of which the last may be one that no prompt is read beside."""
+    monkeypatch.setattr(llama, "products_of", lambda file, where: Products("cpu", "float32"))
+    monkeypatch.setattr(engine, "load_tokenizer", lambda file: Spelled())
+    monkeypatch.setattr(engine, "cost_key", lambda *_: "")
+    monkeypatch.setattr(runner, "BUCKET", 8)
+    sizes = {"context": 96, "running": running, "step_tokens": 20, "share": False}
+    options = engine.Options(kv_tokens=96 * running, invariant=False, **sizes)
+    one = engine.Engine(file_of("plain"), "cpp", options)
+    one.runner.warm()
+    beside = {answers for answers, _ in one.runner._mixed}
+    assert beside == {n + -n % 8 for n in range(running)}
+    monkeypatch.setattr(one.runner, "_record", None)  # all are recorded
+    how = Sampling(max_tokens=4, ignore_eos=True)
+    requests = [one.submit([*range(3, 9 + n)], how) for n in range(running)]
+    while one.scheduler.has_work:
+        one.step()
+    assert all(len(r.answer) == 4 for r in requests)
+
+
 TARGETS = ["cpp", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

@@ -191,9 +191,11 @@ class Runner:
             for keys in (0, longest)[: 1 + self.cascade.is_on]:
                 step(answers, keys=keys)
                 step(answers, keys=keys, heat=1.0)
-        for answers in range(0, self.limits.running if self.joins else 1, BUCKET):
+        others = self.limits.running - 1  # than a prompt
+        for answers in range(0, max(others, 1) if self.joins else 1, BUCKET):
             for size in (*range(BUCKET, most - answers, BUCKET), most - answers - 1):
-                step(answers + self.joins, (0, min(size, longest)))
+                if answers + self.joins <= others:
+                    step(answers + self.joins, (0, min(size, longest)))
                 step(0, (longest - min(size, longest), min(size, longest)))
 
     def _write_table(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> None:
