@@ -64,14 +64,15 @@ def check_greedy(
     model: Sequence, reference: ReferenceLlama, prompt: list[int], steps: int, atol: float
 ) -> None:
     """Each token is the reference's own choice after the tokens before it, or ties with it; on a
-    GPU, where the cache is bfloat16, up to 1 % of the largest logit, and where a library's products
-    are too, whose inputs and weights they round, up to 3 %."""
+    GPU up to 2 % of the largest logit, since queries, keys, values and weights of attention are
+    bfloat16 there (the reference with just these roundings is up to 1.05 % away on the openings
+    below), and where a library's products round their inputs and weights too, up to 4 %."""
     tokens, logits = greedy(model, prompt, steps)
     reference.reset()
     wanted = reference.forward([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
     of = model.runner.model
-    rounding = float(np.abs(wanted).max()) * 0.01
-    rounding *= of.target.is_cuda + 2 * (
+    rounding = float(np.abs(wanted).max()) * 0.02
+    rounding *= of.target.is_cuda + (
         of.products_by != "our own layers" and of.products.dtype == "bfloat16"
     )
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=atol + rounding)
