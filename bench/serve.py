@@ -92,6 +92,8 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--itl-ms", type=float, nargs="+", default=[20.0, 30.0, 50.0], help="promised gaps"
     )
+    noise_help = "--simulate: how far steps are from their prediction, as `simulate` says"
+    parser.add_argument("--noise", type=float, default=0.0, help=noise_help)
     parser.add_argument("--context", type=int, default=8192, help="of the simulated model")
     parser.add_argument("--kv-tokens", type=int, default=400_000, help="of the simulated cache")
     parser.add_argument("--timeline", type=Path, help="writes the steps for Perfetto (JSON)")

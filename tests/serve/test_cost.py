@@ -206,9 +206,11 @@ def test_simulated_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.data
-def test_goodput_of_a_served_trace(data_dir: Path):
+@pytest.mark.parametrize("noise", [0.0, 0.043, 0.06])
+def test_goodput_of_a_served_trace(data_dir: Path, noise: float):
     """150 requests of the Azure trace, nine times as fast as they came: ours keeps more promises
-    than every fixed chunk, and than prompts first."""
+    than every fixed chunk, and than prompts first, where steps take what is predicted and where
+    they are as far from it as those of a GPU."""
     arrivals = simulate.read_arrivals(data_dir / "traces" / bench_serve.TRACE.split("/")[-1],
                                       150, 9.0, 8192)  # fmt: skip
     cost = Path(bench_serve.__file__).with_name("costs") / "h100-llama-8b.json"
@@ -216,7 +218,7 @@ def test_goodput_of_a_served_trace(data_dir: Path):
 
     def goodput(policy: simulate.Policy, step_tokens: int) -> float:
         limits = Limits(25_000, 128, step_tokens)
-        done = simulate.simulate(arrivals, limits, model, policy, promise)
+        done = simulate.simulate(arrivals, limits, model, policy, promise, noise)
         return simulate.measures(done, 1.0, 0.03)["goodput requests/s"]
 
     ours = goodput(decide, 2048)
