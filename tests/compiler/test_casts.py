@@ -55,6 +55,7 @@ def edges(source: str, rng: np.random.Generator) -> np.ndarray:
     exact = [0.0, 0.5, 0.99, 1.0, 1.5, 127.99, 1e30, 1e300, math.inf, *limits]
     steps = [np.nextafter(2.0**bits, 0) for bits in (31, 32, 63, 64)]
     steps += [float(np.nextafter(np.float32(2.0**bits), 0)) for bits in (31, 32, 63, 64)]
+    steps += [1 + 2.0**-bits + d for bits in (8, 11) for d in (-(2.0**-30), 0, 2.0**-30)]  # ties
     some = [*exact, *steps, *(2 ** rng.uniform(-4, 70, 40))]
     with np.errstate(over="ignore"):
         numbers = np.array([*some, *(-x for x in some), math.nan]).astype(FLOATS[source])
@@ -139,3 +140,80 @@ def test_a_float_that_becomes_an_integer_is_a_multiple_of_nothing():
     assert not is_multiple(cast(product, dtypes.int32), 4, lambda v: False)
     whole = binary("*", Var("i", dtypes.int32), Const(4, dtypes.int32))
     assert is_multiple(cast(whole, dtypes.int64), 4, lambda v: False)
+
+
+def built(definition: tw.Program, way: str) -> Any:
+    if way != "vectors":
+        return definition.build(way)
+    return definition.schedule(lambda s: s.split("i", 8, tail="cut").vectorize("i_i")).build("cpp")
+
+
+NUMBERS = WAYS[:-1]  # CPUs: what is passed is NumPy's
+
+
+@pytest.mark.parametrize("way", NUMBERS)
+@pytest.mark.parametrize("source", [*INTEGERS, "float32", "float64"])
+def test_comparisons_become_numbers(way, source, rng):
+    """True is 1 in each dtype; in a mask of vectors it is -1."""
+    kinds = ("float16", "float32", "float64", "int8", "uint8", "int32", "int64")
+
+    @tw.program
+    def compared(x=tw.dense("n", source)):
+        i = tw.indices("i:n")
+        outs = {kind: tw.out.named(f"as_{kind}").typed(kind) for kind in kinds}
+        own = [out[i]((x[i] > 3).cast(kind)) for kind, out in outs.items()]
+        return (*own, tw.out.named("halves").typed("float32")[i]((x[i] > 3).cast("bfloat16")))
+
+    x = rng.integers(0, 7, 37).astype(source)
+    for kind, found in zip((*kinds, "float32"), built(compared, way)(x), strict=True):
+        np.testing.assert_array_equal(found, (x > 3).astype(kind), err_msg=kind)
+
+
+@pytest.mark.parametrize("way", NUMBERS)
+@pytest.mark.parametrize("source", INTEGERS)
+def test_negation_wraps_around(way, source, rng):
+    """In the dtype of the number, also where C++ computes in int."""
+
+    @tw.program
+    def negated(x=tw.dense("n", source)):
+        i = tw.indices("i:n")
+        wide = tw.out.named("wide").typed("int64")[i]((-x[i]).cast("int64"))
+        return wide, tw.out.named("sign").typed("int32")[i](tw.where(-x[i] > 0, 1, 0))
+
+    limits = np.iinfo(source)
+    x = rng.integers(limits.min, limits.max, 37, dtype=source, endpoint=True)
+    x[:3] = limits.min, limits.max, 0
+    wide, sign = built(negated, way)(x)
+    with np.errstate(over="ignore"):
+        wanted = (-x).astype(np.int64)
+    np.testing.assert_array_equal(wide, wanted)
+    np.testing.assert_array_equal(sign, (-x > 0).astype(np.int32))
+
+
+@pytest.mark.parametrize("way", NUMBERS[:-1])  # a read that may lie outside is no vector
+@pytest.mark.parametrize("index", INTEGERS)
+@pytest.mark.parametrize("count", [3, 100, 200, 300, 40_000, 70_000])
+def test_coordinates_of_any_dtype(way, index, count, rng):
+    """An array may be longer than the largest number of a coordinate's dtype; what lies outside of
+    it reads as 0 and is not written."""
+
+    @tw.program
+    def gathered(at=tw.dense("n", index), t=tw.dense("m")):
+        i = tw.indices("i:n")
+        return tw.out[i](t[at[i]] * 1.0)
+
+    @tw.program
+    def scattered(at=tw.dense("n", index), y=tw.dense("m")):
+        i = tw.indices("n")
+        return tw.update(y).add[at[i]](1.0)
+
+    limits = np.iinfo(index)
+    at = rng.integers(max(limits.min, -5), min(limits.max, 2 * count), 41, endpoint=True)
+    t, at = rng.standard_normal(count).astype(np.float32), at.astype(index)
+    inside = (at.astype(np.int64) >= 0) & (at.astype(np.int64) < count)
+    wanted = np.where(inside, t[np.where(inside, at, 0).astype(np.int64)], 0)
+    np.testing.assert_array_equal(gathered.build(way)(at, t), wanted)
+    y, sums = np.zeros(count, np.float32), np.zeros(count, np.float32)
+    np.add.at(sums, at[inside].astype(np.int64), 1)
+    scattered.build(way)(at, y)
+    np.testing.assert_array_equal(y, sums)

@@ -295,7 +295,9 @@ class Renderer:
     def unary(self, e: ir.Unary) -> str:
         a = self.expr(e.a)
         if e.op == "-":
-            return f"(-({a}))" if a.startswith("-") else f"(-{a})"
+            text = f"(-({a}))" if a.startswith("-") else f"(-{a})"
+            narrow = e.dtype.is_int and e.dtype.bits < 32 and e.dtype.lanes == 1
+            return f"static_cast<{self.type(e.dtype)}>{text}" if narrow else text
         if e.op == "not":
             return f"(!{a})"
         template = f"<{e.dtype.lanes}>" if e.dtype.lanes > 1 and e.op != "abs" else ""
@@ -318,6 +320,7 @@ class Renderer:
             return f"tw::to_integer<{_lanes_of(to) if to.lanes > 1 else self.type(to)}>({a})"
         if to.name in STORED_AS_BITS:
             single = dtypes.float32.vector(to.lanes)
+            a = self.stored(e.a) if source.kind == "b" else a  # true in a mask is -1
             narrow = a if source.name == "float32" else self.convert(a, single)
             return f"tw::to_{to.name}{lanes}({narrow})"
         if source.is_int and source.bits < 32 and to.is_float and to.lanes > 1:

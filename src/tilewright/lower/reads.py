@@ -85,7 +85,7 @@ class Reader:
             if low < 0:
                 conditions.append(ir.binary(">=", value, 0))
             if not (isinstance(size, ir.Const) and high < size.value):
-                is_wide = value.dtype.kind == "i" or value.dtype.bits == 64
+                is_wide = value.dtype.bits == 64 or value.dtype == size.dtype
                 wide = value if is_wide else ir.cast(value, dtypes.int64)
                 conditions.append(ir.binary("<", wide, ir.cast(size, wide.dtype)))
         return conditions

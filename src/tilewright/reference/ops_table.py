@@ -51,6 +51,8 @@ def cast(x: Any, to: dtypes.DType, exact: bool = False) -> Any:
         return to_integer(x, to)
     if to.name == "bfloat16" and not exact:
         return decode(encode(x, to, to.numpy), to)
+    if to.name == "float16" and not exact:
+        x = x.astype(np.float32)
     return x.astype(computed(to, exact), copy=False)
 
 
