@@ -69,7 +69,7 @@ def first_token(
     """Seconds from the arrival of a prompt to its first token, and all gaps between tokens of the
     answers beside it from then until a while after."""
     rng, vocab = np.random.default_rng(answers), engine.model.config.vocab
-    how = Sampling(max_tokens=ANSWERED - PROMPT, ignore_eos=True, itl_ms=gap_ms, best_effort=True)
+    how = Sampling(max_tokens=ANSWERED - PROMPT, ignore_eos=True, itl_ms=gap_ms)
     others = [engine.submit(rng.integers(3, vocab, PROMPT).tolist(), how) for _ in range(answers)]
     while not all(request.answered > 4 for request in others):
         engine.step()

@@ -111,6 +111,7 @@ def ours(setting: Setting) -> Iterator[Served]:
     def served(impl: str, how: Sampling) -> Served:
         jobs = setting.fresh()
         scheduler.prefix.evict(sum(1 for _ in scheduler.prefix.nodes()))  # nothing is known yet
+        impl += ", known prefixes are not read again" * setting.share
         return Served(impl, jobs, replay(engine, jobs, setting.pace, how))
 
     for gap in setting.itl_ms:

@@ -21,7 +21,7 @@ from tilewright import dtypes
 from tilewright.attention import families, reference
 from tilewright.attention import plan as plans
 from tilewright.attention.families import portable
-from tilewright.attention.plan import ITEMS
+from tilewright.attention.plan import ITEM, ITEMS
 from tilewright.attention.spec import Spec, alone, compile_cuda, params_struct
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
@@ -122,6 +122,43 @@ def test_on_simulated_warps(rng, shape, dim_vo, counts, lengths, shared):
     case = replace(case, v=case.v[..., :dim_vo])
     o, lse = simulated_result(case)
     close(case, o, lse)
+
+
+LEFT = [  # shape, queries and keys of each request, page size, which requests are those of the step
+    ((4, 2, 128, ml_dtypes.bfloat16, "causal", "scores", ""), [0, 70, 1, 40, 0, 0],
+     [9, 170, 3, 300, 0, 5], 16, slice(1, 4)),
+    ((1, 2, 64, np.float16, "window", "scores", ""), [130, 0], [260, 0], 8, slice(0, 1)),
+    ((2, 1, 256, np.float16, "causal", "softcap", ""), [70, 40, 0], [150, 40, 0], 64, slice(0, 2)),
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", LEFT, ids=lambda c: "-".join(map(str, c[0][:3])))
+@pytest.mark.parametrize("family", [portable.TILES, portable.FAMILY], ids=["tiles", "portable"])
+def test_items_that_a_step_does_not_need(rng, family, case):
+    """They have no query and no key, in any order: nothing is written for them."""
+    shape, counts, lengths, page_size, own = case
+    drawn = cascade(rng, shape, counts, [], lengths, page_size)
+    attn, table = oracle.attention_of(drawn), oracle.table_of(drawn)
+    kv, kind = tw.KV(table, tw.Pool(drawn.k, drawn.v)), dtypes.ALL[drawn.q.dtype.name]
+    spec = Spec(attn.group, *drawn.dims, kind, kind, kind, attn.variant.traced, table.form)
+    known = {n: x for n, x in attn.variant.fixed if np.isscalar(x)}
+    made = plans.Shape(family.name, attn.kv_heads, attn.group, attn.variant.traced.mask, known,
+                       family.qo_tile(spec), "", 0, None)  # fmt: skip
+    planner = plans.StepPlans(made, table.requests, 999, 7, 0)
+    indptr, keys = drawn.qo_indptr[own.start : own.stop + 1], kv.lengths()[own]
+    words, end = planner.work(256, indptr, keys, own.start), table.requests + 1
+    items = words[end:].view(ITEM.numpy)
+    assert (words[:end] == drawn.qo_indptr).all() and (items["qo_end"] == 0).sum() > 8
+    run = simulated.kernel(alone(portable.body(spec, tiles=family is portable.TILES)))
+    for seed in range(2):
+        shuffled = rng.permutation(items)
+        tokens = int(drawn.qo_indptr[-1])
+        o, lse, numbers, _kept = simulated.arguments(drawn, attn, kv, tokens, drawn.q.dtype)
+        work = {"qo_indptr": words.ctypes.data, "items": shuffled.ctypes.data}
+        block = params_struct(spec, ITEMS).pack(**numbers, **work)
+        simulated.launch(run, block, portable.THREADS, len(items), seed, (o, lse))
+        close(drawn, o.astype(np.float64), lse)
 
 
 def test_plans_that_walk_shared_keys_are_checked(rng):

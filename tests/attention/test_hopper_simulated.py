@@ -68,8 +68,8 @@ class Prepared:
 def prepared(
     case: Case, page_size: int, workers: int, dtype: Any = np.float32, own: slice | None = None
 ) -> Prepared:
-    """A plan for so many SMs, made on the host; of a sheet, if only requests `own` have queries and
-    the next one has no keys. `dtype`: of o."""
+    """A plan for so many SMs, made on the host; of `StepPlans`, if only requests `own` have queries
+    and the next one has no keys. `dtype`: of o."""
     attn, table = oracle.attention_of(case), oracle.table_of(case)
     k, v = (x[:, 0] if case.form == "ragged" else x for x in (case.k, case.v))
     kv = tw.KV(table, tw.Pool(k, v))
@@ -82,10 +82,12 @@ def prepared(
                         few=hopper.FAMILY.few(spec))  # fmt: skip
     plan = plans.make(case.qo_indptr, kv.lengths(), shape, workers)
     if own is not None:
-        sheet = plans.Sheet(dataclasses.replace(shape, few=0), table.requests, 999, workers, 0)
+        planner = plans.StepPlans(
+            dataclasses.replace(shape, few=0), table.requests, 999, workers, 0
+        )
         indptr, keys = case.qo_indptr[own.start : own.stop + 1], kv.lengths()[own]
-        words, end = sheet.work(256, indptr, keys, own.start), table.requests + 1
-        assert len(words) == sheet.words(256) and (words[:end] == case.qo_indptr).all()
+        words, end = planner.work(256, indptr, keys, own.start), table.requests + 1
+        assert len(words) == planner.words(256) and (words[:end] == case.qo_indptr).all()
         sizes = {"slots": workers, "counters": workers, "items": words[end:].view(ITEM.numpy)}
         plan = plans.Plan(plan.qo_indptr, plan.kv_heads, plan.qo_tile, workers, "hopper",
                           imbalance=1.0, nodes=plan.nodes, group=plan.group, planned=True,
@@ -164,7 +166,7 @@ def test_wide_items(rng, maps, case):
     close(drawn, o.astype(np.float64), lse, str(plan))
 
 
-SHEETS = [  # shape, queries and keys of each request, page size, SMs, dtype of o, who has queries
+STEP_PLANS = [  # shape, queries, keys, page size, SMs, dtype of o, which requests have queries
     ((4, 2, 128, BFLOAT16, "causal", "scores", ""), [0, 70, 1, 40, 0, 0], [9, 170, 3, 300, 0, 5],
      16, 3, BFLOAT16, slice(1, 4)),
     ((2, 1, 64, BFLOAT16, "causal", "softcap", ""), [130, 0], [260, 0], 8, 2, BFLOAT16,
@@ -176,8 +178,8 @@ SHEETS = [  # shape, queries and keys of each request, page size, SMs, dtype of 
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SHEETS, ids=lambda c: "-".join(map(str, c[0][:3])))
-def test_items_that_a_sheet_does_not_need(rng, maps, case):
+@pytest.mark.parametrize("case", STEP_PLANS, ids=lambda c: "-".join(map(str, c[0][:3])))
+def test_items_that_a_step_does_not_need(rng, maps, case):
     """They have no query and no key, in any order: nothing is written for them."""
     shape, counts, lengths, page_size, workers, dtype, own = case
     drawn = cascade(rng, shape, counts, [], lengths, page_size)

@@ -10,9 +10,10 @@ import pytest
 from tests.attention.cases import bind, paged
 from tests.runtime.test_cuda import fake  # noqa: F401 - a fixture
 
+from tilewright.attention import plan as plans
 from tilewright.attention import reference
 from tilewright.attention.batch import Attention
-from tilewright.attention.families import Scratch
+from tilewright.attention.families import Scratch, hopper, portable
 from tilewright.attention.kv import KV
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
@@ -102,16 +103,16 @@ def test_scratch_of_another_device_is_refused(fake: ctypes.CDLL):  # noqa: F811
     gc.collect()
 
 
-def test_a_sheet_is_planned_again_and_again(rng: np.random.Generator):
+def test_a_step_is_planned_again_and_again(rng: np.random.Generator):
     """Of one bound call: batches of other requests, queries and keys, some from the middle of the
     table, as many as fit. Each as planned and run alone, to the bit; no other row is written."""
     table, pool = np.zeros((30, 8), np.int32), rng.normal(0, 1, (2, 200, 16, 2, 64)).astype("f4")
     lengths = np.zeros(30, np.int32)
     kv = KV(Table(lengths, table), Pool(*pool))
-    rows, sheet = 64, ATTN.sheet(kv, 128)
+    rows, planner = 64, ATTN.step_plans(kv, 128)
     q = rng.normal(0, 1, (rows, 8, 64)).astype(np.float32)
-    words, out = np.zeros(sheet.words(rows), np.int32), np.zeros_like(q)
-    bound = ATTN.bind(q, kv, out, plan=sheet.plan(rows, rows, words))
+    words, out = np.zeros(planner.words(rows), np.int32), np.zeros_like(q)
+    bound = ATTN.bind(q, kv, out, plan=planner.plan(rows, rows, words))
     for counts, first in (([40, 7], 3), ([1], 0), ([64], 28), ([3] * 8, 5), ([9, 1, 30, 2], 11)):
         keys = np.array([n + int(rng.integers(0, 60)) for n in counts])
         lengths[:], table[:] = rng.integers(0, 9, 30), rng.permutation(200)[:8]
@@ -119,8 +120,8 @@ def test_a_sheet_is_planned_again_and_again(rng: np.random.Generator):
         for i, n in enumerate(keys):
             lengths[first + i], table[first + i] = n, rng.permutation(200)[:8]
         indptr = np.cumsum([0, *counts])
-        assert sheet.left(rows, indptr) >= 0
-        words[:] = sheet.work(rows, indptr, keys, first)
+        assert planner.left(rows, indptr) >= 0
+        words[:] = planner.work(rows, indptr, keys, first)
         bound()
         own = slice(first, first + len(counts))
         alone = KV(Table(lengths[own], table[own]), kv.pool)
@@ -128,7 +129,49 @@ def test_a_sheet_is_planned_again_and_again(rng: np.random.Generator):
         np.testing.assert_array_equal(out[: indptr[-1]], wanted)
         assert np.isnan(out[indptr[-1] :]).all()
     many = np.arange(15)  # requests of one query
-    assert sheet.left(rows, many) < 0 <= sheet.left(128, many)
-    assert sheet.left(128, np.arange(31)) >= 0  # as many as the table has
+    assert planner.left(rows, many) < 0 <= planner.left(128, many)
+    assert planner.left(128, np.arange(31)) >= 0  # as many as the table has
+    for indptr, first in ((many, 5), (np.array([0, 9]), 29)):  # too many; no row behind them
+        with pytest.raises(ArgumentError, match=r"A103.*no room for"):
+            planner.work(rows, indptr, np.diff(indptr), first)
     with pytest.raises(ArgumentError, match=r"A103.*rows"):
-        ATTN.sheet(kv, 0)
+        ATTN.step_plans(kv, 0)
+
+
+class Words:
+    """Memory of a GPU of which a plan has parts."""
+
+    shape = (1 << 30,)
+
+    def rows(self, begin: int, end: int) -> Words:
+        return self
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_chunks_of_a_step_fit_its_partial_results(seed: int):
+    """Each query of each KV head once, and slots and counters that the plan has."""
+    rng = np.random.default_rng(seed)
+    family = (hopper.FAMILY, portable.TILES, portable.FAMILY)[seed % 3]
+    kv_heads, workers = int(rng.choice([1, 2, 8])), int(rng.choice([1, 16, 132]))
+    splits = family.splits if seed % 2 else ""
+    order = hopper.order if family is hopper.FAMILY else None
+    mask = ATTN.variant.traced.mask
+    shape = plans.Shape(family.name, kv_heads, 4, mask, {}, 32, splits, 0, order)
+    requests, rows = int(rng.integers(2, 40)), int(rng.integers(1, 9)) * 64
+    planner = plans.StepPlans(shape, requests, 512 + 64, workers, 0)
+    count = int(rng.integers(1, min(requests, rows + 1)))
+    counts = np.diff([0, *np.sort(rng.integers(0, rows - count + 1, count))]) + 1
+    indptr = np.concatenate([[0], np.cumsum(counts)])
+    while planner.left(rows, indptr) < 0:
+        rows += 64
+    keys = counts + rng.integers(0, rng.choice([1, 300, 30_000]), count)
+    plan = planner.plan(rows, rows, Words())
+    items = planner.work(rows, indptr, keys, 0)[requests + 1 :].view(plans.ITEM.numpy)
+    seen = np.zeros((indptr[-1], kv_heads))
+    for item in items:
+        seen[item["qo_begin"] : item["qo_end"], item["kv_head"]] += 1 / item["chunks"]
+    np.testing.assert_allclose(seen, 1)
+    cut = items[items["chunks"] > 1]
+    assert (cut["slot"] + cut["chunks"]).max(initial=0) <= plan.slots
+    assert cut["counter"].max(initial=-1) < max(plan.counters, 1)
+    assert (items["request"] < requests).all() and (items["chunk"] < items["chunks"]).all()

@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from tests.serve.sequence import Sequence as Alone
 from tilewright.attention.batch import BoundAttention
 from tilewright.runtime.pool import address_of, pool
 from tilewright.runtime.view import view
-from tilewright.serve import sampler
+from tilewright.serve import engine, sampler
+from tilewright.serve.cost import CostModel
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.request import Request, Sampling
 from tilewright.serve.sampler import Seats
-from tilewright.serve.scheduler import PENDING, Chunk
+from tilewright.serve.scheduler import PENDING, Chunk, work_of
 from tilewright.serve.weights import ModelFile, open_model
 from tilewright.toolchain import compilers, cxx
 
@@ -367,3 +369,64 @@ def test_pages_behind_a_window_serve_others(tiny: ModelFile, ahead: bool, share:
     assert [r.answer for r in requests] == wanted
     assert longest > 1.5 * pages.count and engine.scheduler.pages.held == 0
     assert late is None or late.ahead > 50
+
+
+class Clock:
+    """A GPU whose steps take what the cost says, some more, and a host that takes 0.3 ms for each;
+    what the engine reads instead of `time`."""
+
+    def __init__(self, engine: Engine, rng: np.random.Generator) -> None:
+        self.engine, self.rng, self.now, self.free = engine, rng, 1.0, 0.0
+        self.last: dict[Request, float] = {}
+        engine.runner.run = self.run
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def run(self, chunks: Sequence[Chunk]) -> Any:
+        self.now += 3e-4
+        slow = self.rng.choice([1.0, 1.0, 1.0, 1.6])
+        seconds = self.engine.scheduler.model.seconds(work_of(chunks)) * slow
+        self.free = max(self.now, self.free) + seconds
+        requests = [c.request for c in chunks if c.wants_token]
+        return Unread(self, requests, self.free)
+
+
+class Unread:
+    left = ()
+    groups = SimpleNamespace(nodes=())
+
+    def __init__(self, clock: Clock, requests: list[Request], end: float) -> None:
+        self.clock, self.requests, self.end = clock, requests, end
+        self.tokens = [5] * len(requests)
+
+    def wait(self) -> None:
+        self.clock.now = max(self.clock.now, self.end)
+
+    def row(self, i: int) -> np.ndarray:
+        return np.zeros(4)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_late_tokens_are_those_of_long_gaps(
+    monkeypatch: pytest.MonkeyPatch, tiny: ModelFile, ahead: bool
+):
+    """Also where steps are committed when they are launched: by when their tokens come."""
+    rng = np.random.default_rng(3)
+    file = replace(tiny, config=replace(tiny.config, context=500))
+    options = Options(context=500, running=16, step_tokens=512, share=False, invariant=False)
+    one = Engine(file, "cpp", options)
+    one.scheduler.model = CostModel(step=0.007, prompt=25e-6, answer=1e-5)
+    clock, one.runs_ahead, gaps = Clock(one, rng), ahead, list[float]()
+    monkeypatch.setattr(engine, "time", clock)
+    for _ in range(60):
+        own = {"max_tokens": int(rng.integers(5, 40)), "itl_ms": 20.0, "ttft_ms": 1e6}
+        how = Sampling(ignore_eos=True, best_effort=True, **own)
+        one.submit([3] * int(rng.integers(20, 400)), how)
+    while one.scheduler.has_work:
+        for request in one.step():
+            if request in clock.last:
+                gaps.append(clock.now - clock.last[request])
+            clock.last[request] = clock.now
+    late = sum(gap > 0.02 for gap in gaps)
+    assert one.scheduler.late == late and 0 < late < len(gaps) / 2

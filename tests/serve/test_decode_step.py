@@ -16,6 +16,7 @@ from tests.serve.sequence import Sequence
 
 from tilewright.attention.families import hopper
 from tilewright.ops.rope import Rope
+from tilewright.runtime import cuda
 from tilewright.runtime.step import Step
 from tilewright.serve import engine, runner
 from tilewright.serve.gguf import Weight
@@ -98,44 +99,52 @@ def test_prompts_are_bound_to_what_the_host_writes(
     of = runner.Runner(Llama(model_file(config), "cuda:sm_90a", 401), Limits(64, 6, 200), 400)
     request = Request(0, list(range(90)))
     request.pages = [*range(6)]
+    of._lengths[:] = 9
+    of.kv_len.copy_from(of._lengths)
     of.run([Chunk(request, 0, 70)]).wait()
+    assert of.kv_len.to_numpy()[:3].tolist() == [70, 0, 9]  # a row without keys behind
     sent = of.ints.to_numpy()
-    [sheet], bound = of._sheets.values(), of._mixed[0, 128]
-    assert len(bound) == 2 and sheet.shape.family == "hopper" and not sheet.shape.splits
+    [planner], bound = of._step_plans.values(), of._mixed[0, 128]
+    assert len(bound) == 2 and planner.shape.family == "hopper" and not planner.shape.splits
     begin = 4 * of.tokens + len(of.table)
-    work = sheet.work(128, np.array([0, 70]), np.array([70]), 0)
+    work = planner.work(128, np.array([0, 70]), np.array([70]), 0)
     np.testing.assert_array_equal(sent[begin : begin + len(work)], work)
     assert sent[:70].tolist() == request.tokens[:70] and not sent[70:128].any()
     pages = sent[2 * of.tokens : 2 * of.tokens + 128]
     assert pages[:70].tolist() == [n // 16 for n in range(70)] and (pages[70:] == -1).all()
-    addresses = [of.ints.pointer + 4 * at for at in (begin, begin + sheet.requests + 1)]
+    addresses = [of.ints.pointer + 4 * at for at in (begin, begin + planner.requests + 1)]
     for launch in [one.launch for one in bound]:
         params = bytes(launch.params)
         assert all(address.to_bytes(8, "little") in params for address in addresses)
-        assert launch.grid[0] == min(sheet.items(128), sheet.workers)
+        assert launch.grid[0] == min(planner.items(128), planner.workers)
         del launch
     del of, bound
     gc.collect()
 
 
-def test_values_are_sent_without_a_wait(fake: ctypes.CDLL):  # noqa: F811
-    """From two buffers in turn: what is sent next does not overwrite what is under way."""
-    memory = Memory(target("cuda:sm_90a"))
+def test_values_are_sent_from_two_buffers(fake: ctypes.CDLL):  # noqa: F811
+    """In turn, and each waits for what it sent before: nothing under way is overwritten."""
+    memory, calls = Memory(target("cuda:sm_90a")), list[tuple[str, Any]]()
     array = memory.put(np.zeros(6, np.int32))
-    send, copied, at = memory.sender(array), array.to_numpy, list[int]()
-    copy_from = type(array).copy_from
-
-    def noted(to: Any, values: np.ndarray, waits: bool = True) -> None:
-        at.append(values.ctypes.data)
-        assert not waits
-        copy_from(to, values, waits)
-
+    send, copied = memory.sender(array), array.to_numpy
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(array), "copy_from", noted)
+        call = cuda.driver().call
+
+        def noted(name: str, *args: Any) -> Any:
+            if name == "cuMemcpyHtoDAsync_v2":
+                calls.append((name, args[1]))
+            elif name in ("cuEventSynchronize", "cuEventRecord"):
+                calls.append((name, args[0]))
+            return call(name, *args)
+
+        patch.setattr(cuda.driver(), "call", noted)
         for values in ([5, 7], np.arange(6), [9], [1, 2, 3]):
             send(values)
     assert copied().tolist() == [1, 2, 3, 3, 4, 5]
-    assert at[0] == at[2] != at[1] == at[3]
+    one, two = calls[:3], calls[3:6]
+    names = ["cuEventSynchronize", "cuMemcpyHtoDAsync_v2", "cuEventRecord"]
+    assert calls == [*one, *two] * 2 and [name for name, _ in one] == names
+    assert one[0][1] == one[2][1] and two[0][1] == two[2][1] and one[1] != two[1]
     del array, send, copied
     gc.collect()
 

@@ -18,7 +18,7 @@ from tilewright.attention.arguments import check_kv, check_names, check_q, outpu
 from tilewright.attention.families import Call, Family, Scratch, decode
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
-from tilewright.attention.plan import Plan, Sheet
+from tilewright.attention.plan import Plan, StepPlans
 from tilewright.attention.report import Batch
 from tilewright.attention.spec import Spec, param_values
 from tilewright.attention.table import MAX_KEYS, Table, TableForm
@@ -137,7 +137,7 @@ class Attention:
             result.on_device(ordinal_of(table.device))
         return result
 
-    def sheet(self, kv: KV, rows: int, invariant: bool = False) -> Sheet:
+    def step_plans(self, kv: KV, rows: int, invariant: bool = False) -> StepPlans:
         """Plans whose work the host writes, for recorded steps of up to `rows` rows over caches as
         `kv`; on a GPU they divide keys, if not `invariant`. Raises ArgumentError[A103, A107]."""
         check_kv(kv, self.kv_heads, self.head_dim, self.head_dim_vo)
@@ -147,7 +147,9 @@ class Attention:
         gpu = -1 if device == "cpu" else ordinal_of(device)
         splits = "" if gpu < 0 or invariant else family.splits
         shape = replace(_shape_of(self, family, family.qo_tile(spec), ()), splits=splits)
-        return Sheet(shape, kv.table.requests, rows, 1 if gpu < 0 else cuda.device(gpu).sms, gpu)
+        return StepPlans(
+            shape, kv.table.requests, rows, 1 if gpu < 0 else cuda.device(gpu).sms, gpu
+        )
 
     def reserve(
         self, max_requests: int, *, max_tokens: int | None = None, device: str = "cuda",

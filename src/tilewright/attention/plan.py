@@ -331,7 +331,7 @@ def _imbalance(work: np.ndarray, workers: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Sheet:
+class StepPlans:
     """Plans for recorded steps of some `rows`, whose work the host writes before each run: `plan`
     is what attention is bound with, `work` the int32 words of its memory. `requests`: rows of the
     table; `most`: rows of a step; `gpu`: its number, -1 for a CPU."""
@@ -357,7 +357,8 @@ class Sheet:
         return self.items(rows) - tiles * self.shape.kv_heads
 
     def plan(self, rows: int, tokens: int, words: Any) -> Plan:
-        """The plan of a step; `tokens`: rows of q; `words`: the memory of its work."""
+        """The plan of a step; `tokens`: rows of q; `words`: the memory of its work, which the host
+        writes: unlike other plans it changes, and is not to be saved."""
         shape, end, chunks = self.shape, self.requests + 1, self.workers * bool(self.shape.splits)
         indptr, items = np.zeros(end, np.int32), np.zeros(self.items(rows), ITEM.numpy)
         if self.gpu < 0:
@@ -373,8 +374,11 @@ class Sheet:
 
     def work(self, rows: int, qo_indptr: np.ndarray, keys: np.ndarray, first: int) -> np.ndarray:
         """The words of a step whose requests are rows of the table from `first` on. The row behind
-        them has no keys: items that are left over are of that, and of no query."""
+        them has no keys: items that are left over are of that, and of no query. Raises
+        ArgumentError[A103] where the step has no room for the batch."""
         count, indptr = len(keys), np.zeros(self.requests + 1, np.int32)
+        if first + count >= self.requests or self.left(rows, qo_indptr) < 0:
+            raise ArgumentError("A103", f"a step of {rows} rows has no room for {count} requests")
         indptr[first : first + count], indptr[first + count :] = qo_indptr[:-1], qo_indptr[-1]
         workers = max(1, min(self.workers, self.left(rows, qo_indptr)))
         own = _items(qo_indptr, of_requests(count), keys, self.shape, workers)["items"]

@@ -416,6 +416,15 @@ class HostWords:
         call("cuEventRecord", self._copied, queue)
         return lambda: call("cuEventSynchronize", self._copied) or self.words
 
+    def send(self, array: DeviceArray, values: Any) -> None:
+        """Begin to copy int32 values to the first words of an array, in the order of the stream.
+        Waits for what was sent from here before."""
+        queue, call, count = _active_stream(array.device.ordinal), driver().call, len(values)
+        call("cuEventSynchronize", self._copied)
+        self.words[:count] = values
+        call("cuMemcpyHtoDAsync_v2", array.pointer, self.pointer, 4 * count, queue)
+        call("cuEventRecord", self._copied, queue)
+
     def __del__(self) -> None:
         if getattr(self, "pointer", 0) and not sys.is_finalizing():
             self.device.activate()

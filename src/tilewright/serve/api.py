@@ -84,6 +84,7 @@ class Server:
         return JSONResponse(status, 200 if is_ready else 503)
 
     async def metrics(self) -> PlainTextResponse:
+        """Counts of requests, tokens and pages, as Prometheus reads them."""
         return PlainTextResponse(generate_latest(self), media_type=CONTENT_TYPE_LATEST)
 
     def collect(self) -> Iterator[Metric]:
@@ -91,7 +92,7 @@ class Server:
         values = self.worker.counts | {"engine_restarts_total": self.worker.restarts}
         for name, value in values.items():
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            yield family(f"tilewright_{name}", "", value)
+            yield family(f"tilewright_{name}", name.replace("_", " "), value)
 
     async def models(self) -> dict[str, Any]:
         """A list of models: the one that is served."""

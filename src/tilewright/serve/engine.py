@@ -78,7 +78,8 @@ class Engine:
 
     def __init__(self, file: ModelFile, target: Target | str, options: Options) -> None:
         self.context, limits = options.resolved(file.config.context)
-        limits = replace(limits, window=file.config.window * all(file.config.windowed))
+        has_windows = min(file.config.windowed, default=False)  # in every layer
+        limits = replace(limits, window=file.config.window * has_windows)
         self.tokenizer = load_tokenizer(file)
         self.model = Llama(file, target, self.context + 1)
         key = cost_key(file, self.model.target, limits.invariant, self.model.products_by)
@@ -172,7 +173,7 @@ class Engine:
     def _commit(self, batch: Batch, logits: Logits) -> tuple[list[Request], Any]:
         """Notes that a step was run. The requests that get a token, and the next step if it was
         launched already: where this one chooses its tokens, and no prompt ends. Else it waits."""
-        known = [c.is_prompt != c.wants_token for c in batch.chunks]
+        known = [c.is_prompt != c.wants_token for c in batch.chunks]  # what the next begins with
         leads = self.runs_ahead and all(known) and not logits.left
         if not leads:
             logits.wait()
@@ -219,6 +220,8 @@ class Engine:
                 request.error = ModelError("M111", "no memory is left to sample a token")
             return self.scheduler.finish(request, "error")
         now = self._began
+        self.scheduler.late += request.answered > 0 and now > request.last + request.gap
+        request.due = now + request.gap  # that of `commit` is of its launch where it led
         request.first, request.last = request.first if request.answered else now, now
         if request.grammar is not None:
             request.grammar.consume_token(token)

@@ -43,17 +43,12 @@ class Memory:
         return lambda: next(copies).copy(array)
 
     def sender(self, array: Any) -> Callable[[Any], None]:
-        """A function that writes the first values of an int32 array. Two may be under way."""
+        """A function that writes the first values of an int32 array; it waits while two are under
+        way."""
         if not self.on_cuda:
             return lambda values: self.write(self.rows(array, 0, len(values)), values)
-        staged = cycle([HostWords(0, math.prod(array.shape)) for _ in range(2)])
-
-        def send(values: Any) -> None:
-            words = next(staged).words[: len(values)]
-            words[:] = values
-            self.write(self.rows(array, 0, len(values)), words, waits=False)
-
-        return send
+        copies = cycle([HostWords(0, math.prod(array.shape)) for _ in range(2)])
+        return lambda values: next(copies).send(array, values)
 
     def rows(self, array: Any, begin: int, end: int) -> Any:
         """Rows begin … end-1 of the first dimension, in place."""

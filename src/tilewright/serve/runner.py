@@ -101,6 +101,7 @@ class Runner:
         self.seats: Any = Seats(model.memory, self.last["logits"], chosen) if on_gpu else None
         self.kv_len = put(np.zeros(most, np.int32))
         self.table = np.zeros((most, self.width), np.int32)
+        self._sending: list[list[np.ndarray]] = [[], []]  # rows of it: of two steps
         self._held: list[Any] = [(None,)] * most  # of each row: pages, how far known, how many
         self.cascade = Cascade(model, self.pools, self.table.shape, not limits.invariant)
         self.block_table = self.cascade.block_table
@@ -111,9 +112,9 @@ class Runner:
         self._views: dict[tuple[int, int], list[KV]] = {}
         every = self._kv(0, most)[0]
         # Of prompts, whose keys are divided where their bits may depend on the batch.
-        self._sheets = {x: x.sheet(every, tokens, not self.joins) for x in self.attentions}
+        self._step_plans = {x: x.step_plans(every, tokens, not self.joins) for x in self.attentions}
         # Of `Rows`, one behind the other; the rows whose logits are wanted; the work of attention.
-        words = sum([sheet.words(tokens) for sheet in self._sheets.values()])
+        words = sum([own.words(tokens) for own in self._step_plans.values()])
         self.ints = put(np.zeros(4 * tokens + most + words, np.int32))
         arrays = self.kv_len, self.last["token"], self.ints
         self._send_lengths, self._send_tokens, self._send_ints = map(model.memory.sender, arrays)
@@ -201,6 +202,7 @@ class Runner:
     def _write_table(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> None:
         """The rows of the page table that have changed, to memory of the target."""
         memory = self.model.memory
+        self._sending = [self._sending[1], []]
         for i, chunk in zip(rows, chunks, strict=True):
             pages, node = chunk.request.pages, chunk.request.node
             held, now = self._held[i], (pages, node, len(pages))
@@ -208,8 +210,9 @@ class Runner:
             if not (pages is held[0] and node is held[1] and len(pages) == held[2]):
                 self.table[i, : len(pages)] = pages
                 row = memory.rows(self.block_table, i, i + 1)
-                # Until it is copied pages are added at most: other requests wait for the tokens.
-                memory.write(row, self.table[i : i + 1], waits=False)
+                # The row is written anew while the copy may be under way: it has one of its own.
+                self._sending[1].append(sent := self.table[i : i + 1].copy())
+                memory.write(row, sent, waits=False)
                 self._held[i] = now
 
     def _rows(self, tokens: int, few: bool) -> Rows:
@@ -248,7 +251,7 @@ class Runner:
         indptr = np.cumsum([0, *sizes[n:]])
         *begins, total = (front + indptr).tolist()
         count = total + -total % BUCKET
-        while min([sheet.left(count, indptr) for sheet in self._sheets.values()]) < 0:
+        while min([own.left(count, indptr) for own in self._step_plans.values()]) < 0:
             count += BUCKET
         if (front, count) not in self._mixed:
             make = self._record if model.products else self._bind_prompts
@@ -264,7 +267,7 @@ class Runner:
         columns[2, at], columns[3] = self.table[of, positions // PAGE_SIZE], columns[1] % PAGE_SIZE
         lasts = [row + c.stop - c.start - 1 for c, _, row in placed[n:] if c.wants_token]
         picked = [*range(front), *lasts]
-        work = [x.work(count, indptr, np.array(stops), first) for x in self._sheets.values()]
+        work = [x.work(count, indptr, np.array(stops), first) for x in self._step_plans.values()]
         wanted = np.array(picked + [0] * (len(self.table) - len(picked)))
         self._send_ints(np.concatenate([columns.reshape(-1), wanted, *work]))
         read, b = self._mixed[front, count], self._rows(total, few=False)
@@ -286,9 +289,9 @@ class Runner:
         model, rows, every = self.model, self.model.memory.rows, self._kv(0, len(self.table))
         a, plans = self._rows(count, few=False).a, dict[Attention, Plan]()
         end = 4 * self.tokens + len(self.table)  # of what is in front of the work
-        for attention, sheet in self._sheets.items():
-            begin, end = end, end + sheet.words(count)
-            plans[attention] = sheet.plan(count, count - answers, rows(self.ints, begin, end))
+        for attention, own in self._step_plans.items():
+            begin, end = end, end + own.words(count)
+            plans[attention] = own.plan(count, count - answers, rows(self.ints, begin, end))
         heads = count, model.config.qo_heads, model.config.head_dim
         q, out = (rows(a[x].reshape(*heads), answers, count) for x in ("rotated", "attended"))
         of = zip([layer.attention for layer in model.layers], every, strict=True)

@@ -153,7 +153,7 @@ class Scheduler:
                 self.pages.release(page)
             request.unseen = unseen
             if chunk.wants_token:
-                self.late += now > request.due
+                self.late += request.answered == 0 and now > request.due
                 request.due = now + request.gap
         return [c.request for c in chunks if c.wants_token]
 

@@ -136,7 +136,7 @@ def serve(args: argparse.Namespace) -> int:
         from tilewright.serve.api import ServerLimits, build_app
         from tilewright.serve.worker import Worker
 
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET  # of a name: IPv4
     try:  # before a model is loaded
         listening = socket.create_server((args.host, args.port), family=family)
     except OSError as error:
