@@ -19,7 +19,7 @@ def test_there_is_a_page():
     from FlashInfer."""
     names = {page.stem for page in PAGES}
     assert names >= {"language", "coming-from-flashinfer", "variant", "table", "pool", "plan"}
-    assert names >= {"workspace", "state", "select"}
+    assert names >= {"attention", "workspace", "state", "select"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
