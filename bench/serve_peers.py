@@ -374,7 +374,8 @@ PEERS: dict[str, Peer] = {
 
 def peer_rows(args: argparse.Namespace) -> Iterator[Row]:
     """A row for each way to serve, with all its `measures`. `ratio`, of ours: its tokens a second
-    over those of the best other library; `peers_missing`: which did not run, and why."""
+    over those of the best other library, if all read the same tokens; `peers_missing`: which did
+    not run, and why."""
     setting = _setting(args)
     name = f"{setting.model.name}, {args.trace.name.split('.')[0]} x{args.speed:g}"
     everything: list[Served] = []
@@ -397,7 +398,7 @@ def peer_rows(args: argparse.Namespace) -> Iterator[Row]:
         _empty_cache()
     others = [r["value"] for r in rows if not r["impl"].startswith("tilewright")]
     for row in rows:
-        if row["impl"].startswith("tilewright") and others:
+        if row["impl"].startswith("tilewright") and others and not setting.share:
             row["ratio"] = row["value"] / max(others)
         yield row | {"peers_missing": missing}
     _say_what_agrees(everything)

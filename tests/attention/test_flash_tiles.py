@@ -78,26 +78,35 @@ def test_reasons():
         assert reason in portable.TILES.reason(replace(spec, **changed), 1, None)
 
 
-def simulated_result(case: Case, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """o and lse of the kernel, by a plan that is made on the host."""
+def simulated_result(
+    case: Case, seed: int = 3, family: Any = portable.TILES, own: slice | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """o and lse of the kernel, by a plan that is made on the host; by `StepPlans`, in random order,
+    if only requests `own` have queries and the next one has no keys."""
     attn, table = oracle.attention_of(case), oracle.table_of(case)
     kv, traced = tw.KV(table, tw.Pool(case.k, case.v)), attn.variant.traced
     kind = dtypes.ALL[case.q.dtype.name]
     spec = Spec(attn.group, *case.dims, kind, kind, kind, traced, table.form, attn.scale > 0)
     known = {n: x for n, x in attn.variant.fixed if np.isscalar(x)}
-    family = portable.TILES
     shape = plans.Shape(family.name, attn.kv_heads, attn.group, traced.mask, known,
                         family.qo_tile(spec), "", 0, None)  # fmt: skip
     lengths = kv.lengths()
     plan = plans.make(case.qo_indptr, lengths, shape, 7, table.tree(lengths))
+    items = plan.items
+    if own is not None:
+        planner = plans.StepPlans(shape, table.requests, 999, 7, 0)
+        indptr = case.qo_indptr[own.start : own.stop + 1]
+        words, end = planner.work(256, indptr, lengths[own], own.start), table.requests + 1
+        items = np.random.default_rng(seed).permutation(words[end:].view(ITEM.numpy))
+        assert (words[:end] == plan.qo_indptr).all() and (items["qo_end"] == 0).sum() > 8
     o, lse, numbers, _kept = simulated.arguments(case, attn, kv, plan.tokens, case.q.dtype)
     numbers |= {} if case.softmax else {"lse": 0}
     assert plan.walks == bool(case.shared) and plans.Plan.load(plan.save()) == plan
-    work = {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
+    work = {"qo_indptr": plan.qo_indptr.ctypes.data, "items": items.ctypes.data}
     work |= {"nodes": plan.nodes.ctypes.data} if case.shared else {}
     block = params_struct(spec, ITEMS).pack(**numbers, **work)
-    run = simulated.kernel(alone(portable.body(spec, tiles=True)))
-    simulated.launch(run, block, portable.THREADS, len(plan.items), seed, (o, lse))
+    run = simulated.kernel(alone(portable.body(spec, tiles=family is portable.TILES)))
+    simulated.launch(run, block, portable.THREADS, len(items), seed, (o, lse))
     return o.astype(np.float64), lse
 
 
@@ -139,26 +148,8 @@ def test_items_that_a_step_does_not_need(rng, family, case):
     """They have no query and no key, in any order: nothing is written for them."""
     shape, counts, lengths, page_size, own = case
     drawn = cascade(rng, shape, counts, [], lengths, page_size)
-    attn, table = oracle.attention_of(drawn), oracle.table_of(drawn)
-    kv, kind = tw.KV(table, tw.Pool(drawn.k, drawn.v)), dtypes.ALL[drawn.q.dtype.name]
-    spec = Spec(attn.group, *drawn.dims, kind, kind, kind, attn.variant.traced, table.form)
-    known = {n: x for n, x in attn.variant.fixed if np.isscalar(x)}
-    made = plans.Shape(family.name, attn.kv_heads, attn.group, attn.variant.traced.mask, known,
-                       family.qo_tile(spec), "", 0, None)  # fmt: skip
-    planner = plans.StepPlans(made, table.requests, 999, 7, 0)
-    indptr, keys = drawn.qo_indptr[own.start : own.stop + 1], kv.lengths()[own]
-    words, end = planner.work(256, indptr, keys, own.start), table.requests + 1
-    items = words[end:].view(ITEM.numpy)
-    assert (words[:end] == drawn.qo_indptr).all() and (items["qo_end"] == 0).sum() > 8
-    run = simulated.kernel(alone(portable.body(spec, tiles=family is portable.TILES)))
     for seed in range(2):
-        shuffled = rng.permutation(items)
-        tokens = int(drawn.qo_indptr[-1])
-        o, lse, numbers, _kept = simulated.arguments(drawn, attn, kv, tokens, drawn.q.dtype)
-        work = {"qo_indptr": words.ctypes.data, "items": shuffled.ctypes.data}
-        block = params_struct(spec, ITEMS).pack(**numbers, **work)
-        simulated.launch(run, block, portable.THREADS, len(items), seed, (o, lse))
-        close(drawn, o.astype(np.float64), lse)
+        close(drawn, *simulated_result(drawn, seed, family, own))
 
 
 def test_plans_that_walk_shared_keys_are_checked(rng):

@@ -145,11 +145,10 @@ class Attention:
         spec, device = _spec_of(self, (kv.pool.dtype,) * 3, kv.table.form), kv.table.device
         family, _ = families.choose(spec, decode.ROWS + 1, device, kv.pool)
         gpu = -1 if device == "cpu" else ordinal_of(device)
+        workers = 1 if gpu < 0 else cuda.device(gpu).sms
         splits = "" if gpu < 0 or invariant else family.splits
         shape = replace(_shape_of(self, family, family.qo_tile(spec), ()), splits=splits)
-        return StepPlans(
-            shape, kv.table.requests, rows, 1 if gpu < 0 else cuda.device(gpu).sms, gpu
-        )
+        return StepPlans(shape, kv.table.requests, rows, workers, gpu)
 
     def reserve(
         self, max_requests: int, *, max_tokens: int | None = None, device: str = "cuda",

@@ -376,11 +376,12 @@ class StepPlans:
         """The words of a step whose requests are rows of the table from `first` on. The row behind
         them has no keys: items that are left over are of that, and of no query. Raises
         ArgumentError[A103] where the step has no room for the batch."""
-        count, indptr = len(keys), np.zeros(self.requests + 1, np.int32)
-        if first + count >= self.requests or self.left(rows, qo_indptr) < 0:
+        count, left = len(keys), self.left(rows, qo_indptr)
+        if first + count >= self.requests or left < 0:
             raise ArgumentError("A103", f"a step of {rows} rows has no room for {count} requests")
+        indptr = np.zeros(self.requests + 1, np.int32)
         indptr[first : first + count], indptr[first + count :] = qo_indptr[:-1], qo_indptr[-1]
-        workers = max(1, min(self.workers, self.left(rows, qo_indptr)))
+        workers = max(1, min(self.workers, left))
         own = _items(qo_indptr, of_requests(count), keys, self.shape, workers)["items"]
         items = np.zeros(self.items(rows), ITEM.numpy)
         items["request"], items["chunks"] = count, 1

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from tilewright.serve.cost import CostModel, Work
 
-SAFETY = 0.76  # of a promised time may be planned: of 200 steps one takes 1.3 times as long
+SAFETY = 0.76  # of a promised time may be planned (docs/design/serving.md, *Scheduling*)
 STARVED = 8  # steps
 
 

@@ -116,7 +116,7 @@ class Chat(Body):
 
 
 class Tokenize(Strict):
-    """A prompt or messages, one of them, whose tokens are asked for."""
+    """A prompt or messages, one of them, whose tokens are wanted."""
 
     model: str = ""
     prompt: str | None = None

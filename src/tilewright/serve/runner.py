@@ -299,8 +299,8 @@ class Runner:
 
     def _record(self, answers: int, count: int, samples: Any = 0, cascaded: Any = 0) -> Step:
         """The step of one row of each of some answers, of which some are sampled (`samples`) or
-        share reads (`cascaded`); or of a `count` of rows up to `x`, of which those of answers are
-        the first, and prompts the others."""
+        share reads (`cascaded`); or of `count` rows, of which those of answers are the first and
+        those of prompts the others, up to the residual behind the last layer."""
         bounds, planners, alone = list[Any](), list[Any](), count == answers
         model, rows = self.model, self.model.memory.rows
         views, plans = (self._kv(0, answers), self._answer_plans(answers)) if answers else ([], {})
