@@ -44,7 +44,7 @@ entries.to_device = transfer.to_device
 P = ParamSpec("P")
 _INT32, _INT64 = dtypes.int32, dtypes.int64
 OPS, TABLES = "tilewright.ops.", (tuple, list, dict)
-WATCHED = 2  # the debug level from which passes and schedules are printed, so that they must run
+WATCHED = 2  # the debug level from which passes are printed, so that they must run
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +227,8 @@ def _build(d: Definition, target: Target) -> Kernel:
         key = _key(program, d.recipe, target)
     else:  # a user's function: the key has the steps that it took
         scheduled = _compiler().scheduled(program, d.recipe, target)
-        steps = _compiler().steps_of(scheduled, program)
-        key = None if steps is None else _key(program, steps, target)
+        is_own = scheduled.first.program is program
+        key = _key(program, scheduled.history, target) if is_own else None
     data = program_cache.load(key) if key else None
     built = Built.from_bytes(data) if data else None
     if built is None:
@@ -256,7 +256,7 @@ def _kernel(built: Built, target: Target, program: Program | None) -> Kernel:
 def _key(program: Program, recipe: Any, target: Target) -> str | None:
     """The key of a lowered program: program, recipe (a NamedRecipe and the constants of
     its module, or the steps of a user's), target, instruction set and version. None where these are
-    not plain data, or where passes are to be printed."""
+    not plain data, or where passes are to be verified or printed."""
     if knobs.get("verify") or knobs.get("debug") >= WATCHED:
         return None
     try:
@@ -282,12 +282,16 @@ def _cpp_kernel(built: Built, target: Target) -> Kernel:
     return Kernel(built.manifest, launch.CpuLauncher(load, entries), built.source)
 
 
-def _cuda_kernel(built: Built, target: Target) -> Kernel:
+def compile_cuda(source: str, arch: str, name: str = "attention") -> nvrtc.Cubin:
+    """The cubin of CUDA C++ that includes the prelude. Raises BuildError."""
     headers = prelude_files.headers()
+    return nvrtc.compile_cuda(source, arch=arch, name=name, headers=headers)
 
+
+def _cuda_kernel(built: Built, target: Target) -> Kernel:
     def compiled(variants: tuple[str, ...]) -> nvrtc.Cubin:
-        source, name = _variant_source(variants, built.source), built.manifest.name
-        return nvrtc.compile_cuda(source, arch=target.arch, name=name, headers=headers)
+        source = _variant_source(variants, built.source)
+        return compile_cuda(source, target.arch, built.manifest.name)
 
     cubin = compiled(())
     launcher = launch.CudaLauncher(
@@ -304,7 +308,6 @@ def step_compiler(arch: str) -> launch.CompileStep:
         from tilewright.codegen import shell
 
         source = _variant_source((*macros, shell.OVERLAPS), shell.beside(bodies))
-        headers = prelude_files.headers()
-        return nvrtc.compile_cuda(source, arch=arch, name="step", headers=headers).image
+        return compile_cuda(source, arch, "step").image
 
     return compile_step

@@ -18,7 +18,7 @@ from tilewright.ir.verify import verify
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, Watch, run_passes
 from tilewright.lower.cost import costs
 from tilewright.runtime.manifest import Built, Manifest, StageSpec, TensorSpec, declarations
-from tilewright.schedule import Schedule, Session, Step
+from tilewright.schedule import Schedule, Session
 from tilewright.target import Target
 
 Recipe = Callable[[Schedule], Schedule]
@@ -53,11 +53,6 @@ def lowered(s: Schedule, watch: Watch | None = None) -> Program:
             run_passes(positions, AFTER_SCHEDULE, s.target.kind)
         raise
     return result
-
-
-def steps_of(s: Schedule, program: Program) -> tuple[Step, ...] | None:
-    """The verbs that made a schedule of `program`; None for a schedule of another program."""
-    return s.history if s.first.program is program else None
 
 
 def built(s: Schedule) -> Built:

@@ -51,7 +51,7 @@ KNOBS: dict[str, Knob] = {
     "cxx": Knob("TILEWRIGHT_CXX", "", str, "a command", "the C++ compiler, as g++ or 'ccache g++'; empty = CXX, else c++, g++ or clang++"),
     "isa": Knob("TILEWRIGHT_ISA", "", str, "avx512bf16, avx512, avx2, baseline or empty", "instruction set of the CPU target; empty = this CPU's"),
     "verify": Knob("TILEWRIGHT_VERIFY", False, _flag, "0 or 1", "run the IR verifiers between all passes"),
-    "debug": Knob("TILEWRIGHT_DEBUG", 0, _integer(0, 4), "0 to 4", "1 timings, 2 schedules, 3 each pass, 4 source"),
+    "debug": Knob("TILEWRIGHT_DEBUG", 0, _integer(0, 2), "0 to 2", "1 times of compilations, 2 each pass"),
 }  # fmt: skip
 
 _overrides: dict[str, Any] = {}
@@ -66,12 +66,7 @@ def get(name: str) -> Any:
         if value is None:
             return knob.default() if callable(knob.default) else knob.default
         return knob.parse(value)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-    ):  # RuntimeError: ~ of a user without a home
+    except (ValueError, KeyError, TypeError, RuntimeError):  # the last: ~ of nobody's home
         rule = f"{knob.env}={value!r} is not {knob.form}"
         where = f"environment variable {knob.env}"
         raise KnobError("K101", rule, where=where, hint=knob.doc) from None

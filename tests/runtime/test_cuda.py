@@ -276,23 +276,6 @@ def test_graph_replays(axpy: cuda.Function, rng: np.random.Generator) -> None:
     assert np.allclose(yd.to_numpy(), 20 * x, rtol=1e-5)
 
 
-def test_graph_fills_and_copies(axpy: cuda.Function, rng: np.random.Generator) -> None:
-    """A replay clears the sum, adds to it and copies it: nodes of memory between launches."""
-    x = rng.standard_normal(100).astype(np.float32)
-    xd, yd, zd = (cuda.DeviceArray.from_numpy(a) for a in (x, x + 1, x + 2))
-    add = axpy.prepare((1, 1, 1), (128, 1, 1), 0, _params(yd, xd, 3.0))
-    half = cuda.Copy(zd.pointer, yd.pointer, yd.nbytes // 2)
-    graph = cuda.Graph([cuda.Fill(yd.pointer, yd.nbytes), add, half])
-    assert np.array_equal(yd.to_numpy(), x + 1)  # recording runs nothing
-    for _ in range(3):
-        graph.launch()
-    cuda.synchronize()
-    assert np.allclose(yd.to_numpy(), 3 * x, rtol=1e-6)
-    assert np.array_equal(zd.to_numpy(), np.r_[yd.to_numpy()[:50], (x + 2)[50:]])
-    cuda.Fill(zd.pointer, 8, 255).run(cuda.current_stream())
-    assert np.isnan(zd.to_numpy()[:2]).all() and np.isfinite(zd.to_numpy()[2:]).all()
-
-
 def test_attributes_of_a_launch(axpy: cuda.Function) -> None:
     """Clusters must divide the grid, and CTAs that wait for each other must all fit."""
     x = cuda.DeviceArray.from_numpy(np.ones(8, np.float32))

@@ -66,14 +66,14 @@ def widened(e: Expr, lanes: int) -> Expr:
 class _OnVectors(CppRenderer):
     """Adds what programs lack: conditions as vectors and a fast tanh of vectors."""
 
-    def var(self, e: Var) -> str:
+    def visit_Var(self, e: Var) -> str:
         return {"at.kv": "kv", "at.key": "key", "at.dim": "dim"}.get(e.name, e.name)
 
     def stored(self, e: Expr) -> str:
         """Conditions stay masks of 32 bits: every operand has lanes of that width."""
         return self.expr(e)
 
-    def load(self, e: Load) -> str:
+    def visit_Load(self, e: Load) -> str:
         return _load(self, e)
 
     def expr(self, e: Any) -> str:
@@ -86,17 +86,17 @@ class _OnVectors(CppRenderer):
             return f"({text} != 0)"
         return super().convert(text, to)
 
-    def unary(self, e: Unary) -> str:
+    def visit_Unary(self, e: Unary) -> str:
         if e.op == "tanh" and e.dtype.lanes > 1:
             return f"flash::tanh<{e.dtype.lanes}>({self.expr(e.a)})"
-        return super().unary(e)
+        return super().visit_Unary(e)
 
 
 class _OnThreads(CudaRenderer):
-    def var(self, e: Var) -> str:
+    def visit_Var(self, e: Var) -> str:
         return "dim" if e.name == "at.dim" else e.name
 
-    def load(self, e: Load) -> str:
+    def visit_Load(self, e: Load) -> str:
         return _load(self, e)
 
 

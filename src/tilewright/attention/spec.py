@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -12,14 +12,14 @@ from tilewright.attention import render
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import MAX_KEYS, Table, TableForm
 from tilewright.attention.variant import Traced
-from tilewright.codegen import prelude_files, shell
+from tilewright.build import compile_cuda
+from tilewright.codegen import shell
 from tilewright.codegen.params import C_TYPES
 from tilewright.dtypes import DType
 from tilewright.ir.body import Body
 from tilewright.runtime import cuda
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import View
-from tilewright.toolchain import nvrtc
 
 KERNELS = Path(__file__).parent / "kernels"
 
@@ -175,18 +175,10 @@ def launch_of(
     return function.prepare((ctas, 1, 1), cta, body.smem_bytes, params, body.order != ("run",))
 
 
-def compile_cuda(
-    text: str, arch: str, *, name: str = "attention", flags: Sequence[str] = ()
-) -> nvrtc.Cubin:
-    """The cubin of a kernel's CUDA C++. Raises BuildError."""
-    headers = prelude_files.headers()
-    return nvrtc.compile_cuda(text, arch=arch, name=name, headers=headers, flags=flags)
-
-
 @functools.lru_cache(512)
 def loaded(
     text: str, ordinal: int, function: str = "stage0", name: str = "attention"
 ) -> cuda.Function:
     """A function of CUDA C++, loaded on one GPU. Raises BuildError[B101, B102, B104]."""
-    cubin = compile_cuda(text, cuda.device(ordinal).arch, name=name)
+    cubin = compile_cuda(text, cuda.device(ordinal).arch, name)
     return cuda.Module(cubin.image, ordinal).function(function)

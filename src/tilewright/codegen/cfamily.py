@@ -16,19 +16,6 @@ from tilewright.codegen.params import C_TYPES, STORED_AS_BITS, Params, c_name
 from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import core as ir
 
-# The method of a renderer that gives the text of a node.
-_METHODS: dict[type, str] = {
-    ir.Seq: "seq", ir.For: "loop", ir.Merge: "merge", ir.Drain: "drain", ir.If: "guard",
-    ir.Let: "let", ir.Alloc: "alloc", ir.AllocRow: "alloc_row", ir.Store: "store",
-    ir.CopyAsync: "copy_async",
-    ir.Commit: "commit", ir.Wait: "wait", ir.Sync: "sync", ir.Prefetch: "prefetch", ir.Mma: "mma",
-    ir.LoadTile: "load_tile", ir.Scatter: "scatter", ir.Const: "const", ir.Var: "var",
-    ir.Index: "var", ir.Load: "load", ir.Binary: "binary", ir.Unary: "unary", ir.Cast: "cast",
-    ir.Select: "select", ir.Search: "search", ir.Cursor: "cursor", ir.Holds: "holds",
-    ir.Ramp: "ramp", ir.Broadcast: "broadcast", ir.ReduceLanes: "reduce_lanes",
-    ir.ReduceThreads: "reduce_threads",
-}  # fmt: skip
-
 
 @dataclass
 class Renderer:
@@ -70,28 +57,28 @@ class Renderer:
     def text(self, e: Any) -> Any:
         """Returns the text of an expression; adds the lines of a statement. Raises
         InternalError[I101] for a node that only other targets have."""
-        method = getattr(self, _METHODS.get(type(e), ""), None)
+        method = getattr(self, f"visit_{type(e).__name__}", None)
         if method is None:
             raise InternalError("I101", f"{type(self).__name__}: no text for {type(e).__name__}")
         return method(e)
 
     stmt = expr = text
 
-    def seq(self, s: ir.Seq) -> None:
+    def visit_Seq(self, s: ir.Seq) -> None:
         for b in s.body:
             self.stmt(b)
 
-    def scatter(self, s: ir.Scatter) -> None:
+    def visit_Scatter(self, s: ir.Scatter) -> None:
         self.line(f"{c_name(s.workspace.name)}.add({self.expr(s.key)}, {self.expr(s.value)});")
 
-    def guard(self, s: ir.If) -> None:
+    def visit_If(self, s: ir.If) -> None:
         self.block(f"if ({self.expr(s.cond)})", s.body)
 
-    def let(self, s: ir.Let) -> None:
+    def visit_Let(self, s: ir.Let) -> None:
         kind, name = self.type(s.var.dtype), c_name(s.var.name)
         self.line(f"const {kind} {name} = {self.stored(s.value)};")
 
-    def loop(self, s: ir.For) -> None:
+    def visit_For(self, s: ir.For) -> None:
         kind, name = self.type(s.var.dtype), c_name(s.name)
         if s.unroll_hint or s.kind == "unroll":
             self.line(f"{self.unroll_pragma} {s.unroll_hint or 16}")
@@ -103,7 +90,7 @@ class Renderer:
 
     unroll_pragma = "#pragma GCC unroll"
 
-    def alloc(self, s: ir.Alloc) -> None:
+    def visit_Alloc(self, s: ir.Alloc) -> None:
         b = s.buffer
         name, kind = c_name(b.name), self.type(b.dtype)
         if b.scope == "workspace":
@@ -123,7 +110,7 @@ class Renderer:
             flat = f"({flat}) * {self.expr(extent)} + {self.expr(i)}"
         return f"{c_name(b.name)}[{flat}]"
 
-    def store(self, s: ir.Store) -> None:
+    def visit_Store(self, s: ir.Store) -> None:
         value, lanes = self.stored(s.value), s.value.dtype.lanes
         in_registers = s.buffer.scope in ("register", "fragment")
         if in_registers or (lanes == 1 and not s.atomic):
@@ -160,14 +147,14 @@ class Renderer:
         self.line(f"  for (int l__ = 0; l__ < {s.value.dtype.lanes}; ++l__)")
         self.line(f"    tw::atomic_{s.op}(&{pointer}[at__[l__]], value__[l__]); }}")
 
-    def prefetch(self, s: ir.Prefetch) -> None:
+    def visit_Prefetch(self, s: ir.Prefetch) -> None:
         address = self.address(s.element.buffer, s.element.index[0])
         self.line(f"{self.prefetch_function}({address});")
 
     prefetch_function = "__builtin_prefetch"
 
-    def copy_async(self, s: ir.CopyAsync) -> None:
-        self.store(s)  # complete at once
+    def visit_CopyAsync(self, s: ir.CopyAsync) -> None:
+        self.visit_Store(s)  # complete at once
 
     # -- expressions -----------------------------------------------------------------------------
 
@@ -177,7 +164,7 @@ class Renderer:
         name = c_name(b.name)
         return f"r.{name}" if name in self.row_fields else name
 
-    def const(self, e: ir.Const) -> str:
+    def visit_Const(self, e: ir.Const) -> str:
         if e.dtype.kind == "b":
             return "true" if e.value else "false"
         if not e.dtype.is_float:
@@ -191,7 +178,7 @@ class Renderer:
         text = repr(value)
         return f"{text}{suffix}" if "." in text or "e" in text else f"{text}.0{suffix}"
 
-    def var(self, e: ir.Var) -> str:
+    def visit_Var(self, e: ir.Var) -> str:
         name = c_name(e.name)
         if name in self.row_fields:
             return f"r.{name}"
@@ -199,27 +186,27 @@ class Renderer:
             return f"TW_STRIDE(p.{name}, {self.params.packed[e.name]})"
         return f"p.{name}" if name in self.param_fields else name
 
-    def search(self, e: ir.Search) -> str:
+    def visit_Search(self, e: ir.Search) -> str:
         verb = "find_last" if e.last else "find"
         kind, bounds = C_TYPES[e.keys.dtype.name], ", ".join(map(self.expr, (e.lo, e.hi, e.key)))
         return f"tw::{verb}<{self.type(e.dtype)}, {kind}>({self.pointer(e.keys)}, {bounds})"
 
-    def holds(self, e: ir.Holds) -> str:
+    def visit_Holds(self, e: ir.Holds) -> str:
         return f"{c_name(e.workspace.name)}.holds({self.expr(e.key)})"
 
-    def ramp(self, e: ir.Ramp) -> str:
+    def visit_Ramp(self, e: ir.Ramp) -> str:
         return f"tw::ramp<{_lanes_of(e.dtype)}>({self.expr(e.base)})"
 
-    def broadcast(self, e: ir.Broadcast) -> str:
+    def visit_Broadcast(self, e: ir.Broadcast) -> str:
         return f"tw::splat<{_lanes_of(e.dtype)}>({self.expr(e.a)})"
 
-    def reduce_lanes(self, e: ir.ReduceLanes) -> str:
+    def visit_ReduceLanes(self, e: ir.ReduceLanes) -> str:
         return f"tw::fold_{e.op}<{_lanes_of(e.a.dtype)}>({self.expr(e.a)})"
 
-    def reduce_threads(self, e: ir.ReduceThreads) -> str:
+    def visit_ReduceThreads(self, e: ir.ReduceThreads) -> str:
         return self.expr(e.a)  # on a CPU the loop over threads has run in order
 
-    def load(self, e: ir.Load) -> str:
+    def visit_Load(self, e: ir.Load) -> str:
         b = e.buffer
         if b.scope in ("register", "fragment"):
             return self.register(b, e.index)
@@ -263,7 +250,7 @@ class Renderer:
     def mask(self, text: str, lanes: int) -> str:
         return f"tw::mask<{lanes}>({text})"
 
-    def binary(self, e: ir.Binary) -> str:
+    def visit_Binary(self, e: ir.Binary) -> str:
         if e.op in ("&", "|") and _mask_bits(e.a) == _mask_bits(e.b):
             a, b = self.expr(e.a), self.expr(e.b)
         else:
@@ -292,7 +279,7 @@ class Renderer:
             return f"tw::v{name}<{_lanes_of(dtype)}>({a}, {b})"
         return f"tw::{name}<{self.type(dtype)}>({a}, {b})"
 
-    def unary(self, e: ir.Unary) -> str:
+    def visit_Unary(self, e: ir.Unary) -> str:
         a = self.expr(e.a)
         if e.op == "-":
             text = f"(-({a}))" if a.startswith("-") else f"(-{a})"
@@ -303,13 +290,13 @@ class Renderer:
         template = f"<{e.dtype.lanes}>" if e.dtype.lanes > 1 and e.op != "abs" else ""
         return f"tw::{e.op}{template}({a})"
 
-    def select(self, e: ir.Select) -> str:
+    def visit_Select(self, e: ir.Select) -> str:
         a, b = self.stored(e.a), self.stored(e.b)
         if e.cond.dtype.lanes > 1:
             return f"tw::select({self.expr(e.cond)}, {a}, {b})"
         return f"({self.expr(e.cond)} ? {a} : {b})"
 
-    def cast(self, e: ir.Cast) -> str:
+    def visit_Cast(self, e: ir.Cast) -> str:
         source, to, a = e.a.dtype, e.dtype, self.expr(e.a)
         lanes = f"<{to.lanes}>" if to.lanes > 1 else ""
         if source.name in STORED_AS_BITS:

@@ -15,16 +15,16 @@ from tilewright.ir import core as ir
 class CppRenderer(MergeRenderer):
     """The CPU's renderer: it adds matrix tiles."""
 
-    def alloc(self, s: ir.Alloc) -> None:
+    def visit_Alloc(self, s: ir.Alloc) -> None:
         b = s.buffer
         if b.scope == "workspace":
             pass  # one of the body: every row leaves it empty
         elif b.scope == "fragment":
             self.line(f"float {c_name(b.name)}[{' * '.join(map(self.expr, b.shape))}] = {{}};")
         else:
-            super().alloc(s)
+            super().visit_Alloc(s)
 
-    def alloc_row(self, s: ir.AllocRow) -> None:
+    def visit_AllocRow(self, s: ir.AllocRow) -> None:
         name, kind = c_name(s.buffer.name), self.type(s.buffer.dtype)
         count = " * ".join(f"static_cast<int64_t>({self.expr(e)})" for e in s.extents)
         self.line(f"{kind}* const {self.restrict} {name} = {name}__row.sized({count});")
@@ -45,7 +45,7 @@ class CppRenderer(MergeRenderer):
     def choice(self, kind: str, cond: str, a: str, b: str) -> str:
         return f"tw::pick<{kind}>({cond}, {a}, {b})"
 
-    def mma(self, s: ir.Mma) -> None:
+    def visit_Mma(self, s: ir.Mma) -> None:
         m, n, k = s.shape
         acc = f"{c_name(s.acc.name)} + ({self.expr(s.slot)}) * {m * n}"
         kind = operand_kind(s.b.buffer.dtype)

@@ -43,12 +43,12 @@ class CudaRenderer(MergeRenderer):
         super().block(head, body)
         self.held, self.fragments = held, {}
 
-    def sync(self, s: ir.Sync) -> None:
+    def visit_Sync(self, s: ir.Sync) -> None:
         self.fragments.clear()
         barrier = f"tw::bar_sync(BARRIER, {self.threads[0] * self.threads[1]})"
         self.line(f"{f'__syncwarp(tw::group_mask<{s.lanes}>())' if s.lanes else barrier};")
 
-    def copy_async(self, s: ir.CopyAsync) -> None:
+    def visit_CopyAsync(self, s: ir.CopyAsync) -> None:
         cond = f", {self.expr(s.value.cond)}" if isinstance(s.value, ir.Select) else ""
         (to,), (load, at) = s.index, s.source
         carried, rest = parted(at, _is_address)  # an address, if any, is aligned
@@ -58,10 +58,10 @@ class CudaRenderer(MergeRenderer):
         to = self.address(s.buffer, to.base if isinstance(to, ir.Ramp) else to)
         self.line(f"tw::copy_async<{kind}>({to}, {start}{cond});")
 
-    def commit(self, s: ir.Commit) -> None:
+    def visit_Commit(self, s: ir.Commit) -> None:
         self.line("tw::copy_async_commit();")
 
-    def wait(self, s: ir.Wait) -> None:
+    def visit_Wait(self, s: ir.Wait) -> None:
         self.line(f"tw::copy_async_wait<{s.pending}>();")
 
     restrict, prefetch_function = "__restrict__", "tw::prefetch"
@@ -70,10 +70,10 @@ class CudaRenderer(MergeRenderer):
     def mask(self, text: str, lanes: int) -> str:
         return f"tw::convert<bool, {lanes}>({text})"
 
-    def var(self, e: ir.Var) -> str:
+    def visit_Var(self, e: ir.Var) -> str:
         if e.name in ("thread_x", "thread_y"):
             return f"static_cast<{self.type(e.dtype)}>({'tx' if e.name == 'thread_x' else 'ty'})"
-        return super().var(e)
+        return super().visit_Var(e)
 
     def at(self, b: ir.Buffer, offset: ir.Expr) -> str:
         if not b.swizzled:
@@ -102,37 +102,37 @@ class CudaRenderer(MergeRenderer):
     def store_vector(self, b: ir.Buffer, base: ir.Expr, value: str, lanes: int) -> str:
         return f"tw::store<{_vector_of(b, base, lanes)}>({self.address(b, base)}, {value});"
 
-    def const(self, e: ir.Const) -> str:
+    def visit_Const(self, e: ir.Const) -> str:
         if not e.dtype.is_float or math.isfinite(e.value):
-            return super().const(e)
+            return super().visit_Const(e)
         value = math.nan if math.isnan(e.value) else e.value  # one of many NaNs
         if e.dtype.bits == 64:
             return f"__longlong_as_double(0x{struct.pack('>d', value).hex()}ll)"
         return f"__uint_as_float(0x{struct.pack('>f', value).hex()}u)"
 
-    def select(self, e: ir.Select) -> str:
+    def visit_Select(self, e: ir.Select) -> str:
         """Render a guarded load as a predicated load. A branch would serialise the latencies of
         neighbouring loads."""
         is_zero = ir.is_const(e.b.a if isinstance(e.b, ir.Broadcast) else e.b, 0)
         if not (isinstance(e.a, ir.Load) and e.cond.dtype.lanes == 1 and is_zero):
-            return super().select(e)
+            return super().visit_Select(e)
         buffer, index = e.a.buffer, e.a.index[0]
         is_gather = e.dtype.lanes > 1 and not isinstance(index, ir.Ramp)
         if is_gather or buffer.name in self.params.written:
-            return super().select(e)
+            return super().visit_Select(e)
         index = index.base if isinstance(index, ir.Ramp) else index
         kind, verb = _vector_of(buffer, index, e.dtype.lanes), self.load_verb(buffer)
         lanes = "" if e.dtype.lanes > 1 else "[0]"
         return f"tw::{verb}_if<{kind}>({self.expr(e.cond)}, {self.address(buffer, index)}){lanes}"
 
-    def reduce_threads(self, e: ir.ReduceThreads) -> str:
+    def visit_ReduceThreads(self, e: ir.ReduceThreads) -> str:
         value, op = self.expr(e.a), f"tw::op_{e.op}<{self.type(e.dtype)}>"
         if e.axis == "thread.x":
             return f"tw::across_lanes<{op}, {e.extent}>({value})"
         args = f"{value}, smem, BARRIER, {self.threads[0]}, tx, ty"
         return f"tw::across_rows<{op}, {e.extent}>({args})"
 
-    def alloc(self, s: ir.Alloc) -> None:
+    def visit_Alloc(self, s: ir.Alloc) -> None:
         b, name = s.buffer, parse_name(s.buffer.name)
         if name is not None and name.kind == ADDRESS:
             array = self.pointer(replace(b, name=name.owner, scope="global"))
@@ -149,11 +149,11 @@ class CudaRenderer(MergeRenderer):
             )
             self.smem_bytes = first + b.dtype.itemsize * math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
         else:
-            super().alloc(s)
+            super().visit_Alloc(s)
 
-    def loop(self, s: ir.For) -> None:
+    def visit_For(self, s: ir.For) -> None:
         if s.kind != "fragment":
-            super().loop(s)
+            super().visit_For(s)
             return
         self.fragments.clear()
         cols = s.body if isinstance(s.body, ir.For) else None
@@ -167,11 +167,11 @@ class CudaRenderer(MergeRenderer):
                     self.line(f"const {kind} {c_name(f.name)} = tw::fragment_{which};")
             self.stmt(cols.body if cols else s.body)
 
-    def load(self, e: ir.Load) -> str:
+    def visit_Load(self, e: ir.Load) -> str:
         if e.buffer.scope == "fragment" and e.dtype.lanes == 2:
             first = self.register(e.buffer, e.index)
             return f"tw::vec<float, 2>{{{{{first}, {first[:-1]} + 1]}}}}"
-        return super().load(e)
+        return super().visit_Load(e)
 
     def register(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> str:
         if b.scope == "fragment":
@@ -179,13 +179,13 @@ class CudaRenderer(MergeRenderer):
             return f"{c_name(b.name)}[{self.expr(index[0])}].v{lane}"
         return super().register(b, index)
 
-    def seq(self, s: ir.Seq) -> None:
+    def visit_Seq(self, s: ir.Seq) -> None:
         """Neighbours that multiply by one tile b become one operation."""
         for b, group in groupby(s.body, lambda x: isinstance(x, ir.Mma) and not x.atom and x.b):
             lines = tuple(group)
             products = [x for x in lines if isinstance(x, ir.Mma)]
             if not isinstance(b, ir.Tile) or len(lines) == 1:
-                super().seq(ir.Seq(lines))
+                super().visit_Seq(ir.Seq(lines))
                 continue
             kind = operand_kind(b.buffer.dtype)
             text = [self.fragment(b, f"b<{products[0].shape[1]}>", kind)]
@@ -194,14 +194,14 @@ class CudaRenderer(MergeRenderer):
                 text += [acc, self.fragment(x.a, "a", kind)]
             self.line(f"tw::mma_column<{kind}>({', '.join(text)});")
 
-    def mma(self, s: ir.Mma) -> None:
+    def visit_Mma(self, s: ir.Mma) -> None:
         kind = operand_kind(s.b.buffer.dtype)
         a, b = self.fragment(s.a, "a", kind), self.fragment(s.b, f"b<{s.shape[1]}>", kind)
         acc = f"{c_name(s.acc.name)}[{self.expr(s.slot)}]"
         function = s.atom.name if s.atom else f"tw::mma<{kind}>"
         self.line(f"{function}({acc}, {a}, {b});")
 
-    def load_tile(self, s: ir.LoadTile) -> None:
+    def visit_LoadTile(self, s: ir.LoadTile) -> None:
         name = c_name(s.tile.held)
         if name not in self.held:
             kind = "fragment_a" if s.side == "a" else f"fragment_b<{s.shape[1]}>"

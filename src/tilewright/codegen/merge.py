@@ -18,7 +18,7 @@ class MergeRenderer(Renderer):
     unguarded: tuple[str, ...] = ()  # loops whose positions can all be read here
     is_picking = False  # positions are printed that can be read, not -1 for those that lack it
 
-    def merge(self, s: ir.Merge) -> None:
+    def visit_Merge(self, s: ir.Merge) -> None:
         name, kind = c_name(s.name), C_TYPES[s.var.dtype.name]
         numbers = range(len(s.runs))
         with self.braces(""):
@@ -79,7 +79,7 @@ class MergeRenderer(Renderer):
             step = (f"{name}__at{n} += {name}__key{n} == {name}__key;" for n in numbers)
             self.line(f"{' '.join(step)} ++{name};")
 
-    def drain(self, s: ir.Drain) -> None:
+    def visit_Drain(self, s: ir.Drain) -> None:
         """The loop over a row workspace, which is sorted unless it is only counted."""
         assert s.workspace is not None
         row, name, kind = c_name(s.workspace.name), c_name(s.name), C_TYPES[s.var.dtype.name]
@@ -92,7 +92,7 @@ class MergeRenderer(Renderer):
             self.stmt(s.body)
         self.line(f"{row}.clear();")
 
-    def cursor(self, e: ir.Cursor) -> str:
+    def visit_Cursor(self, e: ir.Cursor) -> str:
         name = c_name(e.loop.name)
         if e.operand == ir.VALUE:
             return f"{name}__value"
@@ -100,7 +100,7 @@ class MergeRenderer(Renderer):
             return f"{name}__key"
         return f"{name}__{'at' if self.is_picking else 'position'}{e.operand}"
 
-    def select(self, e: ir.Select) -> str:
+    def visit_Select(self, e: ir.Select) -> str:
         """Where a value is chosen by whether a list has the coordinate, and the position in that
         list can be read anyway, it is read in any case: the choice needs no branch."""
         cond = e.cond
@@ -108,7 +108,7 @@ class MergeRenderer(Renderer):
             isinstance(cond, ir.Binary) and cond.op == ">=" and isinstance(cond.a, ir.Cursor)
             and cond.b == ir.Const(0, cond.b.dtype) and cond.a.loop.name in self.unguarded
         ):  # fmt: skip
-            return super().select(e)
+            return super().visit_Select(e)
         name, kind = c_name(cond.a.loop.name), C_TYPES[e.dtype.name]
         has = f"{name}__key{cond.a.operand} == {name}__key"
         self.is_picking = True

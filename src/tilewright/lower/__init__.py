@@ -1,7 +1,7 @@
 """The compiler on one screen: every pass, in order. Each is a pure function Program → Program.
 
 `schedule` is where a schedule's verbs rewrite the nests; without one the program runs as written.
-The knob `verify` runs the verifier after each pass; `debug` 3 prints each new program.
+The knob `verify` runs the verifier after each pass; `debug` 2 prints each new program.
 """
 
 import time
@@ -76,7 +76,7 @@ def run_passes(
         program = p.run(program)
         if verifying:
             verify(program, p.name)
-        if debug >= 3 and program is not before:
+        if debug >= 2 and program is not before:
             print(f"-- {p.name}: {1e3 * (time.perf_counter() - began):.1f} ms\n{program}")
         if watch is not None:
             watch(p.name, program)

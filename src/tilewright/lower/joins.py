@@ -113,14 +113,13 @@ class JoinBuilder:
     def _walk(self, scope: Scope, driver: Driver, axis: ir.Index) -> Any:
         """Opens the loop over the list of a structure; returns its wrapper of bodies."""
         lets: list[ir.Stmt] = []
-        entries = scope.list_of(driver, lets)
+        run, end = scope.list_of(driver, lets)
         position, var = self.tables.variable(f"{axis.name}_p"), self.tables.variable(axis.name)
         scope.coordinates[axis.name] = var
         scope.known_positions[driver] = position
-        key = ir.Let(var, ir.Load(entries.keys, (position,), var.dtype))
+        key = ir.Let(var, ir.Load(run.buffer, (position,), var.dtype))
         return lambda body: ir.seq(
-            *lets,
-            ir.For(position, entries.begin, entries.end, ir.seq(key, body), axes=(axis.name,)),
+            *lets, ir.For(position, run.index[0], end, ir.seq(key, body), axes=(axis.name,))
         )
 
     def _scatter(self, scope: Scope) -> ir.Stmt:

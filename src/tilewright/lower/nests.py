@@ -14,14 +14,61 @@ from tilewright.errors import ProgramError
 from tilewright.ir import core as ir
 from tilewright.ir.levels import Compressed, Level, may_miss
 from tilewright.lower.drivers import Iteration, driver_of, drivers_read, iteration, outer_driver
-from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
 from tilewright.lower.placed import Row, check, online, refuse
 from tilewright.lower.reads import Reader, appended
-from tilewright.lower.scope import BlockPart, Scope, has_list, merge_of
+from tilewright.lower.scope import BlockPart, Scope, has_list
 from tilewright.lower.tables import Driver, Statement, Tables, names_read, unmergeable, unsearchable
 
 Wrap = Callable[[ir.Stmt], ir.Stmt]
+
+
+@dataclass(frozen=True, slots=True)
+class Fused(Statement):
+    """`out = epilogue(totals)`. Its reductions have the same output indices, axes and driver; the
+    fields of `Statement` are those of the first."""
+
+    epilogue: ir.Expr
+    totals: tuple[Statement, ...]
+
+    @property
+    def values(self) -> tuple[ir.Expr, ...]:
+        return (*(t.value for t in self.totals), self.epilogue)
+
+
+def fused(
+    root: Statement, temps: list[Statement], structure: str, merged: bool = False
+) -> tuple[Statement, list[Statement]]:
+    """The root together with the reductions that it can be the epilogue of, and the other ones.
+
+    before: out.0[i, j] = sum(A[i, k] * B[k, j] over k);  out[i, j] = max(out.0[i, j] + b[j], 0)
+    after:  out[i, j] = max(out.0 + b[j], 0) where out.0 = sum(A[i, k] * B[k, j] over k)
+
+    Those that follow `structure`, the driver of the nest, come first. `merged`: also reductions
+    that depend on fewer indices, which are then computed for each element anew.
+    """
+    if root.op:
+        return root, temps
+    read = names_read(root.value) - names_read(*(t.value for t in temps))
+    own = set(ir.indices_of(root.out))
+
+    def is_candidate(t: Statement) -> bool:
+        needs, it = set(ir.indices_of(t.out)), iteration(t)
+        walks_one = not (it and it.op) and not (root.out.tensor.is_sparse and it)
+        depends = needs == own or (merged and needs < own)
+        return t.out.tensor.name in read and walks_one and depends
+
+    def is_elsewhere(t: Statement) -> bool:
+        return getattr(outer_driver(t), "structure", "") != structure
+
+    candidates = sorted(filter(is_candidate, temps), key=is_elsewhere)
+    if not candidates:
+        return root, temps
+    first = candidates[0]
+    loops = first.axes, driver_of(first)
+    group = [t for t in candidates if (t.axes, driver_of(t)) == loops]
+    joined = Fused(root.out, first.op, first.axes, first.value, root.value, tuple(group))
+    return joined, [t for t in temps if t not in group]
 
 
 class BuiltNest(NamedTuple):
@@ -219,17 +266,24 @@ class NestBuilder:
     def _open_merge(self, s: LoopSpec, it: Iteration, target: _Target, scope: Scope) -> Wrap:
         before: list[ir.Stmt] = []
         var, axis = self.tables.variable(f"{s.axis.name}_p"), self.tables.variable(s.axis.name)
-        lists = [scope.list_of(d, before) for d in it.drivers]
-        loop = merge_of(var, lists, it.op, (target.tag(s.axis.name),))
+        runs, ends = zip(*(scope.list_of(d, before) for d in it.drivers), strict=True)
+        zero = ir.Const(0, var.dtype)
+        lengths = (ir.binary("-", e, run.index[0]) for run, e in zip(runs, ends, strict=True))
+        longest, axes = ir.add(zero, *lengths), (target.tag(s.axis.name),)
         for n, d in enumerate(it.drivers):
-            position = ir.Cursor(var, n, self.tables.index, it.op == "union" and len(lists) > 1)
+            position = ir.Cursor(var, n, self.tables.index, it.op == "union" and len(runs) > 1)
             scope.known_positions[d] = position
             if scope.is_read_at(d):
                 scope.walks[d.structure].variables[s.depth] = position
         scope.coordinates[s.axis.name] = axis
         scope.rank = var
         key = ir.Let(axis, ir.Cursor(var, ir.KEY, axis.dtype))
-        return lambda body: ir.seq(*before, replace(loop, body=ir.seq(key, body)))
+        return lambda body: ir.seq(
+            *before,
+            ir.Merge(
+                var, zero, longest, ir.seq(key, body), axes=axes, runs=runs, ends=ends, op=it.op
+            ),
+        )
 
     def _open_level(self, s: LoopSpec, level: Level, target: _Target, scope: Scope) -> Wrap:
         _, storage = scope.storage(s.structure, s.depth)

@@ -11,9 +11,8 @@ from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import core as ir
 from tilewright.lower import drivers
-from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.joins import JoinBuilder, join_of
-from tilewright.lower.nests import BuiltNest, NestBuilder
+from tilewright.lower.nests import BuiltNest, Fused, NestBuilder, fused
 from tilewright.lower.placed import with_roles
 from tilewright.lower.tables import Driver, Statement, Tables, names_read
 

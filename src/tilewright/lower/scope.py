@@ -31,16 +31,6 @@ class Walk:
         return Walk(self.indices, dict(self.variables), dict(self.positions))
 
 
-@dataclass(frozen=True, slots=True)
-class List:
-    """The stored coordinates of a structure along its last level: `keys[begin:end]`."""
-
-    driver: Driver
-    keys: ir.Buffer
-    begin: ir.Expr
-    end: ir.Expr
-
-
 @dataclass(slots=True)
 class Scope:
     """`coordinates` by index, `block_parts` of blocked ones, `walks` by structure;
@@ -112,16 +102,18 @@ class Scope:
 
         return self.tables.storage(structure, depth, above)
 
-    def list_of(self, driver: Driver, lets: list[ir.Stmt]) -> List:
-        """The stored list of a structure below the coordinates that are known; empty where the
-        levels above do not store those. Searches are appended to `lets`."""
+    def list_of(self, driver: Driver, lets: list[ir.Stmt]) -> tuple[ir.Load, ir.Expr]:
+        """The first element and the end, as `ir.Merge` has them, of the stored list of a structure
+        below the coordinates that are known; empty where the levels above do not store those.
+        Searches are appended to `lets`."""
         structure, depth = driver.structure, len(self.tables.levels(driver.structure)) - 1
         scope = self.copy()
         if not scope.is_read_at(driver):
             scope.walks = {structure: Walk(driver.indices)}
         begin, end, _ = scope.range_of(structure, depth, scope.position(structure, depth - 1), lets)
         level, storage = scope.storage(structure, depth)
-        return List(driver, storage[level.keys], ir.cast(begin, self.tables.index), end)
+        keys = storage[level.keys]
+        return ir.Load(keys, (ir.cast(begin, self.tables.index),), keys.dtype), end
 
     def range_of(
         self, structure: str, depth: int, parent: ir.Expr, lets: list[ir.Stmt]
@@ -182,12 +174,3 @@ def has_list(tables: Tables, driver: Driver, axis: str, bound: Container[str]) -
         and all(x.unique and driver.indices[x.dim] in bound for x in above)
         and axis not in {driver.indices[x.dim] for x in above}
     )  # fmt: skip
-
-
-def merge_of(var: ir.Var, lists: list[List], op: str, axes: tuple[str, ...]) -> ir.Merge:
-    """The loop over several lists, without a body."""
-    zero = ir.Const(0, var.dtype)
-    longest = ir.add(zero, *(ir.binary("-", x.end, x.begin) for x in lists))
-    runs = tuple(ir.Load(x.keys, (x.begin,), x.keys.dtype) for x in lists)
-    ends = tuple(x.end for x in lists)
-    return ir.Merge(var, zero, longest, ir.Seq(()), axes=axes, runs=runs, ends=ends, op=op)

@@ -90,7 +90,8 @@ def clear(array: View) -> None:
     if array.device == "cpu":
         ctypes.memset(array.pointer, 0, nbytes)
         return
-    Fill(array.pointer, nbytes).run(_active_stream(ordinal_of(array.device)))
+    stream = _active_stream(ordinal_of(array.device))
+    driver().call("cuMemsetD8Async", array.pointer, 0, nbytes, stream)
 
 
 def synchronize(stream: int = 0, ordinal: int = 0) -> None:
@@ -219,39 +220,12 @@ class Launch:
         return partial(launch, config, c_void_p(self.function.handle), pointers, None)
 
 
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """Bytes at a device address that become `value`; in a `Graph`, a memset node."""
-
-    pointer: int
-    nbytes: int
-    value: int = 0
-
-    def run(self, stream: int) -> None:
-        """Fill in the order of a stream. Raises BuildError[B104]."""
-        driver().call("cuMemsetD8Async", self.pointer, self.value, self.nbytes, stream)
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Bytes of one device address that are copied to another; in a `Graph`, a memcpy node."""
-
-    to: int
-    source: int
-    nbytes: int
-
-    def run(self, stream: int) -> None:
-        """Copy in the order of a stream. Raises BuildError[B104]."""
-        driver().call("cuMemcpyDtoDAsync_v2", self.to, self.source, self.nbytes, stream)
-
-
 class Graph:
     """A recorded step: launches captured once, replayed by one call.
 
-    All launches are on one GPU. `Fill`, `Copy` and a library's launches, beside ours, have a `run`
-    too, and the last the one `stream` on which it can be captured. Addresses and parameters are
-    those of the recording; the graph keeps the recorded launches alive, but not the arrays that
-    they point to.
+    All launches are on one GPU. A library's launches, beside ours, have a `run` too, and the one
+    `stream` on which it can be captured. Addresses and parameters are those of the recording; the
+    graph keeps the recorded launches alive, but not the arrays that they point to.
     """
 
     def __init__(self, launches: Sequence[Any]) -> None:

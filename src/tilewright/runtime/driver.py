@@ -32,7 +32,6 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuMemHostAlloc": (_OUT, c_size_t, c_uint), "cuMemFreeHost": (_IN,),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, _IN),
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, _IN),
-    "cuMemcpyDtoDAsync_v2": (c_uint64, c_uint64, c_size_t, _IN),
     "cuMemsetD8Async": (c_uint64, ctypes.c_ubyte, c_size_t, _IN),
     "cuPointerGetAttribute": (c_void_p, c_int, c_uint64),
     "cuStreamCreate": (_OUT, c_uint), "cuStreamDestroy_v2": (_IN,), "cuStreamSynchronize": (_IN,),

@@ -68,9 +68,9 @@ def build_frame(arguments: Arguments) -> Frame:
     """The frame of a layout: counts the units of each stage and fills in all that is not an
     argument."""
     manifest, inputs = arguments.manifest, arguments.inputs
-    stages = [_block(arguments, stage) for stage in manifest.stages]
+    slots: dict[str, list[Slot]] = {}
+    stages = [_block(arguments, stage, slots) for stage in manifest.stages]
     blocks = [block for block, _ in stages]
-    slots = _slots(arguments, blocks)
     specs = [t for t in manifest.tensors if t.role in ("output", "temp")]
     outputs = [_output(t, slots.get(t.name, ()), arguments) for t in specs]
     temps = []
@@ -101,15 +101,21 @@ def build_frame(arguments: Arguments) -> Frame:
     )
 
 
-def _block(arguments: Arguments, stage: StageSpec) -> tuple[Any, int]:
+def _block(arguments: Arguments, stage: StageSpec, slots: dict[str, list[Slot]]) -> tuple[Any, int]:
     """The parameter block of a stage without addresses, and its units. The work table follows the
-    parameters: a row for each part of the structure that the stage follows."""
+    parameters: a row for each part of the structure that the stage follows. Adds the fields that
+    arguments fill to `slots`: addresses of dense arrays, numbers, and values of sparse tensors."""
     manifest, structures = arguments.manifest, arguments.structures
     row, params = structs(manifest)
     block = ctypes.create_string_buffer(params.size + manifest.max_rows * row.size)
-    values = [_parameter(name, arguments) for name, *_ in manifest.params]
-    fields = (f.name for f in params.fields)
-    params.pack_into(block, **dict(zip(fields, [*values, len(stage.rows)], strict=True)))
+    structure_of = {t.name: t.structure for t in manifest.tensors}
+    *fields, row_count = (f.in_buffer(block) for f in params.fields)
+    row_count.value = len(stage.rows)
+    for field, (name, *_) in zip(fields, manifest.params, strict=True):
+        if name in structure_of:  # also a temporary, whose name the compiler has given
+            slots.setdefault(name, []).append((field, 0))
+        else:
+            field.value = _parameter(name, arguments)
     total = 0
     for i, body in enumerate(stage.rows):
         numbers = {name: i if name == stage.structure else 0 for name in structures}
@@ -118,19 +124,22 @@ def _block(arguments: Arguments, stage: StageSpec) -> tuple[Any, int]:
         for name, part in parts.items():
             for level, count in enumerate(part.counts):
                 counts[names.count_name(name, level)] = count
-        units = unit_count(stage.units[body], counts)
-        fields = (f.name for f in row.fields[len(ROW_HEAD) :])
-        values = dict(zip(fields, (_row_value(f[0], parts) for f in manifest.row), strict=True))
-        at = params.size + i * row.size
-        row.pack_into(block, at, first=total, units=units, body=body, **values)
+        units, at = unit_count(stage.units[body], counts), params.size + i * row.size
+        values = {"first": total, "units": units, "body": body}
+        for f, (name, *_) in zip(row.fields[len(ROW_HEAD) :], manifest.row, strict=True):
+            parsed = names.parse_name(name)
+            assert parsed is not None, f"{name} is not a name that the compiler gives"
+            values[f.name] = _row_value(parsed, parts)
+            if parsed.kind == names.VALUES:
+                slot = f.in_buffer(block, at), numbers[structure_of[parsed.owner]]
+                slots.setdefault(parsed.owner, []).append(slot)
+        row.pack_into(block, at, **values)
         total += units
     return block, total
 
 
 def _parameter(name: str, arguments: Arguments) -> int:
-    """A size or a stride; 0 for a tensor, whose address or number is filled in later."""
-    if name in arguments.dtypes:  # also a temporary, whose name the compiler has given
-        return 0
+    """A size or a stride."""
     parsed = names.parse_name(name)
     assert parsed is not None and parsed.kind in (names.SIZE, names.STRIDE), name
     if parsed.kind == names.SIZE:
@@ -138,11 +147,9 @@ def _parameter(name: str, arguments: Arguments) -> int:
     return arguments.views[parsed.owner].strides[parsed.number]
 
 
-def _row_value(name: str, parts: dict[str, Any]) -> int:
+def _row_value(parsed: names.GeneratedName, parts: dict[str, Any]) -> int:
     """A count, or the address of a coordinate array; 0 for a level that only other parts have, and
     for values, which each call fills in."""
-    parsed = names.parse_name(name)
-    assert parsed is not None, f"{name} is not a name that the compiler gives"
     if parsed.kind == names.VALUES:
         return 0
     part, level = parts[parsed.owner], parsed.number
@@ -151,27 +158,6 @@ def _row_value(name: str, parts: dict[str, Any]) -> int:
     if level >= len(part.arrays) or parsed.kind not in part.arrays[level]:
         return 0
     return address(part.arrays[level][parsed.kind])
-
-
-def _slots(arguments: Arguments, blocks: list[Any]) -> dict[str, list[Slot]]:
-    """The fields that each argument fills: the address of a dense array, a number, or the values
-    of each part of a sparse tensor."""
-    slots: dict[str, list[Slot]] = {}
-    manifest = arguments.manifest
-    row, params = structs(manifest)
-    structure_of = {t.name: t.structure for t in manifest.tensors}
-    for block, stage in zip(blocks, manifest.stages, strict=True):
-        for f, (name, *_) in zip(params.fields, manifest.params, strict=False):
-            if name in structure_of:
-                slots.setdefault(name, []).append((f.in_buffer(block), 0))
-        for i in range(len(stage.rows)):
-            start = params.size + i * row.size
-            for f, (name, *_) in zip(row.fields[len(ROW_HEAD) :], manifest.row, strict=True):
-                parsed = names.parse_name(name)
-                if parsed is not None and parsed.kind == names.VALUES:
-                    part = i if structure_of[parsed.owner] == stage.structure else 0
-                    slots.setdefault(parsed.owner, []).append((f.in_buffer(block, start), part))
-    return slots
 
 
 def _output(spec: TensorSpec, slots: Sequence[Slot], arguments: Arguments) -> Output:

@@ -1,16 +1,6 @@
 """Opens a model file: its configuration, and its tensors by canonical names, not copied.
 
-The canonical names, with y = W x and the shapes (rows, cols):
-
-    embed                   (vocab, dim)         layers.N.ffn_norm    (dim,)
-    layers.N.attn_norm      (dim,)               layers.N.ffn.gate    (ffn_dim, dim)
-    layers.N.attn.q         (q_dim, dim)         layers.N.ffn.up      (ffn_dim, dim)
-    layers.N.attn.k .v      (kv_dim, dim)        layers.N.ffn.down    (dim, ffn_dim)
-    layers.N.attn.o         (dim, q_dim)         norm                 (dim,)
-    lm_head                 (vocab, dim): the same weight as `embed` if `config.tied_embedding`
-
-with q_dim = qo_heads * head_dim and kv_dim = kv_heads * head_dim; and, where a model
-has them, layers.N.attn.q.bias .k.bias .v.bias, attn.q_norm .k_norm, attn_post_norm, ffn_post_norm.
+`ModelConfig.shapes` has these names, with the shapes (rows, cols) as in y = W x.
 """
 
 import io
