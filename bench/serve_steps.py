@@ -71,10 +71,12 @@ def chunks_of(engine: Engine, answers: int, prompt: int) -> list[Chunk]:
     """The chunks of a step: answers of KEYS keys, and a prompt from its beginning."""
     rng, out = np.random.default_rng(7), list[Chunk]()
     vocab, pages = engine.model.config.vocab, engine.scheduler.limits.pages
+    groups = len(engine.scheduler.limits.windows)
     for start, size in [*[(KEYS, 1)] * answers, *[(0, prompt)] * bool(prompt)]:
         request = Request(0, rng.integers(0, vocab, start + size).tolist())
         request.in_chunks = 0 if size == 1 and start else prompt
-        request.pages = rng.integers(1, pages, (start + size) // 16 + 1).tolist()
+        blocks = (start + size) // 16 + 1
+        request.pages = rng.integers(1, pages, blocks * groups).tolist()
         out.append(Chunk(request, start, start + size))
     return out
 

@@ -21,7 +21,7 @@ from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
 from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
 from tilewright.ops.linear import linear_definition
-from tilewright.ops.paging import by_request, positions_program
+from tilewright.ops.paging import by_request, pages, positions_program
 from tilewright.ops.rowwise import ARGMAX, BY_ROW, WITH_SUM, rmsnorm_add, silu_mul
 from tilewright.ops.sddmm import sddmm_definition
 from tilewright.ops.spmm import by_length, powers, spmm_definition
@@ -150,6 +150,7 @@ SHIPPED: dict[str, Shipped] = {
     "linear q4_1 norm_gate": Shipped(
         linear_definition("q4_1", False, 1536, 576, after="norm_gate"), CUDA
     ),
+    "pages": Shipped(pages.schedule(by_request)),
     "positions": Shipped(positions_program(16).schedule(by_request)),
     "linear f32 172x64": _linear("f32", n=172, k=64),
     "linear f32 odd": _linear("f32", n=13, k=37),

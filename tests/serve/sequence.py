@@ -20,7 +20,7 @@ class Sequence:
     def __init__(
         self, file: ModelFile, target: str = "cpp", context: int | None = None, **options: Any
     ) -> None:
-        self.context, limits = Options(context=context, **options).resolved(file.config.context)
+        self.context, limits = Options(context=context, **options).resolved(file.config)
         self.config = file.config
         self.chunk = limits.step_tokens
         self.runner = Runner(Llama(file, target, self.context), limits, self.context)
@@ -35,7 +35,8 @@ class Sequence:
         """Forgets all but the first tokens."""
         kept = self.request.tokens[:length]
         self.request = Request(0, kept)
-        self.request.computed, self.request.pages = len(kept), list(range(self.runner.width))
+        pages = range(self.runner.table.shape[1])
+        self.request.computed, self.request.pages = len(kept), [*pages]
 
     def prefill(self, tokens: Any) -> np.ndarray:
         """Reads tokens as a prompt; the logits after the last one."""

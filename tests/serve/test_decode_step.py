@@ -14,6 +14,7 @@ from tests.runtime.test_cuda import fake  # noqa: F401 - a fixture
 from tests.runtime.test_step import missing
 from tests.serve.sequence import Sequence
 
+from tilewright.attention import arguments
 from tilewright.attention.families import hopper
 from tilewright.ops.rope import Rope
 from tilewright.runtime import cuda
@@ -51,12 +52,24 @@ def model_file(config: ModelConfig = CONFIG) -> ModelFile:
     return ModelFile(Path("tiny.gguf"), config, tensors, {})
 
 
+def forget() -> None:
+    """Gives back what nothing refers to, and the scalars of variants, which stay on a device."""
+    arguments._constant.cache_clear()
+    gc.collect()
+
+
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 @pytest.mark.parametrize("samples", [False, True])
-def test_launches_of_a_step(fake: ctypes.CDLL, samples: bool):  # noqa: F811
-    """On the fake driver, whose graph counts them: 183 for the 30 layers of SmolLM2, and one more
-    that samples."""
-    sequence = Sequence(model_file(), "cuda:sm_90a", 32)
+@pytest.mark.parametrize("windowed", [(), (True, False)])
+def test_launches_of_a_step(
+    fake: ctypes.CDLL,  # noqa: F811
+    samples: bool,
+    windowed: tuple[bool, ...],
+):
+    """On the fake driver, whose graph counts them: 183 for the 30 layers of SmolLM2, one more that
+    samples. The pages of a further group of layers are computed beside the embedding."""
+    config = replace(CONFIG, windowed=windowed, window=20 * bool(windowed))
+    sequence = Sequence(model_file(config), "cuda:sm_90a", 32)
     step = sequence.runner._record(1, 1, samples)
     wanted = CONFIG.layers * A_LAYER + AROUND + samples
     assert step.count == fake.fake_nodes() == fake.fake_overlapping() == wanted
@@ -65,7 +78,7 @@ def test_launches_of_a_step(fake: ctypes.CDLL, samples: bool):  # noqa: F811
     for dropped in step.edges:
         assert dropped in missing(step.nodes, [e for e in step.edges if e != dropped])
     del sequence, step
-    gc.collect()
+    forget()
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
@@ -88,38 +101,48 @@ def test_steps_of_other_models_are_bound_and_recorded(fake: ctypes.CDLL):  # noq
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
+@pytest.mark.parametrize("windowed", [(), (True, False)])
 def test_prompts_are_bound_to_what_the_host_writes(
     fake: ctypes.CDLL,  # noqa: F811
+    windowed: tuple[bool, ...],
     monkeypatch: pytest.MonkeyPatch,
 ):
     """On the fake driver, whose memory is the host's: the Hopper kernels of all layers read their
     plan, and the rows of it, where the one copy of a step with prompts goes."""
     monkeypatch.setattr(hopper, "tensor_map", lambda *_: [0] * 16)
     config = replace(CONFIG, head_dim=64, dim=256, kv_heads=2, context=400)
+    config = replace(config, windowed=windowed, window=48 * bool(windowed))
     of = runner.Runner(Llama(model_file(config), "cuda:sm_90a", 401), Limits(64, 6, 200), 400)
-    request = Request(0, list(range(90)))
-    request.pages = [*range(6)]
+    request, groups = Request(0, list(range(90))), 1 + bool(windowed)
+    request.pages = [*range(6 * groups)]
     of._lengths[:] = 9
     of.kv_len.copy_from(of._lengths)
     of.run([Chunk(request, 0, 70)]).wait()
     assert of.kv_len.to_numpy()[:3].tolist() == [70, 0, 9]  # a row without keys behind
     sent = of.ints.to_numpy()
-    [planner], bound = of._step_plans.values(), of._mixed[0, 128]
-    assert len(bound) == 2 and planner.shape.family == "hopper" and not planner.shape.splits
-    begin = 4 * of.tokens + len(of.table)
-    work = planner.work(128, np.array([0, 70]), np.array([70]), 0)
-    np.testing.assert_array_equal(sent[begin : begin + len(work)], work)
+    bound, end = of._mixed[0, 128], (3 + groups) * of.tokens + len(of.table)
+    assert len(bound) == 2 and len(of._step_plans) == groups
+    addresses = dict[Any, list[int]]()
+    for attention, planner in of._step_plans.items():
+        assert planner.shape.family == "hopper" and not planner.shape.splits
+        work = planner.work(128, np.array([0, 70]), np.array([70]), 0)
+        begin, end = end, end + planner.words(128)
+        np.testing.assert_array_equal(sent[begin : begin + len(work)], work)
+        parts = begin, begin + planner.requests + 1
+        addresses[attention] = [of.ints.pointer + 4 * at for at in parts]
+        del attention, planner
     assert sent[:70].tolist() == request.tokens[:70] and not sent[70:128].any()
-    pages = sent[2 * of.tokens : 2 * of.tokens + 128]
-    assert pages[:70].tolist() == [n // 16 for n in range(70)] and (pages[70:] == -1).all()
-    addresses = [of.ints.pointer + 4 * at for at in (begin, begin + planner.requests + 1)]
-    for launch in [one.launch for one in bound]:
-        params = bytes(launch.params)
-        assert all(address.to_bytes(8, "little") in params for address in addresses)
-        assert launch.grid[0] == min(planner.items(128), planner.workers)
-        del launch
-    del of, bound
-    gc.collect()
+    for group in range(groups):
+        pages = sent[(3 + group) * of.tokens :][:128]
+        assert pages[:70].tolist() == [groups * (n // 16) + group for n in range(70)]
+        assert (pages[70:] == -1).all()
+    for attention, launch in zip([x.attention for x in of.model.layers], bound, strict=True):
+        params, planner = bytes(launch.launch.params), of._step_plans[attention]
+        assert all(x.to_bytes(8, "little") in params for x in addresses[attention])
+        assert launch.launch.grid[0] == min(planner.items(128), planner.workers)
+        del attention, launch, planner
+    del of, bound, addresses
+    forget()
 
 
 def test_values_are_sent_from_two_buffers(fake: ctypes.CDLL):  # noqa: F811

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tests.serve.virtual import Arrival, Clock, token_after
 
-from tilewright.serve.kv_pool import Pages, PrefixTree
+from tilewright.serve.kv_pool import Node, Pages, PrefixTree, layer_groups
 from tilewright.serve.scheduler import PATIENCE, Limits
 
 
@@ -97,12 +97,21 @@ TRACES = {
     # 4 pages, of which a window of 6 needs three. Request 1 reads 20 tokens: in step 6 it takes the
     # page of the first four from the tree. 2 needs only the two pages behind it, 3 reads all anew.
     "a window": (
-        Limits(4, running=1, step_tokens=16, page_size=4, window=6),
+        Limits(4, running=1, step_tokens=16, page_size=4, windows=(6,)),
         [Arrival(span(13), 1), Arrival(span(13), 8, at=2), Arrival(span(13), 1, at=10),
          Arrival(span(9), 1, at=11)],
         ["1: 0[0:13] +0", "2: 1[12:13] +1", "3: 1[13:14]", "4: 1[14:15]", "5: 1[15:16]",
          "6: 1[16:17]", "7: 1[17:18]", "8: 1[18:19]", "9: 1[19:20]", "10: 2[12:13] +2",
          "11: 3[0:9] +3"],
+    ),
+    # Layers of two kinds, a block has two pages. Request 0 grows to five blocks with nine pages: in
+    # step 5 the page behind the window of its first block is evicted for its last. 1 needs none but
+    # the two that its window shows; 2 sees that first one and reads all anew.
+    "a window in some layers": (
+        Limits(9, running=1, step_tokens=16, page_size=4, windows=(0, 6)),
+        [Arrival(span(13), 8), Arrival(span(13), 1, at=9), Arrival(span(9), 1, at=10)],
+        ["1: 0[0:13] +0", "2: 0[13:14]", "3: 0[14:15]", "4: 0[15:16]", "5: 0[16:17]",
+         "6: 0[17:18]", "7: 0[18:19]", "8: 0[19:20]", "9: 1[12:13] +1", "10: 2[0:9] +2"],
     ),
 }  # fmt: skip
 
@@ -115,7 +124,7 @@ def test_traces_worked_by_hand(name: str):
     assert clock.log == wanted
 
 
-def random_trace(seed: int, windows: bool = False) -> tuple[Limits, list[Arrival]]:
+def random_trace(seed: int, kind: str = "keys") -> tuple[Limits, list[Arrival]]:
     """Few pages, equal beginnings, priorities and cancels."""
     rng = np.random.default_rng(seed)
 
@@ -123,10 +132,12 @@ def random_trace(seed: int, windows: bool = False) -> tuple[Limits, list[Arrival
         return int(rng.integers(1, most + 1))
 
     size, running, longest = int(rng.choice([1, 2, 4, 16])), upto(5), 3 + upto(56)
-    least = -(-longest // size) + 1
+    of = {"keys": (0,), "windows": (1,), "both": rng.permutation([0, 0, 1, 1, 1][upto(4) :])}[kind]
+    windows = tuple([upto(20) if windowed else 0 for windowed in of])
+    least = (-(-longest // size) + 1) * len(windows)
     limits = Limits(
         int(rng.integers(least, 4 * least + 2)), running, running + upto(20),
-        bool(rng.integers(2)), bool(rng.integers(2)), size, windows and upto(20),
+        bool(rng.integers(2)), bool(rng.integers(2)), size, windows,
     )  # fmt: skip
     stems = rng.integers(0, 3, (2, 60)).tolist()
     arrivals = []
@@ -146,13 +157,13 @@ def alone(prompt: list[int], count: int) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("windows", [False, True])
-def test_random_traces(windows: bool):
+@pytest.mark.parametrize("kind", ["keys", "windows", "both"])
+def test_random_traces(kind: str):
     """Invariants of every step (`Clock.check`), the tokens that each request has alone, and a
     replay equal to the byte."""
     preemptions = cached = 0
     for seed in range(300):
-        limits, arrivals = random_trace(seed, windows)
+        limits, arrivals = random_trace(seed, kind)
         clock, again = Clock(limits, arrivals), Clock(limits, arrivals)
         for request, arrival in zip(clock.run(), arrivals, strict=True):
             if request.finish == "length":
@@ -166,10 +177,10 @@ def test_random_traces(windows: bool):
     assert preemptions > 50 and cached > 1000, "the traces are too easy"
 
 
-@pytest.mark.parametrize("window", [0, 4, 5, 6, 7, 8])
-def test_a_step_that_fails_is_decided_again(window: int):
+@pytest.mark.parametrize("windows", [(0,), (4,), (5,), (6,), (7,), (8,), (0, 5), (6, 0, 6)])
+def test_a_step_that_fails_is_decided_again(windows: tuple[int, ...]):
     """Neither what was not committed nor a token that was lost after commit leaves a trace."""
-    limits = Limits(16, 4, 8, page_size=4, window=window)
+    limits = Limits(16 * len(windows), 4, 8, page_size=4, windows=windows)
     clock = Clock(limits, [Arrival(span(10), 6), Arrival(span(3, 50), 5)])
     step = clock.step
 
@@ -180,9 +191,7 @@ def test_a_step_that_fails_is_decided_again(window: int):
         if scheduler.step in (2, 8):
             decision = scheduler.schedule()
             for chunk in decision.chunks:
-                for n in range(chunk.start, chunk.stop):
-                    slot = chunk.request.pages[n // 4], n % 4
-                    clock.slots[slot] = hash(tuple(chunk.request.tokens[: n + 1]))
+                clock.write(chunk)
             scheduler.commit(decision)
         step()
 
@@ -207,17 +216,17 @@ def test_the_least_recently_used_is_evicted_first():
     tree = PrefixTree(pages, 2)
     chains = []
     for n in (10, 20, 30):
-        a = tree.insert(None, (n, n), pages.take())
-        chains.append((a, tree.insert(a, (n + 1, n + 1), pages.take())))
+        a = tree.insert(None, (n, n), [pages.take()])
+        chains.append((a, tree.insert(a, (n + 1, n + 1), [pages.take()])))
         tree.touch(chains[-1][1])
     for _, leaf in chains:
-        pages.release(leaf.page)
-        pages.release(leaf.parent.page)
+        pages.release(leaf.pages[0])
+        pages.release(leaf.parent.pages[0])
     assert pages.available == 6 and not pages.free
     tree.touch(chains[0][1])
-    pages.hold(chains[2][0].page)
+    pages.hold(chains[2][0].pages[0])
     wanted = [chains[1][1], chains[1][0], chains[2][1], chains[0][1], chains[0][0]]
-    wanted, left = [n.page for n in wanted], chains[2][0]
+    wanted, left = [n.pages[0] for n in wanted], chains[2][0]
     order = []
     for _ in range(5):
         tree.evict(1)
@@ -225,3 +234,42 @@ def test_the_least_recently_used_is_evicted_first():
     assert order == wanted
     tree.evict(1)
     assert len(pages.free) == 5 and tree.match([30, 30, 1]) == [left]
+
+
+def test_pages_behind_a_window_are_evicted_first():
+    """Three groups, of which the first sees all: of a path of five blocks those behind the window
+    of its end go first, then those in it, then the others from the end on; a longer prefix than the
+    window shows is known all the while."""
+    pages = Pages(15)
+    tree = PrefixTree(pages, 2, (0, 4, 3))
+    nodes = list[Node]()
+    for n in range(5):
+        block = [pages.take() for _ in range(3)]
+        nodes.append(tree.insert(nodes[-1] if nodes else None, (n, n), block))
+    tokens = [*np.repeat(range(5), 2).tolist(), 9]
+    tree.touch(nodes[4])
+    for node in nodes:
+        for page in node.pages:
+            pages.release(page)
+    whole = [node.pages.copy() for node in nodes]
+    order = []
+    while pages.available > len(pages.free):
+        known = len(tree.match(tokens))
+        assert known == (5 if len(order) < 4 else 0), order
+        tree.evict(1)
+        gone = pages.free[sum(map(len, order)) :]
+        order.append(gone)
+    windows = [block[1:] for block in whole]
+    assert sorted(order[:3]) == windows[:3] and sorted(order[3:5]) == windows[3:]
+    assert order[5:] == [block[:1] for block in whole[::-1]] and not [*tree.nodes()]
+
+
+@pytest.mark.parametrize(("full", "windowed", "sizes"), [
+    (4, 0, [4]), (0, 5, [5]), (13, 13, [13, 13]), (5, 2, [2, 2, 1, 2]),
+    (4, 22, [4, 4, 4, 4, 4, 3, 3]),
+])  # fmt: skip
+def test_groups_of_layers(full: int, windowed: int, sizes: list[int]):
+    kinds = np.random.default_rng(full).permutation([False] * full + [True] * windowed).tolist()
+    of = layer_groups(kinds)
+    assert [of.count(group) for group in range(max(of) + 1)] == sizes
+    assert all(kinds[i] == kinds[j] for i in range(len(of)) for j in range(i) if of[i] == of[j])

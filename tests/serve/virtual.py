@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tilewright.serve.request import Request, Sampling
-from tilewright.serve.scheduler import Batch, Limits, Scheduler
+from tilewright.serve.scheduler import Batch, Chunk, Limits, Scheduler
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,28 @@ class Clock:
         self.log.append(line(decision))
         self.check(decision)
         for chunk in decision.chunks:
-            request, size = chunk.request, self.limits.page_size
-            for n in range(chunk.start, chunk.stop):
-                slot = request.pages[n // size], n % size
-                self.slots[slot] = hash(tuple(request.tokens[: n + 1]))
+            self.write(chunk)
         for request in scheduler.commit(decision):
             request.tokens.append(token_after(request.tokens))
             if request.answered == request.sampling.max_tokens:
                 scheduler.finish(request, "length")
 
+    def write(self, chunk: Chunk) -> None:
+        """The keys of a chunk, which differ by group."""
+        for n in range(chunk.start, chunk.stop):
+            for group, page in enumerate(self.block(chunk.request, n)):
+                key = hash((group, *chunk.request.tokens[: n + 1]))
+                self.slots[page, n % self.limits.page_size] = key
+
+    def block(self, request: Request, token: int) -> list[int]:
+        """The pages of a token, one for each group of layers."""
+        groups = len(self.limits.windows)
+        first = token // self.limits.page_size * groups
+        return request.pages[first : first + groups]
+
     def check(self, decision: Batch) -> None:
         scheduler, size, pages = self.scheduler, self.limits.page_size, self.scheduler.pages
+        windows = self.limits.windows
         assert sum(c.stop - c.start for c in decision.chunks) <= self.limits.step_tokens
         assert len(scheduler.running) <= self.limits.running
         assert len({c.request.id for c in decision.chunks}) == len(decision.chunks)
@@ -91,12 +102,17 @@ class Clock:
             if request.computed >= request.in_chunks:
                 assert request.id in chosen, "an answer waits"
         nodes = [*scheduler.prefix.nodes()]
-        assert self.limits.window or all(node.page >= 0 for node in nodes)
-        assert all(node.page >= 0 or node.children for node in nodes)
-        kept = {node.page for node in nodes} - {-1}
+        for node in nodes:
+            there = {w > 0: page >= 0 for page, w in zip(node.pages, windows, strict=True)}
+            assert there.get(False, True), "a node without the pages of groups without a window"
+            assert any(there.values()) or node.children, "a node of nothing"
+        kept = {page for node in nodes for page in node.pages} - {-1}
         held: dict[int, int] = {}
         for request in scheduler.running:
-            for page in request.pages[request.unseen :]:
+            assert len(request.pages) % len(windows) == 0
+            for i, page in enumerate(request.pages):
+                if i // len(windows) < request.unseen and windows[i % len(windows)]:
+                    continue  # behind the window
                 held[page] = held.get(page, 0) + 1
                 assert held[page] == 1 or page in kept, "a page is written by two"
         assert [pages.holders[p] for p in range(pages.count)] == [
@@ -106,9 +122,12 @@ class Clock:
         assert len(kept | held.keys()) + len(pages.free) == pages.count, "a page is lost"
         for chunk in decision.chunks:
             tokens = chunk.request.tokens
-            assert chunk.start < chunk.stop <= len(chunk.request.pages) * size
-            window = self.limits.window or chunk.start + 1
-            for n in range(max(0, chunk.start - window + 1), chunk.start):
-                slot = chunk.request.pages[n // size], n % size
-                assert n // size >= chunk.request.unseen, "a page that was given back is read"
-                assert self.slots.get(slot) == hash(tuple(tokens[: n + 1])), "a wrong key is read"
+            assert chunk.start < chunk.stop <= len(chunk.request.pages) // len(windows) * size
+            for n in range(chunk.start):
+                for group, page in enumerate(self.block(chunk.request, n)):
+                    if (window := windows[group]) and n <= chunk.start - window:
+                        continue  # not seen
+                    given_back = window and n // size < chunk.request.unseen
+                    assert not given_back, "a page that was given back is read"
+                    key = self.slots.get((page, n % size))
+                    assert key == hash((group, *tokens[: n + 1])), "a wrong key is read"

@@ -34,6 +34,20 @@ def pages_before(L=dense("t", "int32"), page_size=scalar("int32")):
 pages_before_kernel = cache(pages_before.schedule(by_request).build)
 
 
+@program
+def pages(
+    L=dense("t", "int32"), T=dense("t w", "int32"), page_size=scalar("int32"),
+    first=scalar("int32"),
+):  # fmt: skip
+    t = indices("t:t")
+    return out[t](where(L[t] >= 0, T[t, first[()] + L[t] // page_size[()]], -1))
+
+
+# Lengths L (t,), page table T (t, w), a page size, the first entry of a row that counts → the page
+# of the next token, int32 (t,): T[t, first + L / page_size], −1 where L is negative.
+pages_kernel = cache(pages.schedule(by_request).build)
+
+
 @cache
 def positions_kernel(page_size: int, target: str = "cpp") -> Kernel:
     """Lengths L (t,), page table T (t, w) and shared keys B (t,), int32 → of the next token the

@@ -21,7 +21,8 @@ import numpy as np
 from tilewright.errors import ModelError
 from tilewright.serve.chat import Messages, Prompts
 from tilewright.serve.cost import HOW_TO_TUNE, CostModel, Work, cost_key
-from tilewright.serve.kv_pool import PAGE_SIZE
+from tilewright.serve.kv_pool import PAGE_SIZE, layer_groups
+from tilewright.serve.models.config import ModelConfig
 from tilewright.serve.models.llama import Llama
 from tilewright.serve.policy import SAFETY
 from tilewright.serve.request import Request, Sampling, check_fields, check_tokens, is_count
@@ -54,8 +55,10 @@ class Options:
     invariant: bool = True
     cost: str | os.PathLike[str] | None = None
 
-    def resolved(self, longest: int) -> tuple[int, Limits]:
-        """The context, and the limits of the scheduler. `longest`: of the model."""
+    def resolved(self, model: ModelConfig) -> tuple[int, Limits]:
+        """The context, and the limits of the scheduler."""
+        longest, of = model.context, model.has_window
+        windows = {g: model.window * w for g, w in zip(layer_groups(of), of, strict=True)}
         context = min(longest, LONGEST) if self.context is None else self.context
         if not is_count(context, 1, longest):
             rule = f"context={context!r} is no integer from 1 to {longest} (tokens)"
@@ -67,9 +70,10 @@ class Options:
             "kv_tokens": (is_count(kv_tokens, context), f"an integer from {context}"),
         })  # fmt: skip
         # A request that fills the context is admitted again with room for one more token.
-        pages = max(-(-int(kv_tokens) // PAGE_SIZE), context // PAGE_SIZE + 1)
+        pages = max(-(-int(kv_tokens) // PAGE_SIZE), context // PAGE_SIZE + 1) * len(windows)
         sizes = int(self.running), int(self.step_tokens)
-        return int(context), Limits(pages, *sizes, self.share, self.invariant)
+        by_group = tuple([windows[group] for group in sorted(windows)])
+        return int(context), Limits(pages, *sizes, self.share, self.invariant, windows=by_group)
 
 
 class Engine:
@@ -77,9 +81,7 @@ class Engine:
     of the one in front are read."""
 
     def __init__(self, file: ModelFile, target: Target | str, options: Options) -> None:
-        self.context, limits = options.resolved(file.config.context)
-        has_windows = min(file.config.windowed, default=False)  # in every layer
-        limits = replace(limits, window=file.config.window * has_windows)
+        self.context, limits = options.resolved(file.config)
         self.tokenizer = load_tokenizer(file)
         self.model = Llama(file, target, self.context + 1)
         key = cost_key(file, self.model.target, limits.invariant, self.model.products_by)

@@ -1,10 +1,14 @@
 """The pages of the KV cache: an allocator that counts who uses each, and the prefix tree, of pages
 that hold the keys and values of known beginnings of prompts.
 
-A node of the tree is a full page, its key the tokens of that page; a path from the root is a
-prefix. A running request holds the pages of its path, so what it reads is never evicted. Where
-every layer has a sliding window it gives those back that lie behind the window, and a node may lose
-its page while later ones stay.
+A page has the keys and values of `PAGE_SIZE` tokens in one group of layers, `layer_groups`. All
+groups take their pages from one pool; a *block* is a page for each group, of the same tokens. A
+request that runs holds the blocks of its tokens, but gives the pages of groups with a sliding
+window back once these lie behind it.
+
+A node of the tree is a full block, its key the tokens in it; a path from the root is a prefix. What
+a running request reads is never evicted. A node may lose its pages of groups with a window while
+the others, and later nodes, stay.
 """
 
 import heapq
@@ -12,6 +16,15 @@ from collections.abc import Iterator, Sequence
 
 PAGE_SIZE = 16  # tokens
 Key = tuple[int, ...]
+
+
+def layer_groups(windowed: Sequence[bool]) -> list[int]:
+    """The group of each layer. A group has layers of one kind, with a window or without, and at
+    most as many as there are of the rarer kind, so that few layers of a page are unused."""
+    sizes = [windowed.count(kind) for kind in (False, True)]
+    counts = [-(-size // min(filter(None, sizes))) for size in sizes]
+    before = [windowed[:i].count(kind) for i, kind in enumerate(windowed)]
+    return [kind * counts[0] + n % counts[kind] for kind, n in zip(windowed, before, strict=True)]
 
 
 class Pages:
@@ -61,86 +74,104 @@ class Pages:
 
 
 class Node:
-    """A page with its tokens, after those of its parents. `page`: -1 where it was evicted before
-    its children; `parent`: of the root itself; `depth`: pages from the root to it; `used`: the time
-    of its last use."""
+    """A block with its tokens, after those of its parents. `pages`: by group, -1 where one was
+    evicted; `parent`: of the root itself; `depth`: blocks from the root to it. Times of the last
+    use: `used`, and `seen` through a window."""
 
-    __slots__ = ("children", "depth", "key", "page", "parent", "used")
+    __slots__ = ("children", "depth", "key", "pages", "parent", "seen", "used")
 
-    def __init__(self, key: Key, page: int, parent: "Node | None", used: int) -> None:
-        self.key, self.page, self.used = key, page, used
+    def __init__(self, key: Key, groups: int, parent: "Node | None", used: int) -> None:
+        self.key, self.pages, self.used, self.seen = key, [-1] * groups, used, used
         self.parent, self.depth = (parent, parent.depth + 1) if parent else (self, 0)
         self.children: dict[Key, Node] = {}
 
 
 class PrefixTree:
-    """Pages by the tokens in them and before them. `window`: keys that a token sees (0: all)."""
+    """Blocks by the tokens in them and before them. `windows`: keys that a token sees in the layers
+    of each group (0: all)."""
 
-    def __init__(self, pages: Pages, page_size: int, window: int = 0) -> None:
-        self.pages, self.page_size = pages, page_size
-        self.window = max(window, page_size) if window else 0
-        self.root = Node((), -1, None, 0)
+    def __init__(self, pages: Pages, page_size: int, windows: Sequence[int] = (0,)) -> None:
+        self.pages, self.page_size, self.count = pages, page_size, len(windows)
+        self.groups = [[g for g, w in enumerate(windows) if bool(w) == kind] for kind in (0, 1)]
+        self.window = max(*windows, page_size) if any(windows) else 0
+        self.root = Node((), self.count, None, 0)
         self.time = 0
 
     def unseen(self, computed: int) -> int:
-        """How many first pages no token sees once so many are computed, nor where the last of them
-        is computed again; the last full page is never among them."""
+        """How many first blocks no token sees through a window once so many are computed, nor where
+        the last of them is computed again; the last full block is never among them."""
         return max(0, computed - (self.window or computed)) // self.page_size
 
+    def part(self, pages: Sequence[int], begin: int, end: int, windowed: bool) -> list[int]:
+        """Of the pages of blocks, one behind the other, in blocks begin … end - 1 those of groups
+        with a window, or of those without."""
+        n = self.count
+        return [p for g in self.groups[windowed] for p in pages[begin * n + g : end * n : n]]
+
     def match(self, tokens: Sequence[int]) -> list[Node]:
-        """The path of the longest prefix of `tokens` in full pages, of which all that a later token
-        sees are there; a last token at least is left out, since its logits are wanted."""
+        """The path of the longest prefix of `tokens` in full blocks, of which all that a later
+        token sees is there; a last token at least is left out, since its logits are wanted."""
         path: list[Node] = []
-        known = missing = 0  # pages of the prefix, and up to the last that is not there
+        known = missing = 0  # blocks of the prefix, and up to the last that is not whole
         node, size = self.root, self.page_size
         for begin in range(0, len(tokens) - size, size):
             child = node.children.get(tuple(tokens[begin : begin + size]))
             if child is None:
                 break
             path.append(node := child)
-            missing = len(path) if node.page < 0 else missing
+            missing = len(path) if min(node.pages) < 0 else missing
             known = len(path) if missing <= self.unseen(len(path) * size) else known
         return path[:known]
 
-    def insert(self, parent: Node | None, key: Key, page: int) -> Node:
-        """The node of a page after `parent`: one of the same tokens if there is one, else a new one
-        that keeps `page`."""
+    def insert(self, parent: Node | None, key: Key, pages: Sequence[int]) -> Node:
+        """The node of a block after `parent`: one of the same tokens if there is one, else a new
+        one; it keeps those of `pages` that it lacks."""
         parent = self.root if parent is None else parent
         node = parent.children.get(key)
         if node is None:
-            node = parent.children[key] = Node(key, -1, parent, self.time)
-        if node.page < 0:
-            node.page = page
-            self.pages.keep(page)
+            node = parent.children[key] = Node(key, self.count, parent, self.time)
+        for group, page in enumerate(pages):
+            if node.pages[group] < 0:
+                node.pages[group] = page
+                self.pages.keep(page)
         return node
 
     def touch(self, node: Node | None) -> None:
-        """Notes that a path was used now."""
+        """Notes that a path was used now, and its last blocks through a window."""
         self.time += 1
+        unseen = self.unseen(node.depth * self.page_size) if node else 0
         while node is not None and node is not self.root:
-            node.used = self.time
+            node.used, node.seen = self.time, self.time if node.depth > unseen else node.seen
             node = node.parent
 
     def evict(self, count: int) -> None:
-        """Frees at least `count` pages that no request holds, as far as there are any; the least
-        recently used first, children before parents, but for those in front of a held one."""
-        holders, front = self.pages.holders, {self.root}
-        nodes = [*self.nodes()]
-        for node in [n for n in nodes if n.page >= 0 and holders[n.page]] if self.window else ():
-            while node.parent not in front:
-                front.add(node := node.parent)
-        unused = [(n.used, n.page, n) for n in nodes if not n.children or n in front]
-        unused = [one for one in unused if one[1] >= 0 and not holders[one[1]]]
+        """Frees at least `count` pages that no request holds, as far as there are any, the least
+        recently used first: those of groups with a window before their children, others after."""
+        unused = [one for node in self.nodes() for one in self._unused(node)]
         heapq.heapify(unused)
         while unused and count > 0:
-            *_, node = heapq.heappop(unused)
-            self.pages.evict(node.page)
-            node.page, count = -1, count - 1
-            while node is not self.root and node.page < 0 and not node.children:
+            *_, groups, node = heapq.heappop(unused)
+            for group in groups:
+                self.pages.evict(node.pages[group])
+                node.pages[group], count = -1, count - 1
+            while node is not self.root and max(node.pages) < 0 and not node.children:
                 del node.parent.children[node.key]
                 node = node.parent
-            if node is not self.root and not (node.children or holders[node.page]):
-                heapq.heappush(unused, (node.used, node.page, node))
+            for one in self._unused(node):
+                if one[2] is self.groups[0]:  # else it is there already
+                    heapq.heappush(unused, one)
+
+    def _unused(self, node: Node) -> list[tuple[int, int, list[int], Node]]:
+        """What can be evicted of a node next, if anything: the time of its last use, a page, the
+        groups."""
+        every, windowed = self.groups
+        if windowed and node.pages[windowed[0]] >= 0:
+            used, groups = node.seen, windowed
+        else:
+            used, groups = node.used, [] if node.children else every
+        page = node.pages[groups[0]] if groups else -1
+        is_unused = page >= 0 and not self.pages.holders[page]
+        return [(used, page, groups, node)] if is_unused else []
 
     def nodes(self) -> Iterator[Node]:
         stack = list(self.root.children.values())

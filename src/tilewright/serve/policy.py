@@ -61,7 +61,7 @@ class State:
     `answers`: requests being answered, `context`: keys their next step reads, `due`: seconds until
     the first of their next tokens is due, `gap`: smallest gap promised to any running request,
     `growth`: pages they need now. `pages`: available; `seats`: for more requests; `worst`: rank and
-    id of the running request that is preempted first.
+    id of the running request that is preempted first; `block`: pages of the same tokens.
     """
 
     step_tokens: int
@@ -74,6 +74,7 @@ class State:
     gap: float = inf
     growth: int = 0
     worst: tuple[int, int] | None = None
+    block: int = 1
     prompts: tuple[Prompt, ...] = ()
     waiting: tuple[Prompt, ...] = ()
 
@@ -121,9 +122,9 @@ def _must_preempt(state: State, least_rank: int) -> bool:
 
 
 def _fits(state: State, p: Prompt, admitted: int, taken: int) -> bool:
-    """Whether there are a seat and pages for a request, and a page more for each running one."""
+    """Whether there are a seat and pages for a request, and a block more for each running one."""
     running = state.answers + len(state.prompts) + admitted
-    return admitted < state.seats and state.pages - taken >= p.pages + running
+    return admitted < state.seats and state.pages - taken >= p.pages + running * state.block
 
 
 def _order(state: State, model: CostModel) -> list[Prompt]:

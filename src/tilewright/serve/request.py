@@ -138,13 +138,14 @@ class TokenLogprob:
 class Request:
     """One prompt and its answer.
 
-    `tokens`: prompt and answer; keys and values of the first `computed` are in `pages`, the first
-    `cached` of them were when it was admitted; the first `unseen` of its pages lie behind a sliding
-    window, and are others' perhaps; the first `in_chunks` tokens are read many at once, later ones
-    one a step. `rank`: its priority, grown by waiting. `finish`: "" while it runs, then stop,
-    length, cancel or error. `pieces`: text that nobody has read yet. `since`: the step at which it
-    began to wait, for a seat or for its next tokens. Seconds: `arrived`; `due`: the next token is
-    promised; `first`, `last`: its first and its latest token came.
+    `tokens`: prompt and answer; keys and values of the first `computed` are in `pages` (of each
+    block one for each group of layers), the first `cached` of them were when it was admitted; of
+    the first `unseen` blocks, pages of groups with a sliding window lie behind it, and are others'
+    perhaps; the first `in_chunks` tokens are read many at once, later ones one a step. `rank`: its
+    priority, grown by waiting. `finish`: "" while it runs, then stop, length, cancel or error.
+    `pieces`: text that nobody has read yet. `since`: the step at which it began to wait, for a seat
+    or for its next tokens. Seconds: `arrived`; `due`: the next token is promised; `first`, `last`:
+    its first and its latest token came.
     """
 
     id: int

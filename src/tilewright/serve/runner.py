@@ -25,11 +25,11 @@ from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
-from tilewright.ops.paging import positions_kernel
+from tilewright.ops.paging import pages_kernel, positions_kernel
 from tilewright.runtime.step import Step
 from tilewright.runtime.transfer import to_host
 from tilewright.serve.cascade import Cascade, Groups
-from tilewright.serve.kv_pool import PAGE_SIZE
+from tilewright.serve.kv_pool import PAGE_SIZE, layer_groups
 from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.products import OWN_ROWS
 from tilewright.serve.request import Request, Sampling
@@ -81,10 +81,13 @@ class Runner:
         self.joins = bool(model.products) and not limits.invariant  # answers and prompts
         most = limits.running + (BUCKET if self.joins else 8)  # rows may fill a step up
         shape = (limits.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
-        self.keys, self.values = (
-            [new(*shape, dtype=model.kv_dtype) for _ in range(config.layers)] for _ in range(2)
-        )
-        self.pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
+        self.group_of = layer_groups(config.has_window)
+        self.group_count = max(self.group_of) + 1
+        nth = [self.group_of[:i].count(group) for i, group in enumerate(self.group_of)]  # of a page
+        caches = [[new(*shape, dtype=model.kv_dtype) for _ in {*nth}] for _ in range(2)]
+        pools = [Pool(k, v) for k, v in zip(*caches, strict=True)]
+        self.keys, self.values = ([of[n] for n in nth] for of in caches)
+        self.pools = [pools[n] for n in nth]
         self.tokens = tokens = -(-(limits.step_tokens + most) // BUCKET) * BUCKET  # a row a chunk
         self.width = context // PAGE_SIZE + 1
         # The most answers that our kernel of one row reads; more, and prompts, a library if any.
@@ -100,7 +103,9 @@ class Runner:
         on_gpu = model.memory.on_cuda and not config.logit_cap  # tanh has other bits there
         self.seats: Any = Seats(model.memory, self.last["logits"], chosen) if on_gpu else None
         self.kv_len = put(np.zeros(most, np.int32))
-        self.table = np.zeros((most, self.width), np.int32)
+        self.table = np.zeros((most, self.group_count * self.width), np.int32)
+        lines = np.arange(most * self.group_count, dtype=np.int32).reshape(-1, self.group_count)
+        self._lines = [put(np.ascontiguousarray(of)) for of in lines.T]  # of each group in `table`
         self._sending: list[list[np.ndarray]] = [[], []]  # rows of it: of two steps
         self._held: list[Any] = [(None,)] * most  # of each row: pages, how far known, how many
         self.cascade = Cascade(model, self.pools, self.table.shape, not limits.invariant)
@@ -113,9 +118,10 @@ class Runner:
         every = self._kv(0, most)[0]
         # Of prompts, whose keys are divided where their bits may depend on the batch.
         self._step_plans = {x: x.step_plans(every, tokens, not self.joins) for x in self.attentions}
-        # Of `Rows`, one behind the other; the rows whose logits are wanted; the work of attention.
+        # Columns of `Rows`, one behind the other; the rows whose logits are wanted; the work of
+        # attention.
         words = sum([own.words(tokens) for own in self._step_plans.values()])
-        self.ints = put(np.zeros(4 * tokens + most + words, np.int32))
+        self.ints = put(np.zeros((3 + self.group_count) * tokens + most + words, np.int32))
         arrays = self.kv_len, self.last["token"], self.ints
         self._send_lengths, self._send_tokens, self._send_ints = map(model.memory.sender, arrays)
         self._steps: dict[int, Step] = {}  # by rows, where none is sampled
@@ -184,7 +190,7 @@ class Runner:
             requests = [Request(0, [0] * sum(x), Sampling(temperature=heat)) for x in ranges]
             for i, request in enumerate(requests):
                 request.in_chunks = (i >= answers) * len(request.tokens)
-                request.pages = [0] * self.width
+                request.pages = [0] * self.table.shape[1]
             starts = [(r, start) for r, (start, _) in zip(requests, ranges, strict=True)]
             self.run([Chunk(r, start, len(r.tokens)) for r, start in starts]).wait()
 
@@ -208,7 +214,8 @@ class Runner:
             held, now = self._held[i], (pages, node, len(pages))
             # A list grows in place, and has other pages once the prefix tree knows the full ones.
             if not (pages is held[0] and node is held[1] and len(pages) == held[2]):
-                self.table[i, : len(pages)] = pages
+                blocks = np.reshape(pages, (-1, self.group_count))
+                self.table[i].reshape(self.group_count, -1)[:, : len(blocks)] = blocks.T
                 row = memory.rows(self.block_table, i, i + 1)
                 # The row is written anew while the copy may be under way: it has one of its own.
                 self._sending[1].append(sent := self.table[i : i + 1].copy())
@@ -218,17 +225,22 @@ class Runner:
     def _rows(self, tokens: int, few: bool) -> Rows:
         of = self.wide if self.model.is_wide(few) else self.activations
         rows = self.model.memory.rows
-        begins = (i * self.tokens for i in range(4))
-        ids, position, page, slot = (rows(self.ints, at, at + tokens) for at in begins)
+        begins = (i * self.tokens for i in range(3 + self.group_count))
+        ids, position, slot, *pages = (rows(self.ints, at, at + tokens) for at in begins)
         activations = {k: rows(a, 0, tokens) for k, a in of.items()}
-        return Rows(tokens, few, {0: ids}, position, page, slot, activations)
+        by_layer = [pages[group] for group in self.group_of]
+        return Rows(tokens, few, {0: ids}, position, slot, by_layer, activations)
 
     def _kv(self, begin: int, end: int) -> list[KV]:
         """The KV of each layer for requests begin … end-1."""
         if (begin, end) not in self._views:
-            rows = self.model.memory.rows
-            table = Table(rows(self.kv_len, begin, end), rows(self.block_table, begin, end))
-            self._views[begin, end] = [KV(table, pool) for pool in self.pools]
+            rows, every = self.model.memory.rows, self.block_table.reshape(-1, self.width)
+            lengths, *lines = (rows(x, begin, end) for x in (self.kv_len, *self._lines))
+            tables = [Table(lengths, every, rows=of) for of in lines]
+            if self.group_count == 1:
+                tables = [Table(lengths, rows(every, begin, end))]
+            of_layers = zip(self.group_of, self.pools, strict=True)
+            self._views[begin, end] = [KV(tables[group], pool) for group, pool in of_layers]
         return self._views[begin, end]
 
     def _answer_plans(self, requests: int) -> dict[Attention, Plan]:
@@ -256,15 +268,18 @@ class Runner:
         if (front, count) not in self._mixed:
             make = self._record if model.products else self._bind_prompts
             self._mixed[front, count] = make(front, count)
-        # Tokens (not read for answers), positions, pages and slots. A row more than a chunk has
-        # tokens has token 0; rows that fill the step up have no page.
-        columns, at = np.zeros((4, self.tokens), np.int32), [*range(n), *range(front, total)]
+        # Tokens (not read for answers), positions, slots, pages by group. A row more than a chunk
+        # has tokens has token 0; rows that fill the step up have no page.
+        at = [*range(n), *range(front, total)]
+        columns = np.zeros((3 + self.group_count, self.tokens), np.int32)
         of = np.repeat([*range(n), *range(first, first + len(stops))], sizes)
         placed = [*zip(chunks, sizes, [*range(n), *begins], strict=True)]
         tokens = [(*c.request.tokens[c.start : c.stop], 0)[:size] for c, size, _ in placed]
         positions = np.concatenate([np.arange(c.start, c.start + size) for c, size, _ in placed])
-        columns[0, at], columns[1, at], columns[2] = np.concatenate(tokens), positions, -1
-        columns[2, at], columns[3] = self.table[of, positions // PAGE_SIZE], columns[1] % PAGE_SIZE
+        columns[0, at], columns[1, at], columns[3:] = np.concatenate(tokens), positions, -1
+        columns[2] = columns[1] % PAGE_SIZE
+        by_group = self.table.reshape(-1, self.group_count, self.width)
+        columns[3:, at] = by_group[of, :, positions // PAGE_SIZE].T
         lasts = [row + c.stop - c.start - 1 for c, _, row in placed[n:] if c.wants_token]
         picked = [*range(front), *lasts]
         work = [x.work(count, indptr, np.array(stops), first) for x in self._step_plans.values()]
@@ -288,7 +303,7 @@ class Runner:
         """The attention of prompts in each layer, whose rows come behind those of answers."""
         model, rows, every = self.model, self.model.memory.rows, self._kv(0, len(self.table))
         a, plans = self._rows(count, few=False).a, dict[Attention, Plan]()
-        end = 4 * self.tokens + len(self.table)  # of what is in front of the work
+        end = (3 + self.group_count) * self.tokens + len(self.table)  # in front of the work
         for attention, own in self._step_plans.items():
             begin, end = end, end + own.words(count)
             plans[attention] = own.plan(count, count - answers, rows(self.ints, begin, end))
@@ -322,8 +337,11 @@ class Runner:
         if alone:
             of_rows = self.kv_len, self.block_table, self.cascade.base, self.cascade.own
             *read, own = (rows(x, 0, count) for x in of_rows)
+            first, *others = (b.page[self.group_of.index(g)] for g in range(self.group_count))
+            for n, page in enumerate(others, 1):
+                do(pages_kernel(model.name), *read[:2], PAGE_SIZE, n * self.width, out=page)
             positions = positions_kernel(PAGE_SIZE, model.name)
-            do(positions, *read, out=(b.position, b.page, b.slot, own))
+            do(positions, *read, out=(b.position, first, b.slot, own))
         elif answers:  # whose tokens are where the step in front, or the host, has put them
             ids = rows(self.last["token"], 0, answers), rows(b.ids[0], answers, count)
             b = replace(b, ids=dict(zip((0, answers), ids, strict=True)))

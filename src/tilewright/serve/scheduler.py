@@ -29,8 +29,8 @@ WINDOW = 64  # waiting requests that the policy sees, the best by rank and arriv
 class Limits:
     """`pages`: of the pool; `running`: most requests at once; `step_tokens`: most tokens of a step,
     more than requests; `share`: whether pages of equal prefixes are shared; `invariant`: an answer
-    that was preempted is read again token by token, as it was written, else in chunks; `window`:
-    keys that a token sees in every layer (0: all), behind which pages are given back."""
+    that was preempted is read again token by token, as it was written, else in chunks; `windows`:
+    for each group of layers the keys that a token sees (0: all), behind which pages go back."""
 
     pages: int
     running: int = 16
@@ -38,7 +38,7 @@ class Limits:
     share: bool = True
     invariant: bool = True
     page_size: int = PAGE_SIZE
-    window: int = 0
+    windows: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Scheduler:
         self.model = model or CostModel()
         self.policy = policy
         self.pages = Pages(limits.pages)
-        self.prefix = PrefixTree(self.pages, limits.page_size, limits.window)
+        self.prefix = PrefixTree(self.pages, limits.page_size, limits.windows)
         self.waiting: list[Request] = []
         self.running: list[Request] = []  # by rank, then by arrival
         self.step = 0
@@ -132,8 +132,7 @@ class Scheduler:
         self._admit([r for r in self.waiting if r.id in decision.admit])
         rows = [(r, 1) for r in self._answers() if decision.kind != "prefill"]
         for request, _ in rows:
-            if self._lacks_page(request):
-                request.pages.append(self._take())
+            request.pages += self._take(self._lacks(request))
         by_id = {r.id: r for r in self.running}
         rows += [(by_id[i], tokens) for i, tokens in decision.chunks]
         chunks = tuple([Chunk(r, r.computed, r.computed + tokens) for r, tokens in rows])
@@ -149,7 +148,7 @@ class Scheduler:
             if self.limits.share:
                 self._keep(request)
             unseen = max(request.unseen, self.prefix.unseen(chunk.stop))
-            for page in request.pages[request.unseen : unseen]:
+            for page in self.prefix.part(request.pages, request.unseen, unseen, True):
                 self.pages.release(page)
             request.unseen = unseen
             if chunk.wants_token:
@@ -164,11 +163,12 @@ class Scheduler:
         waiting = sorted(self.waiting, key=lambda r: (-self._rank(r), r.id))[:WINDOW]
         return State(
             step_tokens=self.limits.step_tokens, quantum=self.limits.page_size,
-            pages=self.pages.available, seats=self.limits.running - len(running),
+            pages=self.pages.available, block=self.prefix.count,
+            seats=self.limits.running - len(running),
             answers=len(answers), context=sum([r.computed for r in answers]) + len(answers),
             due=min([r.due for r in answers if r.left == 1], default=inf) - now,
             gap=min([r.gap for r in running], default=inf),
-            growth=sum([self._lacks_page(r) for r in answers]),
+            growth=sum(map(self._lacks, answers)),
             worst=(running[-1].rank, running[-1].id) if running else None,
             prompts=tuple([self._prompt(r, now, r.computed, r.rank) for r in read]),
             waiting=tuple([self._candidate(r, now) for r in waiting]),
@@ -189,9 +189,14 @@ class Scheduler:
         """A waiting request, with what the prefix tree knows of it."""
         path = self.prefix.match(r.tokens)
         start = len(path) * self.limits.page_size
-        unseen, holders = self.prefix.unseen(start), self.pages.holders
-        pages = self._needed(r) - unseen - sum([holders[n.page] > 0 for n in path[unseen:]])
+        known, holders = [p for node in path for p in node.pages], self.pages.holders
+        read = self._read(known, self.prefix.unseen(start))
+        pages = self._needed(r) - len(known) + sum([not holders[p] for p in read])
         return self._prompt(r, now, start, self._rank(r), pages)
+
+    def _read(self, pages: list[int], unseen: int) -> list[int]:
+        """Those of the pages of a request that it holds: not all of the first `unseen` blocks."""
+        return self.prefix.part(pages, 0, unseen, False) + pages[unseen * self.prefix.count :]
 
     def _admit(self, requests: list[Request]) -> None:
         """Moves waiting requests to the running ones, with the pages of their tokens. All hold what
@@ -200,33 +205,33 @@ class Scheduler:
             path = self.prefix.match(request.tokens)
             request.computed = len(path) * self.limits.page_size
             request.unseen = self.prefix.unseen(request.computed)
-            for node in path[request.unseen :]:
-                self.pages.hold(node.page)
-            request.pages = [max(node.page, 0) for node in path]  # of those unseen any is right
+            request.pages = [max(p, 0) for node in path for p in node.pages]  # 0: not looked at
+            for page in self._read(request.pages, request.unseen):
+                self.pages.hold(page)
             request.node = path[-1] if path else None
             if request.answered == 0:
                 request.cached = request.computed
             self.prefix.touch(request.node)
         for request in requests:
-            while len(request.pages) < self._needed(request):
-                request.pages.append(self._take())
+            request.pages += self._take(self._needed(request) - len(request.pages))
             request.rank, request.since = self._rank(request), self.step
             self.waiting.remove(request)
             insort(self.running, request, key=lambda r: (-r.rank, r.id))
 
     def _needed(self, request: Request) -> int:
         """The number of pages for the tokens of a request and the next one."""
-        return len(request.tokens) // self.limits.page_size + 1
+        return (len(request.tokens) // self.limits.page_size + 1) * self.prefix.count
 
-    def _take(self) -> int:
-        """A page for a request; the caller knows that one is available."""
-        if not self.pages.free:
-            self.prefix.evict(1 + self.limits.pages // 32)  # a few at once: the search is linear
-        return self.pages.take()
+    def _take(self, count: int) -> list[int]:
+        """Pages for a request; the caller knows that so many are available."""
+        if (lacking := count - len(self.pages.free)) > 0:  # some more: the search is linear
+            self.prefix.evict(lacking + self.limits.pages // 32)
+        return [self.pages.take() for _ in range(count)]
 
-    def _lacks_page(self, request: Request) -> bool:
-        """Whether the next token of an answer needs a page more."""
-        return len(request.pages) * self.limits.page_size < len(request.tokens)
+    def _lacks(self, request: Request) -> int:
+        """How many pages the next token of an answer needs."""
+        blocks = len(request.pages) // self.prefix.count
+        return self.prefix.count * (blocks * self.limits.page_size < len(request.tokens))
 
     def _preempt(self, number: int) -> int:
         request = next(r for r in self.running if r.id == number)
@@ -241,19 +246,20 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.running.remove(request)
         self.prefix.touch(request.node)
-        for page in request.pages[request.unseen :]:
+        for page in self._read(request.pages, request.unseen):
             self.pages.release(page)
         request.pages, request.node, request.unseen = [], None, 0
 
     def _keep(self, request: Request) -> None:
         """Enters the pages of a request that have become full into the prefix tree. Where the tree
         knows the same tokens, the request takes the tree's page for its own."""
-        size, pages = self.limits.page_size, request.pages
+        size, count, pages = self.limits.page_size, self.prefix.count, request.pages
         known = 0 if request.node is None else request.node.depth
         for n in range(known, request.computed // size):
-            key = tuple(request.tokens[n * size : (n + 1) * size])
-            request.node = self.prefix.insert(request.node, key, pages[n])
-            if request.node.page != pages[n]:
-                self.pages.hold(request.node.page)
-                self.pages.release(pages[n])
-                pages[n] = request.node.page
+            key, at = tuple(request.tokens[n * size : (n + 1) * size]), n * count
+            request.node = self.prefix.insert(request.node, key, pages[at : at + count])
+            for at, page in enumerate(request.node.pages, n * count):
+                if page != pages[at]:
+                    self.pages.hold(page)
+                    self.pages.release(pages[at])
+                    pages[at] = page

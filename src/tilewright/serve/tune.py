@@ -99,7 +99,8 @@ def _chunks(engine: Engine, rng: np.random.Generator) -> list[Chunk]:
         ids = rng.integers(0, vocab, stop + (not is_final)).tolist()
         request = Request(0, ids)
         request.in_chunks = len(ids) if is_prompt else 0
-        request.pages = rng.integers(0, limits.pages, len(ids) // PAGE_SIZE + 1).tolist()
+        pages = (len(ids) // PAGE_SIZE + 1) * len(limits.windows)
+        request.pages = rng.integers(0, limits.pages, pages).tolist()
         return Chunk(request, start, stop)
 
     longest = int(rng.integers(1, context))

@@ -147,7 +147,7 @@ def serve(args: argparse.Namespace) -> int:
         options = engine_options(args)
         file, name = open_model(path), args.name or path.stem
         worker = Worker.process(str(path), args.target, options)
-        prompts = Prompts(file, options.resolved(file.config.context)[0])
+        prompts = Prompts(file, options.resolved(file.config)[0])
         limits = ServerLimits(of_client=args.of_client, api_keys=args.api_key)
         app = build_app(prompts, worker, name, limits)
         print(f"{name} at http://{args.host}:{listening.getsockname()[1]}/v1", flush=True)

@@ -114,6 +114,11 @@ class ModelConfig:
     score_cap: float = 0.0
     logit_cap: float = 0.0
 
+    @property
+    def has_window(self) -> tuple[bool, ...]:
+        """Whether a layer has a sliding window, for each layer."""
+        return self.windowed or (False,) * self.layers
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor the model needs, by canonical name."""
         dim, ffn = self.dim, self.ffn_dim

@@ -66,15 +66,16 @@ class Rows:
 
     `few`: linear layers take the kernel of one row, not that of many rows or the products of a
     library. Of the two kernels, not of a library, a row has the same bits for any number of rows.
-    `ids` (by first row), `position`, `page`, `slot`: int32 (tokens,). `a`: `Llama.activations`.
+    `ids` (by first row), `position`, `slot`, `page` (by layer): int32 (tokens,). `a`:
+    `Llama.activations`.
     """
 
     tokens: int
     few: bool
     ids: dict[int, Any]
     position: Any
-    page: Any
     slot: Any
+    page: list[Any]
     a: dict[str, Any]
 
 
@@ -115,7 +116,7 @@ class Llama:
         }
         self.layers = [
             self._layer(f"layers.{i}.", variants[local], angles[ropes[local]])
-            for i, local in enumerate(self.config.windowed or (False,) * self.config.layers)
+            for i, local in enumerate(self.config.has_window)
         ]
 
     def _variants(self) -> tuple[Attention, Attention]:
@@ -248,8 +249,9 @@ class Llama:
             rotated = self.pairs(a["rotated"], t, c.qo_heads)
             do(rope, self.pairs(q, t, c.qo_heads), *angles, out=rotated)
             keys, pages = self.pairs(k, t, c.kv_heads), cache[0][i]
-            do(rope_append, self.pairs(pages, *pages.shape[:3]), keys, *angles, b.page, b.slot)
-            do(append, cache[1][i], v.reshape(t, c.kv_heads, c.head_dim), b.page, b.slot)
+            slots = b.page[i], b.slot
+            do(rope_append, self.pairs(pages, *pages.shape[:3]), keys, *angles, *slots)
+            do(append, cache[1][i], v.reshape(t, c.kv_heads, c.head_dim), *slots)
             heads = (t, c.qo_heads, c.head_dim)
             attend(i, a["rotated"].reshape(*heads), a["attended"].reshape(*heads))
             normed = self._added(layer, "attn", (y, x), layer.norms["ffn_norm"], b, do)
