@@ -113,6 +113,14 @@ TRACES = {
         ["1: 0[0:13] +0", "2: 0[13:14]", "3: 0[14:15]", "4: 0[15:16]", "5: 0[16:17]",
          "6: 0[17:18]", "7: 0[18:19]", "8: 0[19:20]", "9: 1[12:13] +1", "10: 2[0:9] +2"],
     ),
+    # 16 pages: eleven for all tokens in the layers that see them all, five in the others, where two
+    # chunks and the window lie in no more blocks at once. 1 has to wait for three and one of them.
+    "a prompt that is longer than its window": (
+        Limits(16, running=2, step_tokens=8, page_size=4, windows=(0, 6)),
+        [Arrival(span(40), 2), Arrival(span(9, 50), 1)],
+        ["1: 0[0:8] +0", "2: 0[8:16]", "3: 0[16:24]", "4: 0[24:32]", "5: 0[32:40]", "6: 0[40:41]",
+         "7: 1[0:8] +1", "8: 1[8:9]"],
+    ),
 }  # fmt: skip
 
 
@@ -222,7 +230,7 @@ def test_the_least_recently_used_is_evicted_first():
     for _, leaf in chains:
         pages.release(leaf.pages[0])
         pages.release(leaf.parent.pages[0])
-    assert pages.available == 6 and not pages.free
+    assert pages.count - pages.held == 6 and not pages.free
     tree.touch(chains[0][1])
     pages.hold(chains[2][0].pages[0])
     wanted = [chains[1][1], chains[1][0], chains[2][1], chains[0][1], chains[0][0]]
@@ -253,7 +261,7 @@ def test_pages_behind_a_window_are_evicted_first():
             pages.release(page)
     whole = [node.pages.copy() for node in nodes]
     order = []
-    while pages.available > len(pages.free):
+    while pages.count - pages.held > len(pages.free):
         known = len(tree.match(tokens))
         assert known == (5 if len(order) < 4 else 0), order
         tree.evict(1)

@@ -110,9 +110,11 @@ class Clock:
         held: dict[int, int] = {}
         for request in scheduler.running:
             assert len(request.pages) % len(windows) == 0
+            assert not any(windows) or request.ahead - request.unseen <= scheduler.most
             for i, page in enumerate(request.pages):
-                if i // len(windows) < request.unseen and windows[i % len(windows)]:
-                    continue  # behind the window
+                is_held = request.unseen <= i // len(windows) < request.ahead
+                if windows[i % len(windows)] and not is_held:
+                    continue  # behind the window, or not computed yet
                 held[page] = held.get(page, 0) + 1
                 assert held[page] == 1 or page in kept, "a page is written by two"
         assert [pages.holders[p] for p in range(pages.count)] == [
@@ -123,6 +125,8 @@ class Clock:
         for chunk in decision.chunks:
             tokens = chunk.request.tokens
             assert chunk.start < chunk.stop <= len(chunk.request.pages) // len(windows) * size
+            for n in range(chunk.start, chunk.stop + chunk.is_prompt):  # a row of padding behind
+                assert min(self.block(chunk.request, n)) >= 0, "a token without a page"
             for n in range(chunk.start):
                 for group, page in enumerate(self.block(chunk.request, n)):
                     if (window := windows[group]) and n <= chunk.start - window:

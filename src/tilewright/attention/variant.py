@@ -11,17 +11,8 @@ scalars and compose:
 
     Causal() & SlidingWindow(1024) | Softcap(soft_cap=50.0)
 
-The hook `sink(self, at)` returns a logit that is added to the denominator of a row's softmax as if
-it belonged to a key whose value is 0 (GPT-OSS): `return self.sinks[at.qo_head]`. The row's lse
-includes it, as in FlashInfer, so if states are merged only one of them may have a sink. A row that
-sees no key has o = 0, and its lse is the sink.
-
-The hooks `query(self, q, at)`, `key(self, k, at)` and `output(self, o, at)` change rows: `q[d]` is
-element d of the row in float32, for any int32 d (0 outside the row), and they return element
-`at.dim` of the new row. `query` comes before `sm_scale`; `output` gets the row that the softmax has
-divided, of all keys together, zeros where no key is seen. With the class attribute
-`softmax = False` a key's logit is its weight, that of a key not seen is 0, o is the sum of weight ·
-value, and there is no lse.
+The hooks `sink`, `query`, `key` and `output`, and `softmax = False`, are told of in
+docs/attention/variant.md: a logit of the denominator, changed rows, and no softmax.
 
 `a & b` sees the keys that both see; scores and rows pass through the hooks of a, then those of b.
 `a | b` sees what a sees: of b it takes every hook but the mask. `&` binds tighter than `|`, so

@@ -3,8 +3,8 @@ that hold the keys and values of known beginnings of prompts.
 
 A page has the keys and values of `PAGE_SIZE` tokens in one group of layers, `layer_groups`. All
 groups take their pages from one pool; a *block* is a page for each group, of the same tokens. A
-request that runs holds the blocks of its tokens, but gives the pages of groups with a sliding
-window back once these lie behind it.
+request that runs holds the pages of its tokens; of groups with a sliding window only those from the
+window to the tokens that are computed next.
 
 A node of the tree is a full block, its key the tokens in it; a path from the root is a prefix. What
 a running request reads is never evicted. A node may lose its pages of groups with a window while
@@ -36,28 +36,26 @@ class Pages:
         self.free = list(range(count - 1, -1, -1))
         self.holders = [0] * count
         self.kept = [False] * count
-        self.held = 0
+        self.windowed = [False] * count  # of a group with a window, while it is in use
+        self.held = self.held_windowed = 0
 
-    @property
-    def available(self) -> int:
-        """Pages that no request holds: the free ones, and those that the prefix tree can evict."""
-        return self.count - self.held
-
-    def take(self) -> int:
+    def take(self, windowed: bool = False) -> int:
         """A free page, held once."""
         page = self.free.pop()
+        self.windowed[page] = windowed
         self.hold(page)
         return page
 
     def hold(self, page: int) -> None:
-        self.held += self.holders[page] == 0
+        if self.holders[page] == 0:
+            self.held, self.held_windowed = self.held + 1, self.held_windowed + self.windowed[page]
         self.holders[page] += 1
 
     def release(self, page: int) -> None:
         assert self.holders[page] > 0, f"page {page} is released more often than held"
         self.holders[page] -= 1
         if self.holders[page] == 0:
-            self.held -= 1
+            self.held, self.held_windowed = self.held - 1, self.held_windowed - self.windowed[page]
             if not self.kept[page]:
                 self.free.append(page)
 

@@ -140,12 +140,12 @@ class Request:
 
     `tokens`: prompt and answer; keys and values of the first `computed` are in `pages` (of each
     block one for each group of layers), the first `cached` of them were when it was admitted; of
-    the first `unseen` blocks, pages of groups with a sliding window lie behind it, and are others'
-    perhaps; the first `in_chunks` tokens are read many at once, later ones one a step. `rank`: its
-    priority, grown by waiting. `finish`: "" while it runs, then stop, length, cancel or error.
-    `pieces`: text that nobody has read yet. `since`: the step at which it began to wait, for a seat
-    or for its next tokens. Seconds: `arrived`; `due`: the next token is promised; `first`, `last`:
-    its first and its latest token came.
+    groups with a sliding window it holds those of blocks `unseen` … `ahead` - 1; the first
+    `in_chunks` tokens are read many at once, later ones one a step. `rank`: its priority, grown by
+    waiting. `finish`: "" while it runs, then stop, length, cancel or error. `pieces`: text that
+    nobody has read yet. `since`: the step at which it began to wait, for a seat or for its next
+    tokens. Seconds: `arrived`; `due`: the next token is promised; `first`, `last`: its first and
+    its latest token came.
     """
 
     id: int
@@ -159,6 +159,7 @@ class Request:
     cached: int = 0
     pages: list[int] = field(default_factory=list)
     unseen: int = 0
+    ahead: int = 0
     node: Node | None = None
     rank: int = 0
     since: int = 0

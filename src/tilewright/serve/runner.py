@@ -118,8 +118,7 @@ class Runner:
         every = self._kv(0, most)[0]
         # Of prompts, whose keys are divided where their bits may depend on the batch.
         self._step_plans = {x: x.step_plans(every, tokens, not self.joins) for x in self.attentions}
-        # Columns of `Rows`, one behind the other; the rows whose logits are wanted; the work of
-        # attention.
+        # Columns of `Rows`; the rows whose logits are wanted; the work of attention.
         words = sum([own.words(tokens) for own in self._step_plans.values()])
         self.ints = put(np.zeros((3 + self.group_count) * tokens + most + words, np.int32))
         arrays = self.kv_len, self.last["token"], self.ints
@@ -211,9 +210,9 @@ class Runner:
         self._sending = [self._sending[1], []]
         for i, chunk in zip(rows, chunks, strict=True):
             pages, node = chunk.request.pages, chunk.request.node
-            held, now = self._held[i], (pages, node, len(pages))
+            held, now = self._held[i], (pages, node, len(pages), chunk.request.ahead)
             # A list grows in place, and has other pages once the prefix tree knows the full ones.
-            if not (pages is held[0] and node is held[1] and len(pages) == held[2]):
+            if not (pages is held[0] and node is held[1] and now[2:] == held[2:]):
                 blocks = np.reshape(pages, (-1, self.group_count))
                 self.table[i].reshape(self.group_count, -1)[:, : len(blocks)] = blocks.T
                 row = memory.rows(self.block_table, i, i + 1)

@@ -3,7 +3,8 @@
 Continuous batching: a step has one token of every request that is being answered, then chunks of
 prompts. What a step does, `policy.decide` says, of the state that the scheduler shows it; the
 scheduler owns the lists and the pages. A request is admitted when the pages of its whole prompt are
-available; the answer takes pages as it grows. Where none is left, the running request of the lowest
+available, in layers with a window as many as it holds at once; the answer takes pages as it grows.
+Where none is left, the running request of the lowest
 rank, among equals the latest, gives its pages back and is read again later (preemption by
 recompute). Waiting raises the rank by one every `PATIENCE` steps, so that nobody waits for ever.
 
@@ -96,6 +97,10 @@ class Scheduler:
         self.policy = policy
         self.pages = Pages(limits.pages)
         self.prefix = PrefixTree(self.pages, limits.page_size, limits.windows)
+        self.kinds = [len(groups) for groups in self.prefix.groups]  # without, with a window
+        # Blocks that a request has at once of a group with a window, at most: those that the first
+        # token of a step sees, those of its tokens, and a part of one in front and behind.
+        self.most = (self.prefix.window + limits.step_tokens) // limits.page_size + 2
         self.waiting: list[Request] = []
         self.running: list[Request] = []  # by rank, then by arrival
         self.step = 0
@@ -132,9 +137,11 @@ class Scheduler:
         self._admit([r for r in self.waiting if r.id in decision.admit])
         rows = [(r, 1) for r in self._answers() if decision.kind != "prefill"]
         for request, _ in rows:
-            request.pages += self._take(self._lacks(request))
+            self._grow(request, -(-len(request.tokens) // self.limits.page_size))
         by_id = {r.id: r for r in self.running}
         rows += [(by_id[i], tokens) for i, tokens in decision.chunks]
+        for request, tokens in rows:
+            self._provide(request, request.computed + tokens)
         chunks = tuple([Chunk(r, r.computed, r.computed + tokens) for r, tokens in rows])
         return Batch(self.step, chunks, decision, tuple(preempted))
 
@@ -163,7 +170,7 @@ class Scheduler:
         waiting = sorted(self.waiting, key=lambda r: (-self._rank(r), r.id))[:WINDOW]
         return State(
             step_tokens=self.limits.step_tokens, quantum=self.limits.page_size,
-            pages=self.pages.available, block=self.prefix.count,
+            pages=self._available(), block=self.prefix.count,
             seats=self.limits.running - len(running),
             answers=len(answers), context=sum([r.computed for r in answers]) + len(answers),
             due=min([r.due for r in answers if r.left == 1], default=inf) - now,
@@ -189,14 +196,17 @@ class Scheduler:
         """A waiting request, with what the prefix tree knows of it."""
         path = self.prefix.match(r.tokens)
         start = len(path) * self.limits.page_size
-        known, holders = [p for node in path for p in node.pages], self.pages.holders
-        read = self._read(known, self.prefix.unseen(start))
-        pages = self._needed(r) - len(known) + sum([not holders[p] for p in read])
+        needed, unseen = len(r.tokens) // self.limits.page_size + 1, self.prefix.unseen(start)
+        known = self.prefix.part([p for node in path for p in node.pages], 0, needed, False)
+        pages = self.kinds[0] * needed - sum([self.pages.holders[p] > 0 for p in known])
+        pages += self.kinds[1] * min(needed - unseen, self.most)
         return self._prompt(r, now, start, self._rank(r), pages)
 
-    def _read(self, pages: list[int], unseen: int) -> list[int]:
-        """Those of the pages of a request that it holds: not all of the first `unseen` blocks."""
-        return self.prefix.part(pages, 0, unseen, False) + pages[unseen * self.prefix.count :]
+    def _read(self, request: Request) -> list[int]:
+        """The pages that a request holds."""
+        part, pages = self.prefix.part, request.pages
+        full = part(pages, 0, len(pages), False)
+        return full + part(pages, request.unseen, request.ahead, True)
 
     def _admit(self, requests: list[Request]) -> None:
         """Moves waiting requests to the running ones, with the pages of their tokens. All hold what
@@ -206,32 +216,56 @@ class Scheduler:
             request.computed = len(path) * self.limits.page_size
             request.unseen = self.prefix.unseen(request.computed)
             request.pages = [max(p, 0) for node in path for p in node.pages]  # 0: not looked at
-            for page in self._read(request.pages, request.unseen):
+            request.ahead = len(path)
+            for page in self._read(request):
                 self.pages.hold(page)
             request.node = path[-1] if path else None
             if request.answered == 0:
                 request.cached = request.computed
             self.prefix.touch(request.node)
         for request in requests:
-            request.pages += self._take(self._needed(request) - len(request.pages))
+            self._grow(request, len(request.tokens) // self.limits.page_size + 1)
             request.rank, request.since = self._rank(request), self.step
             self.waiting.remove(request)
             insort(self.running, request, key=lambda r: (-r.rank, r.id))
 
-    def _needed(self, request: Request) -> int:
-        """The number of pages for the tokens of a request and the next one."""
-        return (len(request.tokens) // self.limits.page_size + 1) * self.prefix.count
+    def _blocks(self, request: Request) -> int:
+        return len(request.pages) // self.prefix.count
 
-    def _take(self, count: int) -> list[int]:
-        """Pages for a request; the caller knows that so many are available."""
-        if (lacking := count - len(self.pages.free)) > 0:  # some more: the search is linear
-            self.prefix.evict(lacking + self.limits.pages // 32)
-        return [self.pages.take() for _ in range(count)]
+    def _grow(self, request: Request, blocks: int) -> None:
+        """Gives a request more blocks, so many in all; without the pages of groups with a window,
+        which a chunk gets when it needs them."""
+        of_block, count = self.limits.windows, blocks - self._blocks(request)
+        request.pages += [-1 if w else self._take(False) for _ in range(count) for w in of_block]
+
+    def _available(self) -> int:
+        """Pages that can be promised: free ones, and ones that the prefix tree can evict. Of groups
+        with a window each request that runs has as many to itself as it may hold at once, though
+        others share some, so that none lacks one later."""
+        running = self.running if self.kinds[1] else ()
+        held = sum([min(self._blocks(r) - r.unseen, self.most) for r in running])
+        full = self.pages.held - self.pages.held_windowed
+        return self.pages.count - full - held * self.kinds[1]
+
+    def _provide(self, request: Request, stop: int) -> None:
+        """The pages of groups with a window for the tokens in front of `stop` and the next one."""
+        end = min(stop // self.limits.page_size + 1, self._blocks(request))
+        for block in range(request.ahead, end):
+            for group in self.prefix.groups[1]:
+                request.pages[block * self.prefix.count + group] = self._take(True)
+        request.ahead = max(end, request.ahead)
+
+    def _take(self, windowed: bool) -> int:
+        """A page for a request; the caller knows that one is available."""
+        if not self.pages.free:
+            self.prefix.evict(1 + self.limits.pages // 32)  # a few at once: the search is linear
+        return self.pages.take(windowed)
 
     def _lacks(self, request: Request) -> int:
         """How many pages the next token of an answer needs."""
-        blocks = len(request.pages) // self.prefix.count
-        return self.prefix.count * (blocks * self.limits.page_size < len(request.tokens))
+        blocks = self._blocks(request)
+        grows = blocks * self.limits.page_size < len(request.tokens)
+        return grows * (self.kinds[0] + self.kinds[1] * (blocks - request.unseen < self.most))
 
     def _preempt(self, number: int) -> int:
         request = next(r for r in self.running if r.id == number)
@@ -246,9 +280,9 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.running.remove(request)
         self.prefix.touch(request.node)
-        for page in self._read(request.pages, request.unseen):
+        for page in self._read(request):
             self.pages.release(page)
-        request.pages, request.node, request.unseen = [], None, 0
+        request.pages, request.node, request.unseen, request.ahead = [], None, 0, 0
 
     def _keep(self, request: Request) -> None:
         """Enters the pages of a request that have become full into the prefix tree. Where the tree
