@@ -47,7 +47,7 @@ from tilewright.ir import nodes as ir
 from tilewright.ir.atoms import QUAD
 from tilewright.ir.names import ADDRESS, is_generated
 from tilewright.ir.rewrite import walk
-from tilewright.reference import ops_table as ops
+from tilewright.reference import evaluate as ops
 from tilewright.target import WARP
 
 Machine = Callable[..., "Launch"]

@@ -30,8 +30,8 @@ from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import free_vars, statements, walk
-from tilewright.reference import ops_table
-from tilewright.reference.ops_table import UFUNCS, cast, decode, encode
+from tilewright.reference import evaluate
+from tilewright.reference.evaluate import UFUNCS, cast, decode, encode
 
 
 def execute(
@@ -432,7 +432,7 @@ def operation(e: Any) -> Callable[..., Any]:
         return lambda x: np.repeat(x[..., None], e.dtype.lanes, -1)
     if isinstance(e, ir.ReduceLanes):
         return lambda x: UFUNCS[e.op].reduce(x, -1, x.dtype)
-    return ops_table.operation(e)
+    return evaluate.operation(e)
 
 
 def cursor(loop: str, operand: int) -> str:

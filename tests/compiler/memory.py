@@ -17,7 +17,7 @@ from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import stride_name
 from tilewright.ir.rewrite import walk
-from tilewright.reference.ops_table import cast, computed, decode
+from tilewright.reference.evaluate import cast, computed, decode
 
 
 @dataclass(slots=True)

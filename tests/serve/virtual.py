@@ -120,6 +120,12 @@ class Clock:
         assert [pages.holders[p] for p in range(pages.count)] == [
             held.get(p, 0) for p in range(pages.count)
         ]
+        for request in scheduler.waiting:
+            path = scheduler.prefix.match(request.tokens)
+            assert scheduler.prefix.match(request.tokens, request.walk) == path
+            full = [[p for p, w in zip(node.pages, windows, strict=True) if not w] for node in path]
+            is_held = [all(pages.holders[p] for p in own) for own in full]
+            assert is_held == sorted(is_held, reverse=True), "a block is held, one in front not"
         assert not kept & set(pages.free) and not held.keys() & set(pages.free)
         assert len(kept | held.keys()) + len(pages.free) == pages.count, "a page is lost"
         for chunk in decision.chunks:

@@ -10,7 +10,7 @@ from tilewright.attention.tracing import NO_SINK, ROW, SAME_ROW
 from tilewright.attention.variant import traced_of
 from tilewright.ir.nodes import Const, Expr, Load, Var
 from tilewright.ir.stmt import children
-from tilewright.reference.ops_table import computed, operation
+from tilewright.reference.evaluate import computed, operation
 from tilewright.runtime.transfer import as_float64, to_host
 
 

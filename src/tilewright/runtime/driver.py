@@ -101,16 +101,12 @@ def _load() -> ctypes.CDLL:
 
 
 _active = threading.local()
-_lock = threading.RLock()  # `functools.cache` alone lets two threads make two
 
 
+@functools.cache
 def driver() -> Driver:
-    """The driver, loaded and initialised once. Raises BuildError[B102] where there is none."""
-    with _lock:
-        return _driver()
-
-
-_driver = functools.cache(Driver)
+    """The driver, loaded once, or once by each of two threads. Raises BuildError[B102]."""
+    return Driver()
 
 
 class Device:
@@ -160,13 +156,10 @@ class Device:
         return driver().returned("cuDeviceTotalMem_v2", self._id)
 
 
+@functools.cache
 def device(ordinal: int = 0) -> Device:
     """A GPU by its number. Raises BuildError[B102] where there is none."""
-    with _lock:
-        return _device(ordinal)
-
-
-_device = functools.cache(Device)
+    return Device(ordinal)
 
 
 def arch_of(major: int, minor: int) -> str:

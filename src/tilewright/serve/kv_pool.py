@@ -13,6 +13,7 @@ the others, and later nodes, stay.
 
 import heapq
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 PAGE_SIZE = 16  # tokens
 Key = tuple[int, ...]
@@ -84,6 +85,17 @@ class Node:
         self.children: dict[Key, Node] = {}
 
 
+@dataclass(slots=True)
+class Walk:
+    """How far a request has followed the tree: `path`, of which the first `known` blocks are the
+    longest known prefix and the last of those that are not whole is number `missing`."""
+
+    path: list[Node] = field(default_factory=list)
+    known: int = 0
+    missing: int = 0
+    changes: int = 0
+
+
 class PrefixTree:
     """Blocks by the tokens in them and before them. `windows`: keys that a token sees in the layers
     of each group (0: all)."""
@@ -94,6 +106,7 @@ class PrefixTree:
         self.window = max(*windows, page_size) if any(windows) else 0
         self.root = Node((), self.count, None, 0)
         self.time = 0
+        self.changes = 0  # of the pages of groups with a window, in nodes that stay
 
     def unseen(self, computed: int) -> int:
         """How many first blocks no token sees through a window once so many are computed, nor where
@@ -106,20 +119,25 @@ class PrefixTree:
         n = self.count
         return [p for g in self.groups[windowed] for p in pages[begin * n + g : end * n : n]]
 
-    def match(self, tokens: Sequence[int]) -> list[Node]:
+    def match(self, tokens: Sequence[int], walk: Walk | None = None) -> list[Node]:
         """The path of the longest prefix of `tokens` in full blocks, of which all that a later
-        token sees is there; a last token at least is left out, since its logits are wanted."""
-        path: list[Node] = []
-        known = missing = 0  # blocks of the prefix, and up to the last that is not whole
-        node, size = self.root, self.page_size
-        for begin in range(0, len(tokens) - size, size):
+        token sees is there; a last token at least is left out, since its logits are wanted. `walk`:
+        of the same tokens before; this one goes on where it ended, if the tree still has that."""
+        walk = Walk() if walk is None else walk
+        if walk.changes != self.changes:
+            walk.path, walk.known, walk.missing, walk.changes = [], 0, 0, self.changes
+        path, size = walk.path, self.page_size
+        while path and max(path[-1].pages) < 0:  # evicted with all behind it
+            path.pop()
+        for begin in range(len(path) * size, len(tokens) - size, size):
+            node = path[-1] if path else self.root
             child = node.children.get(tuple(tokens[begin : begin + size]))
             if child is None:
                 break
-            path.append(node := child)
-            missing = len(path) if min(node.pages) < 0 else missing
-            known = len(path) if missing <= self.unseen(len(path) * size) else known
-        return path[:known]
+            path.append(child)
+            walk.missing = len(path) if min(child.pages) < 0 else walk.missing
+            walk.known = len(path) if walk.missing <= self.unseen(len(path) * size) else walk.known
+        return path[: walk.known]
 
     def insert(self, parent: Node | None, key: Key, pages: Sequence[int]) -> Node:
         """The node of a block after `parent`: one of the same tokens if there is one, else a new
@@ -128,6 +146,8 @@ class PrefixTree:
         node = parent.children.get(key)
         if node is None:
             node = parent.children[key] = Node(key, self.count, parent, self.time)
+        elif min(node.pages) < 0:
+            self.changes += 1
         for group, page in enumerate(pages):
             if node.pages[group] < 0:
                 node.pages[group] = page
@@ -147,6 +167,7 @@ class PrefixTree:
         recently used first: those of groups with a window before their children, others after."""
         unused = [one for node in self.nodes() for one in self._unused(node)]
         heapq.heapify(unused)
+        self.changes += self.window > 0
         while unused and count > 0:
             *_, groups, node = heapq.heappop(unused)
             for group in groups:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tilewright.attention.checks import is_integer, is_number
 from tilewright.errors import ModelError
-from tilewright.serve.kv_pool import Node
+from tilewright.serve.kv_pool import Node, Walk
 
 RANGES = {
     "temperature": (0, 1e30), "min_p": (0, 1), "presence_penalty": (-2, 2),
@@ -161,6 +161,7 @@ class Request:
     unseen: int = 0
     ahead: int = 0
     node: Node | None = None
+    walk: Walk = field(default_factory=Walk)
     rank: int = 0
     since: int = 0
     due: float = field(default=inf, init=False)

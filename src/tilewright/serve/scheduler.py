@@ -11,13 +11,13 @@ recompute). Waiting raises the rank by one every `PATIENCE` steps, so that nobod
 No clock, no arrays, no threads: the caller tells the time, and runs what `schedule` returns.
 """
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
 from tilewright.serve.cost import CostModel, Work
-from tilewright.serve.kv_pool import PAGE_SIZE, Pages, PrefixTree
+from tilewright.serve.kv_pool import PAGE_SIZE, Pages, PrefixTree, Walk
 from tilewright.serve.policy import Decision, Prompt, State, decide
 from tilewright.serve.request import Request
 
@@ -194,12 +194,13 @@ class Scheduler:
 
     def _candidate(self, r: Request, now: float) -> Prompt:
         """A waiting request, with what the prefix tree knows of it."""
-        path = self.prefix.match(r.tokens)
+        path = self.prefix.match(r.tokens, r.walk)
         start = len(path) * self.limits.page_size
         needed, unseen = len(r.tokens) // self.limits.page_size + 1, self.prefix.unseen(start)
-        known = self.prefix.part([p for node in path for p in node.pages], 0, needed, False)
-        pages = self.kinds[0] * needed - sum([self.pages.holders[p] > 0 for p in known])
-        pages += self.kinds[1] * min(needed - unseen, self.most)
+        # Who holds a block holds those in front of it, but for pages behind a window.
+        full, holders = self.prefix.groups[0][:1], self.pages.holders
+        held = bisect_left(path, 1, key=lambda node: not all(holders[node.pages[g]] for g in full))
+        pages = self.kinds[0] * (needed - held) + self.kinds[1] * min(needed - unseen, self.most)
         return self._prompt(r, now, start, self._rank(r), pages)
 
     def _read(self, request: Request) -> list[int]:
@@ -212,7 +213,7 @@ class Scheduler:
         """Moves waiting requests to the running ones, with the pages of their tokens. All hold what
         the prefix tree knows of them before any takes a new page, which may evict another."""
         for request in requests:
-            path = self.prefix.match(request.tokens)
+            path, request.walk = self.prefix.match(request.tokens, request.walk), Walk()
             request.computed = len(path) * self.limits.page_size
             request.unseen = self.prefix.unseen(request.computed)
             request.pages = [max(p, 0) for node in path for p in node.pages]  # 0: not looked at
@@ -244,8 +245,7 @@ class Scheduler:
         others share some, so that none lacks one later."""
         running = self.running if self.kinds[1] else ()
         held = sum([min(self._blocks(r) - r.unseen, self.most) for r in running])
-        full = self.pages.held - self.pages.held_windowed
-        return self.pages.count - full - held * self.kinds[1]
+        return self.pages.count - self.pages.held + self.pages.held_windowed - held * self.kinds[1]
 
     def _provide(self, request: Request, stop: int) -> None:
         """The pages of groups with a window for the tokens in front of `stop` and the next one."""

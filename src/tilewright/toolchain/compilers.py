@@ -7,6 +7,7 @@ the cache key, so that different machines can share a cache on a network disk.
 import contextlib
 import functools
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,13 +210,9 @@ def _configured(variable: str, text: str, path: str) -> Compiler:
 
 
 def _which(name: str, path: str) -> str | None:
-    """The absolute path of a program. (Importing `shutil` for its `which` takes 2 ms.) Links are
-    not followed: a link to ccache finds its compiler by the name of the link."""
-    for folder in [""] if os.sep in name else path.split(os.pathsep):
-        file = os.path.join(folder, name)
-        if os.access(file, os.X_OK) and os.path.isfile(file):
-            return os.path.abspath(file)
-    return None
+    """The absolute path of a program; of a link to ccache, which goes by its name, the link's."""
+    found = shutil.which(name, path=path)
+    return found and os.path.abspath(found)
 
 
 def _why_not(name: str) -> str:
