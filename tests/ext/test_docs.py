@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tilewright.errors import MissingExtra
 from tilewright.toolchain import compilers
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs"
@@ -15,17 +16,26 @@ pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ com
 
 
 def test_there_is_a_page():
-    """One for the language and each noun of the attention engine, and the one for those who come
-    from FlashInfer."""
+    """One for the language, for serving, for each noun of the attention engine, and for those who
+    come from FlashInfer."""
     names = {page.stem for page in PAGES}
-    assert names >= {"language", "coming-from-flashinfer", "variant", "table", "pool", "plan"}
+    assert names >= {"language", "serving", "coming-from-flashinfer"}
+    assert names >= {"variant", "table", "pool", "plan"}
     assert names >= {"attention", "workspace", "state", "select"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_block_runs(page, request):
-    """The page about the language compiles its programs; those about attention are evaluated."""
-    if page.stem != "language":
+    """The pages about the language and serving compile their programs; those about attention are
+    evaluated."""
+    if page.stem == "serving":
+        try:
+            from tilewright.serve.weights import packaged_model
+
+            packaged_model()
+        except MissingExtra as missing:
+            pytest.skip(f"no model: {missing.hint}")
+    elif page.stem != "language":
         pytest.importorskip("torch")
         request.getfixturevalue("interpreted")
     text = page.read_text(encoding="utf-8")
