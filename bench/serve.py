@@ -15,6 +15,7 @@ import argparse
 import csv
 import gzip
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,15 @@ from pathlib import Path
 import numpy as np
 
 from bench.harness import Row, base_row, note, progress
-from bench.simulate import Replay, in_time, percentiles, read_arrivals, simulate_rows, timeline
+from bench.simulate import (
+    TRACE_HINT,
+    Replay,
+    in_time,
+    percentiles,
+    read_arrivals,
+    simulate_rows,
+    timeline,
+)
 from tilewright.errors import ArgumentError
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.policy import Decision
@@ -34,7 +43,7 @@ from tilewright.serve.scheduler import Batch, Scheduler
 from tilewright.serve.tune import errors, fit, measure
 from tilewright.serve.weights import open_model, packaged_model
 
-TRACE = "shared/data/traces/AzureLLMInferenceTrace_conv.csv.gz"
+TRACE = "traces/AzureLLMInferenceTrace_conv.csv.gz"  # in TILEWRIGHT_DATA, else ../shared/data
 PEERS = ("transformers", "generate", "loop", "llama.cpp")
 _CHECKED = 3  # answers that are computed again
 _PLAINLY = Sampling()
@@ -73,7 +82,8 @@ class Pace:
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a model file (default: the packaged SmolLM2)")
     parser.add_argument("--target", default="cpp", help="cpp or cuda")
-    folder = Path(__file__).resolve().parents[2]
+    data = os.environ.get("TILEWRIGHT_DATA")
+    folder = Path(data) if data else Path(__file__).resolve().parents[2] / "shared/data"
     trace_help = "TIMESTAMP,ContextTokens,GeneratedTokens, or .jsonl of Mooncake; also .gz"
     parser.add_argument("--trace", type=Path, default=folder / TRACE, help=trace_help)
     parser.add_argument("--requests", type=int, default=100, help="the first ones of the trace")
@@ -230,7 +240,8 @@ def read_trace(path: Path, count: int, factor: float, sizes: tuple[int, int]) ->
         times = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
         lengths = [(int(r["ContextTokens"]), int(r["GeneratedTokens"])) for r in rows]
     except (OSError, KeyError, ValueError) as error:
-        raise ArgumentError("A109", f"{path} is no trace: {error}", where="--trace") from None
+        rule = f"{path} is no trace: {error}"
+        raise ArgumentError("A109", rule, where="--trace", hint=TRACE_HINT) from None
     rng = np.random.default_rng(0)
     jobs = []
     for at, (prompt, answer) in zip(times, lengths, strict=True):

@@ -31,6 +31,7 @@ from tilewright.serve.scheduler import Limits, Scheduler, work_of
 
 Policy = Callable[[State, CostModel], Decision]
 CHUNKS = (256, 512, 1024, 2048)
+TRACE_HINT = "a .csv of Azure's LLM inference traces (AzurePublicDataset), or a .jsonl of Mooncake"
 BLOCK = 512  # tokens of a block in Mooncake's traces, whose ids are shared by equal beginnings
 
 
@@ -66,7 +67,8 @@ def read_arrivals(path: Path, count: int, speed: float, longest: int) -> list[Ar
         found = [read(row, i, longest) for i, row in enumerate(rows)]
         first = found[0].at_s
     except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
-        raise ArgumentError("A109", f"{path} is no trace: {error}", where="--trace") from None
+        rule = f"{path} is no trace: {error}"
+        raise ArgumentError("A109", rule, where="--trace", hint=TRACE_HINT) from None
     return [replace(a, at_s=(a.at_s - first) / speed) for a in found]
 
 
