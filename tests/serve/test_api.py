@@ -341,6 +341,24 @@ def test_schemas_that_cannot_be_followed(served: tuple[str, Any], monkeypatch: p
     assert "no end token" in answer.text and server.worker.restarts == 0
 
 
+def test_schemas_that_take_too_long(served: tuple[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """Multiples of a large prime, whose automaton has a state for each remainder: the engine, which
+    would be busy for minutes, is not asked. So it is inside a grammar, however the key is spelled.
+    """
+    pytest.importorskip("llguidance", reason="schemas need the grammar extra")
+    url, server = served
+    monkeypatch.setattr(server.worker, "submit", None)
+    schema = {"type": "integer", "multipleOf": 9_999_991}
+    spelled = json.dumps(schema).replace("O", "\\u004f")
+    for wanted in (
+        {"type": "json_schema", "json_schema": {"schema": schema}},
+        {"type": "grammar", "grammar": f"start: %json {spelled}"},
+    ):
+        answer = httpx.post(url + CHAT, json={"messages": ASKED, "response_format": wanted})
+        check_error(answer, 400)
+        assert answer.json()["error"]["code"] == "M106" and "takes more than" in answer.text
+
+
 def test_schemas_without_the_extra(url: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     monkeypatch.delitem(sys.modules, "tilewright.serve.grammar", raising=False)

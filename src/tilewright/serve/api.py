@@ -122,6 +122,10 @@ class Server:
         how = body.sampling(self.prompts.context, top, schema)
         tools = body.tools if body.tool_choice != "none" else None
         prompt = await asyncio.to_thread(self.prompts.prompt, body.messages, tools)
+        if schema:
+            from tilewright.serve.grammar import check_effort
+
+            await asyncio.to_thread(check_effort, schema)
         return await self._answer(http, body, [prompt], how)
 
     async def tokenize(self, body: Tokenize) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """Answers that follow a JSON schema or a grammar, by the library llguidance (extra `grammar`)."""
 
 import functools
+import json
+import subprocess
+import sys
 from typing import Any
 
 from tilewright.errors import ModelError, needed_for
@@ -10,6 +13,25 @@ with needed_for("response_format", "grammar"):
     from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 MAX_CHARS = 1 << 16  # of a schema, or of a grammar
+MAX_SECONDS, MAX_BYTES = 1, 1 << 30  # of processor time and memory, for a matcher
+_TRIAL = """import json, resource, sys
+sys.path[:], schema, seconds, size = json.load(sys.stdin)
+for kind, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, size)):
+    resource.setrlimit(kind, (most, most))
+from llguidance import LLMatcher, LLTokenizer
+kind = "json_schema" if schema.lstrip().startswith("{") else "lark"
+LLMatcher(LLTokenizer("byte"), getattr(LLMatcher, f"grammar_from_{kind}")(schema))"""
+
+
+@functools.lru_cache(maxsize=256)
+def check_effort(schema: str) -> None:
+    """Makes a matcher in a process of its own: the library does not limit all of its work, and
+    multiples of a large prime take minutes. Raises ModelError[M106] for one that takes too much."""
+    given = json.dumps([sys.path, schema, MAX_SECONDS, MAX_BYTES]).encode()
+    command = [sys.executable, "-I", "-S", "-c", _TRIAL]
+    if subprocess.run(command, check=False, input=given, capture_output=True).returncode < 0:
+        rule = f"its matcher takes more than {MAX_SECONDS} s or {MAX_BYTES >> 20} MiB"
+        raise ModelError("M106", rule, where="response_format")
 
 
 def matcher(tokenizer: Tokenizer, schema: str) -> LLMatcher:
