@@ -10,7 +10,7 @@ import pytest
 from tests.serve.virtual import Arrival, Clock, token_after
 
 from tilewright.serve.kv_pool import Node, Pages, PrefixTree, layer_groups
-from tilewright.serve.scheduler import PATIENCE, Limits
+from tilewright.serve.scheduler import PATIENCE, PENDING, Limits
 
 
 def span(count: int, first: int = 0) -> list[int]:
@@ -205,6 +205,29 @@ def test_a_step_that_fails_is_decided_again(windows: tuple[int, ...]):
 
     clock.step = failing
     for request, prompt, count in zip(clock.run(), (span(10), span(3, 50)), (6, 5), strict=True):
+        assert request.tokens == alone(prompt, count)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_token_that_is_lost_when_its_request_was_preempted(invariant: bool):
+    """By a step that was to be launched ahead of the token, which then never came."""
+    limits = Limits(7, 4, 16, invariant=invariant, page_size=4)
+    clock = Clock(limits, [Arrival(span(8), 9), Arrival(span(8, 50), 8)])
+    step = clock.step
+
+    def losing() -> None:
+        scheduler = clock.scheduler
+        if scheduler.step != 4:
+            return step()
+        ready = scheduler.commit(scheduler.schedule())
+        for request in ready:
+            request.tokens.append(PENDING)
+        assert scheduler.schedule().preempted == (1,)
+        for request in ready:
+            request.tokens.pop()
+
+    clock.step = losing
+    for request, prompt, count in zip(clock.run(60), (span(8), span(8, 50)), (9, 8), strict=True):
         assert request.tokens == alone(prompt, count)
 
 

@@ -129,8 +129,9 @@ class Scheduler:
     def schedule(self, now: float = 0.0) -> Batch:
         """The next step, at `now` seconds. One that was not committed is decided again."""
         self.step += 1
-        for request in self.running:  # a failure after commit: the last token is read again
+        for request in (*self.running, *self.waiting):  # a failure after commit: tokens are lost
             request.computed = min(request.computed, len(request.tokens) - 1)
+            request.in_chunks = min(request.in_chunks, len(request.tokens))
         preempted: list[int] = []
         while (decision := self.policy(self.state(now), self.model)).preempt >= 0:
             preempted.append(self._preempt(decision.preempt))
