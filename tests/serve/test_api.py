@@ -528,6 +528,13 @@ def check_error(answer: httpx.Response, status: int) -> None:
     assert isinstance(error["type"], str) and "Traceback" not in error["message"]
 
 
+def test_too_many_prompts_are_not_looked_at(url: str):
+    """Each of a hundred thousand would keep the other clients waiting."""
+    answer = httpx.post(url + TEXT, json={"prompt": [[-1]] * 65})
+    check_error(answer, 400)
+    assert answer.json()["error"]["param"] == "n"
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000, b"{}" * 9, b"null"], ids=len)
 def test_bodies_that_are_no_json(url: str, body: bytes):
     headers = {"content-type": "application/json"}

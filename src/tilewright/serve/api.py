@@ -153,13 +153,13 @@ class Server:
     ) -> Response:
         """Answers `body.n` times to each prompt, together. The status of a stream is that of its
         first piece."""
-        for tokens in prompts:
-            check_tokens(tokens, how, self.prompts.vocab, self.prompts.context)
         jobs = [tokens for tokens in prompts for _ in range(body.n)]
         most = min(self.limits.waiting, self.limits.of_client)
         if not 0 < len(jobs) <= most:
             rule = f"{len(jobs)} answers, 1 to {most} are given at once"
             raise ModelError("M106", rule, where="n")
+        for tokens in prompts:
+            check_tokens(tokens, how, self.prompts.vocab, self.prompts.context)
         if self.worker.pending + len(jobs) > self.limits.waiting:
             raise HTTPException(429, f"{self.limits.waiting} requests wait or run: try again later")
         shape = Shape(body, self.name, self.prompts.tokenizer)
