@@ -4,7 +4,7 @@ import json
 import secrets
 import time
 from dataclasses import fields
-from typing import Annotated, Any, Literal, cast, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
@@ -18,6 +18,8 @@ from tilewright.serve.worker import Piece
 MAX_MESSAGE = 500  # characters of an error
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 BAD_REQUEST = ("E101", "M105", "M106", "M107", "M110")
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]  # else a million wrong ones are as many errors
 
 
 class Strict(BaseModel):
@@ -77,7 +79,7 @@ class Body(_OfSampling):
     n: int = Field(1, ge=1, le=16)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None  # keys are texts
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -98,7 +100,7 @@ class Body(_OfSampling):
 class Completion(Body):
     """A request to continue texts; lists of integers are tokens."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     logprobs: int | None = None
     echo: Literal[False] = False
 
@@ -106,12 +108,12 @@ class Completion(Body):
 class Chat(Body):
     """A request to answer the messages of a chat; `top_logprobs` need `logprobs`."""
 
-    messages: list[dict[str, Any]]
+    messages: Items[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto"] | None = None
 
 
@@ -120,8 +122,8 @@ class Tokenize(Strict):
 
     model: str = ""
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Items[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
 
 
 _TEXT: Any = (str, ...)
