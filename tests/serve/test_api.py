@@ -260,6 +260,12 @@ def test_logprobs(client: openai.OpenAI, alone: LLM):
     assert old.choices[0].logprobs is not None
     assert len(old.choices[0].logprobs.tokens or []) == 4
     assert "".join(old.choices[0].logprobs.tokens or []) == old.choices[0].text
+    none = client.completions.create(
+        model="tiny", prompt=HELLO, max_tokens=4, logprobs=0, temperature=0
+    )
+    assert none.choices[0].logprobs is not None
+    assert none.choices[0].logprobs.top_logprobs == [{}] * 4
+    assert none.choices[0].logprobs.token_logprobs == old.choices[0].logprobs.token_logprobs
 
 
 def test_many_clients_at_once(client: openai.OpenAI, alone: LLM):

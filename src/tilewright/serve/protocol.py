@@ -137,7 +137,8 @@ class Shape:
 
     def __init__(self, body: Body, model: str, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.is_chat = tokenizer, isinstance(body, Chat)
-        self.with_logprobs = getattr(body, "logprobs", None) not in (None, False)
+        shown = getattr(body, "logprobs", None)  # 0 of a completion: those of its tokens alone
+        self.with_logprobs = shown is not None and shown is not False
         kind = "chat.completion" if self.is_chat else "text_completion"
         number = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self.head = {"id": number, "object": kind, "created": int(time.time()), "model": model}
