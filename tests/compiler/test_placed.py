@@ -116,6 +116,47 @@ def test_a_dense_row_is_a_temporary(rng):
     assert len(kernel.manifest.stages) == 1
 
 
+@tw.program
+def scaled(X=tw.dense("m n")):
+    i, j = tw.indices("i:m j:n")
+    t = tw.temp.named("t")[i, j](X[i, j] * 3.0)
+    return tw.out[i, j](t[i, j] + 1.0)
+
+
+@tw.program
+def shares(X=tw.dense("m n")):
+    """A column sum inside of a temporary of a row."""
+    i, j = tw.indices("i:m j:n")
+    t = tw.temp.named("t")[i, j](X[i, j] / (1.0 + tw.sum(X[i, j] * X[i, j], over=i)))
+    return tw.out[i](tw.sum(t[i, j] * X[i, j], over=j))
+
+
+@tw.program
+def gathered(A=tw.sparse("m n"), X=tw.dense("m d")):
+    """The rows of a temporary are read again for each column of A."""
+    i, j, k = tw.indices("i:m j:n k:d")
+    t = tw.temp.named("t")[i, k](X[i, k] * X[i, k])
+    return tw.out[j](2.0 * tw.sum(A[i, j] * t[i, k], over=(i, k)))
+
+
+@tw.program
+def of_entries(A=tw.sparse("m n"), X=tw.dense("m n")):
+    """An entry of a temporary has its place in memory only where A stores one."""
+    i, j = tw.indices("i:m j:n")
+    t = tw.temp.like(A).named("t")[i, j](A[i, j] + 3.0)
+    return tw.out[i, j](t[i, j] + X[i, j])
+
+
+@pytest.mark.parametrize(("definition", "loop", "scope"), [
+    (scaled, "i", "row"), (scaled, "j", "global"), (shares, "i", "row"), (shares, "j", "global"),
+    (gathered, "i", "row"), (gathered, "i", "global"), (of_entries, "j", "global"),
+])  # fmt: skip
+def test_what_a_temporary_is_computed_from_stays(rng, definition, loop, scope):
+    args = cases.arguments(definition, rng, m=4, n=5, d=2)
+    with knobs.scope(verify=True):
+        cases.after_every_pass(definition, args, lambda s: s.compute_at("t", loop, scope))
+
+
 # ---- the online form ---------------------------------------------------------------------------
 
 
@@ -271,9 +312,18 @@ def searched(A=tw.sparse("n n")):
     return tw.out[i](tw.sum(A[i, j] * s[i, k], over=(j, k)))
 
 
+@tw.program
+def of_another_column(X=tw.dense("m n")):
+    i, j, k = tw.indices("i:m j:n k:n")
+    t = tw.temp.named("t")[i, j](X[i, j] * 3.0)
+    return tw.out[i, j](tw.sum(t[i, k] * X[i, j], over=k))
+
+
 @pytest.mark.parametrize(
     ("definition", "schedule", "names"),
     [
+        (of_another_column, lambda s: s.compute_at("t", "j"), ("loop j reads t[i, k]",)),
+        (spread, lambda s: s.compute_at("mixed", "j"), ("mixed", "has no loop j")),
         (attend, lambda s: s.compute_at("scores", "i"), ("scores", "score, top, weight, total")),
         (attend, lambda s: s.compute_at("score", "h"), ("score", "top and weight read it")),
         (read_twice, lambda s: s.compute_at("t", "i"), ("out and second read it",)),

@@ -564,3 +564,76 @@ def test_what_inner_sums_and_heads_range_over(target, rng):
     stored = (A != 0).sum(1, keepdims=True)
     close(heads, A.astype(np.float64) @ Q / stored)
     np.testing.assert_array_equal(number, np.broadcast_to(stored, (7, 3)))
+
+
+# ---------------------------------------------------------------------- two reads of one structure
+
+
+@tw.program
+def weighted_sums(A=tw.sparse("m n"), B=tw.sparse("m n")):
+    i, j, k = tw.indices("i:m j:n k:n")
+    return tw.out[i](2.0 * tw.sum(B[i, k] * tw.sum(A[i, j], over=j), over=k))
+
+
+@tw.program
+def added_products(A=tw.sparse("m n"), B=tw.sparse("m n"), W=tw.dense("n n")):
+    i, j, k = tw.indices("i:m j:n k:n")
+    return tw.out[i, j](A[i, j] + tw.sum(B[i, k] * W[k, j], over=k))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "fmt", [tw.csr(), tw.hyb(buckets=(1, 2)), tw.hyb(2, (1,)), BLOCKS], ids=str
+)
+def test_sums_over_another_structure_than_the_one_in_parts(fmt, target, rng):
+    A, B, W = some(rng, (5, 6), 0.4), some(rng, (5, 6)), some(rng, (6, 6))
+    wanted = 2.0 * B.sum(1) * A.sum(1)
+    args = fmt.pack(A), tw.csr().pack(B)
+    close(run(weighted_sums.decompose(A=fmt), target, *args, shape=(5,)), wanted)
+    close(run(added_products.decompose(A=fmt), target, *args, W, shape=(5, 6)), A + B @ W)
+
+
+@tw.program
+def pairs(A=tw.sparse("m n")):
+    i, j, k = tw.indices("i:m j:n k:n")
+    return tw.out[i, j, k](A[i, k] + A[i, j])
+
+
+def test_pairs_of_entries(rng):
+    A = some(rng, (4, 5))
+    close(run(pairs, "cpp", tw.csr().pack(A), shape=(4, 5, 5)), A[:, None, :] + A[:, :, None])
+    with pytest.raises(ProgramError, match="no loop follows") as e:
+        pairs.decompose(A=tw.hyb()).lower()
+    assert e.value.code == "P107" and e.value.hint
+
+
+# ------------------------------------------------------------------------------------- conditions
+
+
+@tw.program
+def any_positive(A=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    return tw.out[i](tw.any(A[i, j] > 0, over=j).cast("float32"))
+
+
+@tw.program
+def limited(X=tw.dense("m n"), last=tw.dense("m", "int32"), used=tw.dense("m", "uint8")):
+    i, j = tw.indices("m n")
+    most = tw.sum(tw.where(j <= last[i], X[i, j], 0.0), over=j)
+    return tw.out[i](most), tw.out.named("rest")[i](
+        tw.sum(tw.where(used[i] > 0, X[i, j], 0.0), over=j)
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_conditions_at_the_limits_of_their_numbers(target, rng):
+    A = some(rng, (4, 5))
+    A[1] = 0
+    wanted = (A > 0).any(1)
+    close(run(any_positive, target, tw.csr().pack(A), shape=(4,)), wanted)
+    X = some(rng, (4, 3))
+    last = np.array([1, 2**31 - 1, -(2**31), 0], np.int32)
+    used = np.array([0, 1, 255, 0], np.uint8)
+    most, rest = limited.build(target)(X, last, used)
+    close(most, (X * (np.arange(3) <= last[:, None])).sum(1))
+    close(rest, (X * (used > 0)[:, None]).sum(1))

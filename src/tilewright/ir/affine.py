@@ -51,11 +51,12 @@ def _combined(op: str, a: Affine, b: Affine) -> Affine | None:
 
 
 def slack_of(cond: Expr) -> Expr | None:
-    """b - a for a condition a <= b of integers, which holds where that is not negative."""
-    if not (isinstance(cond, Binary) and cond.op in ("<", "<=", ">", ">=") and cond.a.dtype.is_int):
-        return None
-    a, b = (cond.a, cond.b) if cond.op in ("<", "<=") else (cond.b, cond.a)
-    return add(binary("-", b, a), 0 if "=" in cond.op else -1)
+    """b - a for a condition a <= b of coordinates, which holds where that is not negative."""
+    match cond:
+        case Binary("<" | "<=" as op, a, b) | Binary(">" | ">=" as op, b, a):
+            if a.dtype.name in ("int32", "int64"):  # a difference of others may not fit
+                return add(binary("-", b, a), 0 if "=" in op else -1)
+    return None
 
 
 def extreme(e: Expr, loops: Iterable[For], largest: bool) -> Expr | None:

@@ -54,7 +54,8 @@ class _Checker:
         """The first stage that stores a dense output stores every element of it."""
         stores = (
             [(nest, c) for nest in stage for c in ir.statements(nest.body, ir.Compute)
-             if c.out.buffer.name == t.name and c.out.buffer.scope == "global"]
+             if c.out.buffer.name == t.name and c.out.buffer.scope == "global"
+             and nest.name in (t.name, f"{t.name}.init")]  # in others what is read of it
             for stage in program.stages
         )  # fmt: skip
         for nest, compute in next(filter(None, stores), []):

@@ -61,6 +61,8 @@ def _narrowed(f: ir.For, cond: ir.Expr, path: list[Any]) -> ir.For:
         return f
     last = ir.binary("//", base, abs(int(step.value)))  # base + step · f >= 0
     if step.value < 0:
+        if ir.reads_memory(last):  # it may be the largest number
+            return replace(f, end=ir.add(ir.binary("min", ir.add(f.end, -1), last), 1))
         return replace(f, end=ir.binary("min", f.end, ir.add(last, 1)))
     return replace(f, begin=ir.binary("max", f.begin, ir.binary("-", 0, last)))
 

@@ -45,7 +45,7 @@ def join_of(st: Statement) -> Join | None:
         case ir.Binary("&", ir.Stored(m), rest) | ir.Binary("&", rest, ir.Stored(m)):
             cond, mask = rest, Driver.of(m)
     match cond:  # any(stored(A[i, k]) & stored(B[k, j]) over k)
-        case ir.Binary("!=", ir.Reduce("max", (ir.Index() as over,), ir.Cast(both))):
+        case ir.Binary(">", ir.Reduce("max", (ir.Index() as over,), ir.Cast(both))):
             match both:
                 case ir.Binary("&", ir.Stored(a), ir.Stored(b)):
                     drivers = map(Driver.of, (a, b))

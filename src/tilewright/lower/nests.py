@@ -56,7 +56,7 @@ def fused(
         needs, it = set(ir.indices_of(t.out)), iteration(t)
         walks_one = not (it and it.op) and not (root.out.tensor.is_sparse and it)
         depends = needs == own or (merged and needs < own)
-        return t.out.tensor.name in read and walks_one and depends
+        return bool(t.op) and t.out.tensor.name in read and walks_one and depends
 
     def is_elsewhere(t: Statement) -> bool:
         return getattr(outer_driver(t), "structure", "") != structure
@@ -112,7 +112,7 @@ class NestBuilder:
             if t.out.tensor.name in self.placed:
                 t, self.temps = fused(t, self.temps, "")
             self.temps.append(t)
-        self.computed_in = {t.out.tensor.name: self._statement_around(t) for t in self.temps}
+        self.computed_in = {t.out.tensor.name: self._statement_around(t, root) for t in self.temps}
 
     def build(self) -> BuiltNest:
         st = self.root
@@ -130,18 +130,20 @@ class NestBuilder:
         is_revisited = (self.tables.shared and not is_sparse) or revisits_outputs(st, specs)
         in_place = bool(st.op) and (is_update or is_revisited)
         body = self._loops(_Target(st, in_place), specs, scope)
+        for name in {t.out.tensor.name for t in self.temps} & self.placed.keys() - self.emitted:
+            raise refuse(name, f"{st.out} has no loop {self.placed[name]}", "a loop of its reader")
         body = online(body) if self.placed else body
         return BuiltNest(body, driver, in_place and not is_update, covers)
 
     # -- statements ----------------------------------------------------------------------------
 
-    def _statement_around(self, t: Statement) -> str:
+    def _statement_around(self, t: Statement, root: Statement) -> str:
         """The output of the statement in whose loops `t` is computed: the root, or the reduction
         whose index it needs."""
         name = t.out.tensor.name
-        own, around = (self._names_of(x, axes=False) for x in (t, self.root))
+        own, around = (self._names_of(x, axes=False) for x in (t, root))
         if name in self.placed or own <= around:
-            return self.root.out.tensor.name
+            return root.out.tensor.name
         readers = (x for x in (*self.temps, self.root) if name in names_read(*x.values))
         return next(readers).out.tensor.name
 
@@ -153,7 +155,8 @@ class NestBuilder:
         loop it is placed."""
         tensor, loop = t.out.tensor, self.placed.get(t.out.tensor.name, "")
         driver, root, inside = driver_of(t), driver_of(self.root), scope.copy()
-        check(t, self.placed, self.emitted, set(scope.coordinates))
+        around = (self.root, *(x for x in self.temps if x is not t))
+        check(t, around, self.placed, self.emitted, set(scope.coordinates))
         own = tuple(a for a in t.axes if a.name != loop)
         if own == t.axes:
             specs = self._follow(t, driver, inside)
@@ -164,7 +167,6 @@ class NestBuilder:
         if revisits_outputs(t, specs):
             rule = f"{t.out}, a reduction inside {self.root.out}, runs over rows stored in pieces"
             raise ProgramError("P107", rule)
-        around = (self.root, *(x for x in self.temps if x is not t))
         names = {name for x in around for name in self._names_of(x)}
         target = _Target(t, False, frozenset(a.name for a in own if a.name in names))
         if self.tables.tensors[tensor.name].role != "inline":
@@ -243,6 +245,8 @@ class NestBuilder:
             needed = {self.placed[name]} if name in self.placed else self._names_of(t, axes=False)
             if name not in self.emitted and is_inside and needed <= scope.coordinates.keys():
                 self.emitted.add(name)
+                own = (x for x in self.temps if x.out.tensor.name.startswith(f"{name}."))
+                self.computed_in |= {x.out.tensor.name: self._statement_around(x, t) for x in own}
                 before.append(self._temporary(t, scope))
         if not specs:
             return ir.seq(*before, self._leaf(target, scope))
@@ -374,6 +378,8 @@ class NestBuilder:
         body = st.value.a if merged and isinstance(st.value, ir.Select) else st.value
         reductions, value = self._values(st, body, reader)
         out, inside = reader.element(st.out)
+        if out.buffer.scope == "part" and may_miss(out.index[0]):
+            inside = [ir.binary(">=", out.index[0], 0)]
         if in_place and out.dtype != value.dtype and not reductions:
             rule = f"{st.out.tensor.name} is {out.dtype}, and its sums in memory need {value.dtype}"
             hint = f'tw.out.typed("{value.dtype}")[…], or a format that keeps rows whole'

@@ -36,15 +36,23 @@ def with_roles(program: ir.Program) -> ir.Program:
     return replace(program, tensors=tuple(tensors))
 
 
-def check(t: Statement, placed: dict[str, str], emitted: set[str], around: set[str]) -> None:
+def check(
+    t: Statement, readers: Sequence[Statement], placed: dict[str, str], emitted: set[str],
+    around: set[str],
+) -> None:  # fmt: skip
     """Checks that `t` can be computed at its loop in `placed`. Raises ScheduleError[S102] if it
-    reads a temporary not yet in `emitted`, or if another loop, in `around`, would repeat it."""
+    reads a temporary not yet in `emitted`, if `readers` need more of it, or if another loop, in
+    `around`, would repeat it."""
     name, loop = t.out.tensor.name, placed.get(t.out.tensor.name, "")
     for late in sorted((names_read(*t.values) & placed.keys()) - emitted - {name}):
         raise refuse(late, f"{name} reads it first", f"compute_at {name} further in")
     for again in sorted(around - {loop, *(x.name for x in ir.indices_of(t.out))}) if loop else ():
         hint = f"order_axes the statement that reads it, {loop} before {again}"
         raise refuse(name, f"loop {again} is around loop {loop}, and would repeat it", hint)
+    for x in (x for st in readers for e in st.values for x in ir.walk(e, ir.Access)):
+        for own, c in zip(t.out.coords, x.coords, strict=True) if x.tensor.name == name else ():
+            if str(own) in around and c != own:
+                raise refuse(name, f"loop {own} reads {x}", f"a loop outside of {own}")
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from tilewright.lower import drivers
 from tilewright.lower.joins import JoinBuilder, join_of
 from tilewright.lower.nests import BuiltNest, Fused, NestBuilder, fused
 from tilewright.lower.placed import with_roles
-from tilewright.lower.tables import Driver, Statement, Tables, names_read
+from tilewright.lower.tables import Driver, Statement, Tables, names_read, unsearchable
 
 Parts = dict[str, Any]  # the format of a part, by its structure
 Stages = list[tuple[ir.Nest, ...]]
@@ -76,6 +76,7 @@ class _Builder:
         self.program = program
         self.tensors = {t.name: t for t in program.tensors}
         self.placed = {p.temporary for p in program.placed}
+        self.arrays: set[str] = set()  # totals with stages of their own
 
     def stages(self, root: Statement, temps: list[Statement], also: Statements = ()) -> Stages:
         """The nests of a statement, of the inline ones `temps` that it reads, and of the lists that
@@ -110,7 +111,8 @@ class _Builder:
         joined, rest = fused(root, temps, structure, merged)
         built: list[BuiltNest] = []
         if isinstance(joined, Fused):
-            built = [] if shared else build(joined, rest)
+            other = getattr(drivers.driver_of(joined), "structure", structure) != structure
+            built = [] if shared or (composed and other) else build(joined, rest)
             if not built or any(nest.in_place for nest in built):
                 if not is_sparse:
                     return self._separate(root, temps, joined.totals)
@@ -162,13 +164,13 @@ class _Builder:
         """Stages for totals of a statement, as arrays, and then for the statement. Loops come back
         to an element of them: no accumulator could hold it."""
         names = {t.out.tensor.name for t in totals}
+        self.arrays |= names
         self.tensors |= {n: replace(self.tensors[n], role="temp") for n in names}
         self.program = replace(self.program, tensors=tuple(self.tensors.values()))
 
         def inside(*readers: Statement) -> list[Statement]:
             """What these statements read that is no array by now."""
-            inline = [t for t in temps if self.tensors[t.out.tensor.name].role == "inline"]
-            return _read_by(readers, inline)
+            return _read_by(readers, [t for t in temps if t.out.tensor.name not in self.arrays])
 
         stages: Stages = []
         for t in (t for t in temps if t.out.tensor.name in names):
@@ -195,6 +197,8 @@ class _Builder:
             if isinstance(e, ir.Stored) and composed and e.access.tensor.structure == structure:
                 return ir.Const(False, e.dtype)
             if isinstance(e, ir.Access) and composed and e.tensor.structure == structure:
+                if Driver.of(e) != driver:  # may be stored where `driver` stores nothing
+                    raise unsearchable(e, self.tensors[structure].format)
                 return ir.cast(ir.Const(e.tensor.fill, dtypes.float64), e.dtype)
             return ir.rebuild(e, visit)
 
@@ -203,7 +207,8 @@ class _Builder:
             plain, rest = Statement(st.out, "", (), value), []
         else:
             plain = replace(st, value=visit(st.value))
-            rest = _read_by((plain,), [replace(t, value=visit(t.value)) for t in temps])
+            others = [replace(t, value=visit(t.value)) for t in temps if t not in own]
+            rest = _read_by((plain,), others)
         body = ir.simplify(NestBuilder(Tables(self.program, parts), plain, rest).build().body)
         follows = structure if part >= 0 else ""
         return ir.Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)

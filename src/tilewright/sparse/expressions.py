@@ -71,7 +71,7 @@ def stored(access: Any) -> Expr:
 
 def any_(condition: Any, over: Index | tuple[Index, ...]) -> Expr:
     """Whether a condition holds for any coordinate of an index or a tuple of indices."""
-    return ir.binary("!=", max_(condition_of("any", condition), over), 0)
+    return ir.binary(">", max_(condition_of("any", condition), over), 0)
 
 
 def condition_of(op: str, value: Any) -> Expr:
