@@ -147,6 +147,20 @@ def of_entries(A=tw.sparse("m n"), X=tw.dense("m n")):
     return tw.out[i, j](t[i, j] + X[i, j])
 
 
+@tw.program
+def normed(X=tw.dense("m n")):
+    i, j = tw.indices("i:m j:n")
+    u = tw.temp.named("t")[i](tw.sum(X[i, j] * X[i, j], over=j))
+    return tw.out[i, j](X[i, j] / (1.0 + u[i]))
+
+
+def test_a_merged_sum_has_loops_of_its_own(rng):
+    args = cases.arguments(normed, rng, m=4, n=5)
+    schedule = lambda s: s.merge_sums("out").compute_at("t", "i")  # noqa: E731
+    with knobs.scope(verify=True):
+        cases.after_every_pass(normed, args, schedule)
+
+
 @pytest.mark.parametrize(("definition", "loop", "scope"), [
     (scaled, "i", "row"), (scaled, "j", "global"), (shares, "i", "row"), (shares, "j", "global"),
     (gathered, "i", "row"), (gathered, "i", "global"), (of_entries, "j", "global"),
@@ -324,6 +338,8 @@ def of_another_column(X=tw.dense("m n")):
     [
         (of_another_column, lambda s: s.compute_at("t", "j"), ("loop j reads t[i, k]",)),
         (spread, lambda s: s.compute_at("mixed", "j"), ("mixed", "has no loop j")),
+        (normed, lambda s: s.compute_at("t", "j"), ("out reads it before it is complete",)),
+        (kept, lambda s: s.compute_at("top", "j", "global"), ("before it is complete",)),
         (attend, lambda s: s.compute_at("scores", "i"), ("scores", "score, top, weight, total")),
         (attend, lambda s: s.compute_at("score", "h"), ("score", "top and weight read it")),
         (read_twice, lambda s: s.compute_at("t", "i"), ("out and second read it",)),

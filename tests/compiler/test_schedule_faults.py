@@ -8,7 +8,7 @@ import operator
 import numpy as np
 import pytest
 from tests.compiler import cta
-from tests.compiler.cases import column_norm, executed, spmm
+from tests.compiler.cases import column_norm, executed, gemm, spmm
 
 import tilewright as tw
 from tilewright.errors import InternalError, ProgramError, ScheduleError
@@ -203,6 +203,7 @@ CUTS = {
     "once": lambda s: s.split("k", 4, tail="cut"),
     "vector": lambda s: s.split("k", 8, tail="cut").vectorize("k_i"),
     "twice": lambda s: s.split("k", 4, tail="cut").split("k_i", 2, tail="cut").unroll("k_i_i"),
+    "outside": lambda s: s.split("k", 2, tail="cut").split("k_o", 2, tail="cut"),
 }
 
 
@@ -484,6 +485,18 @@ def test_refusals_name_the_loops_and_the_way_out():
     with pytest.raises(ScheduleError, match="differs from lane to lane") as caught:
         s.build("cpp")
     assert 'tail="cut"' in caught.value.hint
+    s = spmm.schedule(lambda s: s.specialize("d", 8).vectorize("k").cache("A", "j", "shared"))
+    with pytest.raises(ScheduleError, match="fills A_shared") as caught:
+        s.build("cpp")
+    assert "around" in caught.value.hint
+
+
+def test_a_guarded_register_is_no_load_from_memory():
+    def threads(s):
+        s = s.specialize("m", 5).specialize("n", 5).split("k", 2)
+        return s.bind("k_i", "thread.y").bind("j", "thread.x").cache("A", "k_i", "register")
+
+    compiled_for_cuda(gemm.schedule(threads))
 
 
 # ---------------------------------------------------------------------------- shifts, remainders
@@ -595,6 +608,66 @@ def test_threads_share_no_element_between_two_rows(rng, fmt, order):
     program = definition.schedule(lambda s: threads(s, True)).lower("cuda:sm_90a")
     got = executed(definition, program, args, cta.execute)["out"]
     np.testing.assert_array_equal(got, np.where(dense, dense, np.inf).min(0))
+
+
+@pytest.mark.parametrize("fmt", [tw.coo(), tw.bucket(2, split=True)], ids=str)
+def test_threads_share_no_row_that_is_stored_in_pieces(rng, fmt):
+    def threads(s):
+        return s.split("i_p", 4).bind("i_p_i", "thread.x")
+
+    definition = spmm.decompose(A=fmt)
+    with pytest.raises(ScheduleError, match="in memory at once") as caught:
+        definition.schedule(threads).lower("cuda:sm_90a")
+    assert caught.value.code == "S102" and "atomic()" in caught.value.hint
+
+
+@pytest.mark.parametrize("tail", ["cut", "guard"])
+@pytest.mark.parametrize("fmt", [tw.band(-1, 1), tw.dia(0, 2), tw.ragged()], ids=str)
+def test_a_cut_of_rows_that_lie_outside(rng, fmt, tail):
+    dense = np.triu(np.tril(entries(rng, 9, 4, 1.0), 1), -1)
+    dense = dense * np.eye(9, 4, dtype=F) if fmt == tw.dia(0, 2) else dense
+    x = rng.standard_normal(4).astype(F)
+    cut = spmv.decompose(A=fmt).schedule(lambda s: s.split("j", 4, tail=tail))
+    np.testing.assert_allclose(both(cut, fmt.pack(dense), x), dense @ x, rtol=1e-5, atol=1e-5)
+
+
+def test_registers_are_filled_by_the_thread_that_reads_them():
+    s = gemm.scheduled("cuda").specialize("k", 12).cache("A", "i", "register")
+    for kind in ("thread.x", "cta.x"):
+        with pytest.raises(ScheduleError, match="fills registers of one thread"):
+            s.bind("k_A_register", kind)
+
+
+def test_a_total_that_an_epilogue_reads_is_in_its_loop(rng):
+    @tw.program
+    def mixed(A=tw.dense("m n"), X=tw.dense("m d")):
+        i, j, k = tw.indices("i:m j:n k:d")
+        return tw.out[i](tw.sum(A[i, j], over=j) * 2.0 + tw.sum(X[i, k], over=k))
+
+    a, x = entries(rng, 4, 5), entries(rng, 4, 3)
+    wanted = 2 * a.sum(1) + x.sum(1)
+    swapped = mixed.schedule(lambda s: s.order_axes("out", "j", "i", "k").specialize("m", 4))
+    np.testing.assert_allclose(both(swapped, a, x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loop_of_one_iteration_beside_its_tail(rng):
+    @tw.program
+    def filled(A=tw.sparse("m n"), X=tw.dense("n")):
+        i, j = tw.indices("i:m j:n")
+        return tw.out[i, j](A[i, j] * X[j])
+
+    dense, x = entries(rng, 5, 6), rng.standard_normal(6).astype(F)
+    cut = filled.decompose(A=tw.dbsr(2)).schedule(
+        lambda s: s.specialize("n", 6).split("j", 4, tail="cut").unroll("j_o").unroll("j_i")
+    )
+    np.testing.assert_allclose(both(cut, tw.dbsr(2).pack(dense), x), dense * x, rtol=1e-6)
+    compiled_for_cuda(
+        cut.schedule(
+            lambda s: (
+                s.specialize("n", 6).split("j", 4, tail="cut").unroll("j_o").bind("j_i", "thread.x")
+            )
+        )
+    )
 
 
 @tw.program

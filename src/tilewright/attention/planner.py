@@ -67,8 +67,7 @@ class Shape:
         windows, the maximum over a sample of lengths for other masks; at least 1."""
         spread = np.geomspace(1, MAX_KEYS, 4096).astype(np.int64)
         lengths = np.concatenate([spread, MAX_KEYS - np.arange(ranges.TILE)])
-        first = lengths - self.qo_tile
-        return max(1, int(visible_tiles(first, lengths - 1, lengths, self).max()))
+        return max(1, int(visible_tiles(lengths - self.qo_tile, lengths - 1, lengths, self).max()))
 
 
 def cpp_source() -> str:

@@ -149,8 +149,7 @@ class _Reads:
         if self.declared.by == ("key",):
             return self._load("request", _require_index(self.name, index))
         if self.declared.by == ("dim",):
-            zero = ir.Const(0, dtypes.int32)
-            return self._load(zero, _require_index(self.name, index))
+            return self._load(ir.Const(0, dtypes.int32), _require_index(self.name, index))
         if self.declared.by == ("bit",):
             n = _require_index(self.name, index)
             return ir.equal(self._load("q_token", n >> 5) >> (n & 31) & 1, 1)

@@ -201,8 +201,7 @@ class Workspace:
         memory = (self._partials.pointer, self._slots, self._counters.pointer, self.ctas)
         indptr = self._indptr.pointer if self.max_tokens else 0
         nodes = {"nodes": self._nodes.pointer} if self.shared else {}
-        plan = {"qo_indptr": indptr, "cuts": self._cuts.pointer}
-        return plan | nodes | partial_params(*memory)
+        return {"qo_indptr": indptr, "cuts": self._cuts.pointer} | nodes | partial_params(*memory)
 
     def __repr__(self) -> str:
         return (

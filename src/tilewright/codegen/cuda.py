@@ -89,8 +89,7 @@ class CudaRenderer(MergeRenderer):
         return element if verb == "load" else f"tw::{verb}(&{element})"
 
     def load_vector(self, b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
-        kind = _vector_of(b, base, lanes)
-        return f"tw::{self.load_verb(b)}<{kind}>({self.address(b, base)})"
+        return f"tw::{self.load_verb(b)}<{_vector_of(b, base, lanes)}>({self.address(b, base)})"
 
     def load_verb(self, b: ir.Buffer) -> str:
         """How memory is read: weights through the read-only path; inputs, which a launch before may
@@ -114,11 +113,11 @@ class CudaRenderer(MergeRenderer):
         """Render a guarded load as a predicated load. A branch would serialise the latencies of
         neighbouring loads."""
         is_zero = ir.is_const(e.b.a if isinstance(e.b, ir.Broadcast) else e.b, 0)
-        if not (isinstance(e.a, ir.Load) and e.cond.dtype.lanes == 1 and is_zero):
+        if not (isinstance(e.a, ir.Load) and e.a.index and e.cond.dtype.lanes == 1 and is_zero):
             return super().visit_Select(e)
         buffer, index = e.a.buffer, e.a.index[0]
         is_gather = e.dtype.lanes > 1 and not isinstance(index, ir.Ramp)
-        if is_gather or buffer.name in self.params.written:
+        if is_gather or buffer.scope == "register" or buffer.name in self.params.written:
             return super().visit_Select(e)
         index = index.base if isinstance(index, ir.Ramp) else index
         kind, verb = _vector_of(buffer, index, e.dtype.lanes), self.load_verb(buffer)

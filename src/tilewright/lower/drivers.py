@@ -110,8 +110,7 @@ def _rank(driver: Driver, fmt: Any, reduced: set[str]) -> tuple[int, bool]:
         return 0, True
     if is_list_of_pairs(fmt.levels):
         return 2, False
-    is_below = driver.indices[fmt.levels[-1].dim] in reduced
-    return int(all(x.unique for x in fmt.levels)), not is_below
+    return int(all(x.unique for x in fmt.levels)), driver.indices[fmt.levels[-1].dim] not in reduced
 
 
 def _condition(body: ir.Expr) -> ir.Expr:

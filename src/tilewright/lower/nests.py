@@ -55,7 +55,7 @@ def fused(
     def is_candidate(t: Statement) -> bool:
         needs, it = set(ir.indices_of(t.out)), iteration(t)
         walks_one = not (it and it.op) and not (root.out.tensor.is_sparse and it)
-        depends = needs == own or (merged and needs < own)
+        depends = needs == own or (merged and needs < own and own.isdisjoint(t.axes))
         return bool(t.op) and t.out.tensor.name in read and walks_one and depends
 
     def is_elsewhere(t: Statement) -> bool:
@@ -128,6 +128,9 @@ class NestBuilder:
         if st.op == "append":
             return BuiltNest(self._loops(_Target(st, False), specs, scope), driver, False, True)
         is_revisited = (self.tables.shared and not is_sparse) or revisits_outputs(st, specs)
+        order = [s.axis.name in reduced for s in specs]
+        is_fused = isinstance(st, Fused) and bool(self.temps) and not self.placed
+        is_revisited |= is_fused and order != sorted(order)
         in_place = bool(st.op) and (is_update or is_revisited)
         body = self._loops(_Target(st, in_place), specs, scope)
         for name in {t.out.tensor.name for t in self.temps} & self.placed.keys() - self.emitted:
@@ -156,7 +159,12 @@ class NestBuilder:
         tensor, loop = t.out.tensor, self.placed.get(t.out.tensor.name, "")
         driver, root, inside = driver_of(t), driver_of(self.root), scope.copy()
         around = (self.root, *(x for x in self.temps if x is not t))
-        check(t, around, self.placed, self.emitted, set(scope.coordinates))
+        check(t, self.placed, self.emitted, set(scope.coordinates))
+        for x in (x for st in around for e in st.values for x in ir.walk(e, ir.Access)):
+            is_read = x.tensor.name == tensor.name
+            for index, c in zip(t.out.coords, x.coords, strict=True) if is_read else ():
+                if str(index) in scope.coordinates and c != index:
+                    raise refuse(tensor.name, f"loop {index} reads {x}", f"outside of loop {index}")
         own = tuple(a for a in t.axes if a.name != loop)
         if own == t.axes:
             specs = self._follow(t, driver, inside)

@@ -36,23 +36,15 @@ def with_roles(program: ir.Program) -> ir.Program:
     return replace(program, tensors=tuple(tensors))
 
 
-def check(
-    t: Statement, readers: Sequence[Statement], placed: dict[str, str], emitted: set[str],
-    around: set[str],
-) -> None:  # fmt: skip
+def check(t: Statement, placed: dict[str, str], emitted: set[str], around: set[str]) -> None:
     """Checks that `t` can be computed at its loop in `placed`. Raises ScheduleError[S102] if it
-    reads a temporary not yet in `emitted`, if `readers` need more of it, or if another loop, in
-    `around`, would repeat it."""
+    reads a temporary not yet in `emitted`, or if another loop, in `around`, would repeat it."""
     name, loop = t.out.tensor.name, placed.get(t.out.tensor.name, "")
     for late in sorted((names_read(*t.values) & placed.keys()) - emitted - {name}):
         raise refuse(late, f"{name} reads it first", f"compute_at {name} further in")
     for again in sorted(around - {loop, *(x.name for x in ir.indices_of(t.out))}) if loop else ():
         hint = f"order_axes the statement that reads it, {loop} before {again}"
         raise refuse(name, f"loop {again} is around loop {loop}, and would repeat it", hint)
-    for x in (x for st in readers for e in st.values for x in ir.walk(e, ir.Access)):
-        for own, c in zip(t.out.coords, x.coords, strict=True) if x.tensor.name == name else ():
-            if str(own) in around and c != own:
-                raise refuse(name, f"loop {own} reads {x}", f"a loop outside of {own}")
 
 
 @dataclass(slots=True)
@@ -155,7 +147,7 @@ def online(body: ir.Stmt) -> ir.Stmt:
 
 
 class _Online:
-    """`running`: the maxima around; `degrees`: the weights that a register is linear in."""
+    """`running`: the reductions around; `degrees`: the weights that a register is linear in."""
 
     def __init__(self) -> None:
         self.running: dict[str, ir.Compute] = {}
@@ -194,7 +186,7 @@ class _Online:
         if own is None or (own and c.out.buffer.scope != "register"):
             raise self.not_linear(name)
         self.degrees[name] = frozenset(own)
-        if c.op == "max" and c.out.buffer.scope == "register":
+        if c.reduce:
             self.running[name] = c
         return changed
 
@@ -203,9 +195,9 @@ class _Online:
 
         def visit(x: Any) -> Any:
             match x:
-                case ir.Unary("exp", ir.Binary("-", term, ir.Load(ir.Buffer(top)))) if (
-                    top in inside and term == inside[top].value
-                ):
+                case ir.Unary(
+                    "exp", ir.Binary("-", term, ir.Load(ir.Buffer(top, scope="register")))
+                ) if top in inside and (inside[top].op, inside[top].value) == ("max", term):
                     kinds = f"{top}.weight", f"{top}.factor"
                     weight, factor = (ir.Buffer(kind, x.dtype, (), "register") for kind in kinds)
                     self.registers[top] = weight, factor

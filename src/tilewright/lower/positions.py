@@ -129,8 +129,7 @@ class _Builder:
         if all(nest.covers and not nest.in_place for nest in built):
             return [nests]
         own = [n for n in numbers if is_sparse and built[n].in_place] or [-1]
-        driver = built[-1].driver
-        return [tuple(self._init(root, temps, driver, n, parts[n]) for n in own), nests]
+        return [tuple(self._init(root, temps, built[-1].driver, n, parts[n]) for n in own), nests]
 
     def _is_in_pieces(self, t: Statement, around: Driver, shared: bool) -> bool:
         """Whether a reduction inside loops that follow `around` would see a piece of a row only:

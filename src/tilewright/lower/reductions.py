@@ -50,7 +50,7 @@ class _Chain:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.compute.out, self.compute.op
+        return self.compute.out, self.compute.op, frozenset(f.name for f in self.spatial)
 
     @property
     def cells(self) -> tuple[ir.For, ...]:
@@ -136,7 +136,7 @@ class _Materializer:
         if shape not in accumulators:
             accs = tuple(self._accumulator(chain, value.dtype) for _, value in c.sums)
             accumulators[shape] = accs, chain
-        index = chain.index
+        index = accumulators[shape][1].index
         if c.online:
             self.maxima[c.out.buffer.name, shape] = accumulators[shape][0][0]
             return _online_term(c, ir.Load(accumulators[shape][0][0], index, c.value.dtype))
@@ -328,17 +328,19 @@ def reduced_names(path: Iterable[Any], c: ir.Compute) -> frozenset[str]:
 
 
 def check_threads(program: ir.Program) -> ir.Program:
-    """Raises ScheduleError[S102] where threads update elements of an output in memory, and the next
-    reduced iteration gives an element to another thread, without a barrier in between: no
-    coordinate says by itself which thread it belongs to."""
+    """Raises ScheduleError[S102] where threads update elements of an output in memory, and another
+    thread, now or in the next reduced iteration, may have the same one, without a barrier in
+    between: no coordinate says by itself which thread it belongs to."""
     for body, c in ((n.body, c) for n in program.nests for c in ir.statements(n.body, ir.Compute)):
         path = ir.path_to(body, c) or []
         reduced, used = reduced_names(path, c), [ir.free_vars(i) for i in c.out.index]
-        in_memory = c.in_place and not c.atomic and any(names & reduced for names in used)
-        for f in (s for s in path if in_memory and isinstance(s, ir.For) and s.kind in ir.THREADS):
+        in_memory, moves = c.in_place and not c.atomic, any(names & reduced for names in used)
+        threads = (s for s in path if isinstance(s, ir.For) and s.kind in ir.THREADS)
+        for f in (s for s in threads if in_memory and (moves or not ir.reduces(s, c))):
             own = {f.name}
-            for x in path:
-                own |= {x.name} if isinstance(x, ir.Let) and ir.free_vars(x.value) & own else set()
+            for x in (x for x in path if isinstance(x, ir.Let)):  # rows that are loaded may repeat
+                known = ir.reduces(f, c) or not ir.reads_memory(x.value)
+                own |= {x.name} if known and ir.free_vars(x.value) & own else set()
             if f.extent != 1 and not any(names & own and not names & reduced for names in used):
                 rule = f"threads of loop {f.name} update {c.out} in memory at once"
                 raise illegal(rule, "atomic(), or bind a loop of the output")

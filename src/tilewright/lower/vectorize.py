@@ -142,7 +142,7 @@ def _apart(s: Any) -> Any:
         return s
     out: list[ir.Stmt] = []
     for n, b in enumerate(s.body):
-        if isinstance(b, ir.For) and b.kind == "vector":
+        if isinstance(b, ir.For) and (b.kind == "vector" or (b.kind, b.extent) == ("unroll", 1)):
             behind = {x.var.name for later in s.body[n + 1 :] for x in ir.statements(later, ir.Let)}
             if any(x.var.name in behind for x in ir.statements(b.body, ir.Let)):
                 b = replace(b, body=_renamed_lets(b.body, ".vector"))
@@ -182,6 +182,8 @@ class _Vectorizer:
             self.varying[s.var.name] = value.dtype
             return ir.Let(ir.Var(s.var.name, value.dtype), value)
         if isinstance(s, ir.Alloc) and not isinstance(s, ir.AllocRow):
+            if s.buffer.scope == "shared":
+                raise self.refuse(f"it fills {s.buffer.name}", "cache at a loop around it")
             self.registers.add(s.buffer.name)
             return ir.Alloc(replace(s.buffer, dtype=s.buffer.dtype.vector(self.lanes)))
         if isinstance(s, ir.If):

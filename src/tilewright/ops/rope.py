@@ -82,8 +82,7 @@ def rope_kernel(
     the kernel (0: any)."""
     made = _program(not interleaved, append, "float32" if append else dtype).typed(X=stored)
     made = made.typed(K=dtype) if append else made
-    recipe = by_token.of(width=0 if interleaved else head_dim // 2)
-    return made.schedule(recipe).build(target)
+    return made.schedule(by_token.of(width=0 if interleaved else head_dim // 2)).build(target)
 
 
 rope_append_kernel = partial(rope_kernel, append=True)

@@ -113,8 +113,7 @@ def _cpu_pieces(s: Schedule, at: _Names, lanes: int) -> Schedule:
     entries = [x for x in (at.j, at.i) if s.has(x)]  # the loops over them
     unit, u, v = f"{at.k}_unit", f"{at.k}_u", f"{at.k}_v"
     if not tile:
-        s = s.split(at.k, lanes, tail="cut", into=(u, v))
-        return s.reorder(*entries, v).vectorize(v)
+        return s.split(at.k, lanes, tail="cut", into=(u, v)).reorder(*entries, v).vectorize(v)
     s = s.split(at.k, tile, tail="exact", into=(unit, f"{at.k}_in")).parallel(unit)
     s = s.split(f"{at.k}_in", lanes, tail="exact", into=(u, v))
     return s.reorder(*entries, u, v).unroll(u).vectorize(v)

@@ -34,6 +34,8 @@ def split(
     zero = ir.Const(0, t)
     outer, inner = ir.Var(outer_name, t), ir.Var(inner_name, t)
     extent = ir.simplify(ir.binary("-", f.end, f.begin))
+    if any(x.op in ("min", "max") for x in ir.walk(extent, ir.Binary)):  # it may run backwards
+        extent = ir.binary("max", extent, 0)
     exact = isinstance(extent, ir.Const) and int(extent.value) % factor == 0
     if tail == "exact" and not exact and not is_multiple(extent, factor):
         hint = "specialize the dimension first, or use tail='cut'"
@@ -139,6 +141,9 @@ def bind(f: ir.For, loop: str, kind: ir.LoopKind) -> ir.Stmt:
             if c.in_place and not c.atomic and (c.shared or not _owns_rows(f, c)):
                 why = f"units of loop {f.name} update the same elements of {c.out.buffer.name}"
                 raise illegal(why, "atomic(), or a format that keeps rows whole")
+    filled = {x.buffer for x in ir.statements(f.body, ir.Store) if x.buffer.scope == "register"}
+    if kind in (*ir.GRID, *ir.THREADS) and filled - {x.buffer for x in ir.walk(f.body, ir.Alloc)}:
+        raise illegal(f"loop {f.name} fills registers of one thread", "bind a loop around it")
     if kind in ("vector", *ir.THREADS) and f.extent is None:
         raise illegal(f"loop {f.name} has no constant extent", "split it first")
     if kind == "vector" and f.extent is not None and f.extent & (f.extent - 1):

@@ -27,8 +27,7 @@ def _named(kind: str, name: str, known: Mapping[str, T]) -> T:
 
 def _statement(program: ir.Program, output: str) -> ir.Assign:
     """The statement of an output or a temporary, the first of several updates."""
-    statements = {s.out.tensor.name: s for s in program.body[::-1]}
-    return _named("output or temporary", output, statements)
+    return _named("output or temporary", output, {s.out.tensor.name: s for s in program.body[::-1]})
 
 
 def order_axes(program: ir.Program, output: str, *axes: str) -> ir.Program:
