@@ -86,7 +86,13 @@ def split_by(n: int, rest: str = "cut"):
 
 def kept() -> int:
     """Kernels in the cache."""
-    return sum(e.kind == program_cache.KIND for e in disk_cache.current().entries())
+    return len(files())
+
+
+def files() -> list[Path]:
+    """Their files."""
+    entries = disk_cache.current().entries()
+    return [path for path, _ in entries if path.suffix == f".{program_cache.KIND}"]
 
 
 # ---------------------------------------------------------------------------- keys
@@ -424,10 +430,10 @@ def test_a_refused_recipe_is_refused_again() -> None:
 
 def test_a_damaged_entry_is_a_miss(lowered: list[str]) -> None:
     spmm.build("interp")
-    entry = next(e for e in disk_cache.current().entries() if e.kind == program_cache.KIND)
-    whole = entry.path.read_bytes()
+    [entry] = files()
+    whole = entry.read_bytes()
     held = json.loads(whole[: whole.index(b"\n")])
-    entry.path.write_bytes(whole.replace(b'"spmm"', b'"evil"'))
+    entry.write_bytes(whole.replace(b'"spmm"', b'"evil"'))
     kernel = spmm.build("interp")
     assert len(lowered) == 2
     assert kernel.manifest.name == held["manifest"]["name"] == "spmm"
@@ -531,13 +537,13 @@ def test_other_values_are_no_numbers_of_units(count: Any) -> None:
 def test_a_file_with_other_units_is_refused() -> None:
     """A sound trailer around what no compiler wrote: the kernel does not run."""
     spmm.build("interp")
-    entry = next(e for e in disk_cache.current().entries() if e.kind == program_cache.KIND)
-    data = disk_cache.get(program_cache.KIND, entry.key)
+    [entry] = files()
+    data = disk_cache.get(program_cache.KIND, entry.stem)
     assert data is not None
     head, _, source = data.partition(b"\n")
     held = json.loads(head)
     held["manifest"]["stages"][0]["units"] = ["__import__('os').abort()"]
-    disk_cache.put(program_cache.KIND, entry.key, json.dumps(held).encode() + b"\n" + source)
+    disk_cache.put(program_cache.KIND, entry.stem, json.dumps(held).encode() + b"\n" + source)
     kernel = spmm.build("interp")
     with pytest.raises(InternalError, match=r"I101.*no unit count"):
         multiply(kernel, tw.csr(), 0)

@@ -11,7 +11,6 @@ Reference: SparseTIR (ASPLOS 2023, §4.2), its SpMM on hyb(c, k).
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 from tilewright import dtypes
 from tilewright.build import Definition, kernels, named_recipe, program
@@ -23,7 +22,7 @@ from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import entries, formats, trace
 from tilewright.sparse.formats import Composed, Format, Where
-from tilewright.sparse.pack import Packed, Structure
+from tilewright.sparse.pack import Packed
 from tilewright.sparse.trace import dense, indices, out, sparse
 from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers
@@ -286,16 +285,7 @@ def spmm(A: Packed, X: Any, out: Any = None) -> Any:
     A106 also for a format that the target has no schedule for.
     """
     check_packed(A, lambda fmt: fmt.ndim == 2, "pack a matrix, as with pack_for_spmm(matrix)")
-    width = last_size(X)
-    key = A.dtype, getattr(X, "dtype", None), width
-    kernels = _CHOSEN.setdefault(A.structure, {})  # by structure: hashing a format is slow
-    kernel = kernels.get(key)
-    if kernel is None:
-        kernel = kernels[key] = _chosen(A, X, width)
-    return kernel(A, X, out=out)
-
-
-_CHOSEN: WeakKeyDictionary[Structure, dict[Any, Kernel]] = WeakKeyDictionary()
+    return _chosen(A, X, last_size(X))(A, X, out=out)
 
 
 def _chosen(A: Packed, X: Any, width: int) -> Kernel:

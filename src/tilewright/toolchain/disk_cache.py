@@ -41,17 +41,6 @@ class Stats:
     compile_ms: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One cached file; `nbytes` includes the trailer, `modified` is seconds of Unix time."""
-
-    kind: str
-    key: str
-    path: Path
-    nbytes: int
-    modified: float
-
-
 stats = Stats()
 
 
@@ -116,22 +105,20 @@ class Cache:
             raise
         return path
 
-    def entries(self) -> Iterator[Entry]:
-        """All entries, intact or not, by name."""
+    def entries(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """The files KEY.KIND of all entries, intact or not, by name, and their status."""
         with contextlib.suppress(OSError):
             for path in sorted(self.folder.iterdir()):
-                key, _, kind = path.name.partition(".")
-                if _KEY.fullmatch(key) and _KIND.fullmatch(kind):
+                if _KEY.fullmatch(path.stem) and _KIND.fullmatch(path.suffix[1:]):
                     with contextlib.suppress(OSError):
-                        status = path.stat()
-                        yield Entry(kind, key, path, status.st_size, status.st_mtime)
+                        yield path, path.stat()
 
     def clear(self) -> int:
         """Remove all entries and the temporary files of dead writers; the number of entries."""
         removed = 0
-        for entry in list(self.entries()):
+        for path, _ in list(self.entries()):
             with contextlib.suppress(OSError):
-                entry.path.unlink()
+                path.unlink()
                 removed += 1
         for path in self.folder.glob(".tmp-*"):
             with contextlib.suppress(OSError):

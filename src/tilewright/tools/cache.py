@@ -23,9 +23,11 @@ def cache(args: argparse.Namespace) -> int:
         removed = disk_cache.current().clear()
         print(f"removed {removed} entries of {folder}")
         return 0
-    entries = sorted(disk_cache.current().entries(), key=lambda e: e.modified)
-    for e in entries:
-        stamp = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.modified))
-        print(f"{stamp}  {e.nbytes / 1024:8.1f} KiB  {e.key[:12]}  {_KINDS.get(e.kind, e.kind)}")
-    print(f"{len(entries)} entries, {sum(e.nbytes for e in entries) / 2**20:.1f} MiB in {folder}")
+    entries = sorted(disk_cache.current().entries(), key=lambda entry: entry[1].st_mtime)
+    for path, status in entries:
+        stamp = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.st_mtime))
+        kind = _KINDS.get(path.suffix[1:], path.suffix[1:])
+        print(f"{stamp}  {status.st_size / 1024:8.1f} KiB  {path.stem[:12]}  {kind}")
+    mib = sum(status.st_size for _, status in entries) / 2**20
+    print(f"{len(entries)} entries, {mib:.1f} MiB in {folder}")
     return 0

@@ -1,7 +1,8 @@
-"""`tilewright demo`, `chat` and `serve`: a language model on Tilewright's kernels."""
+"""`tilewright demo`, `chat`, `serve` and `tune`: a language model on Tilewright's kernels."""
 
 import argparse
 import logging
+import math
 import resource
 import socket
 import sys
@@ -12,13 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tilewright.errors import ArgumentError, TilewrightError, needed_for
 from tilewright.serve.chat import Prompts
-from tilewright.serve.engine import LLM, Options
+from tilewright.serve.engine import LLM, Engine, Options
 from tilewright.serve.request import Sampling
+from tilewright.serve.tune import errors, fit, measure
 from tilewright.serve.weights import open_model, packaged_model
 from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers, disk_cache
+from tilewright.tools.cli import check_output
 
 QUESTION = "What is the capital of France?"
 MODEL = "a GGUF file, or a folder of safetensors (default: SmolLM2-135M-Instruct)"
@@ -45,6 +50,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 ANSWER = ("--max-tokens", "--temperature", "--seed", "--target", "--context")
 SERVER = ("--name", "--host", "--port", "--api-key", "--of-client")
 ENGINE = ("--running", "--step-tokens", "--kv-tokens", "--fast", "--cost", "--target", "--context")
+MEASURED = ("--running", "--step-tokens", "--fast", "--target", "--context")
 
 
 def add_arguments(names: Sequence[str], parser: argparse.ArgumentParser) -> None:
@@ -203,3 +209,29 @@ def _report(llm: LLM, opened_s: float, first_s: float) -> None:
         "memory": f"{peak_mb:.0f} MB at the peak",
     }
     print("\n".join(f"{name:12} {text}" for name, text in rows.items()))
+
+
+def tune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("serve",))
+    add_arguments(("model", *MEASURED), parser)
+    parser.add_argument("--out", type=Path, default=Path("cost.json"), help="default: cost.json")
+    parser.add_argument("--seconds", type=float, default=150.0, help="how long to measure")
+
+
+def tune(args: argparse.Namespace) -> int:
+    """Times random steps, fits the constants of `serve.cost`, and writes them as JSON for
+    `tilewright serve --cost`. Raises ArgumentError[A109] before the work."""
+    check_output("--out", args.out)
+    if not 0 < args.seconds < math.inf:
+        raise ArgumentError("A109", f"--seconds {args.seconds}", where="--seconds", hint="150")
+    engine = Engine(open_model(args.model or packaged_model()), args.target, engine_options(args))
+    samples = []
+    for sample in measure(engine, args.seconds):
+        samples.append(sample)
+        print(f"\r{len(samples)} steps", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    model = fit(samples, engine.scheduler.model.key)
+    model.save(args.out)
+    p50, p90 = (100 * float(np.percentile(errors(model, samples), p)) for p in (50, 90))
+    print(f"{args.out}: {len(samples)} steps, off by {p50:.1f} % at the median, {p90:.1f} % at p90")
+    return 0

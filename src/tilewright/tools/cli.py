@@ -27,7 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("chat", "serve a small language model with kernels compiled on the spot"),
     "chat": ("chat", "talk to a model"),
     "serve": ("chat", "answer OpenAI's HTTP API with a model"),
-    "tune": ("tune", "measure what a step of the server costs, which promised times need"),
+    "tune": ("chat", "measure what a step of the server costs, which promised times need"),
 }
 """The module below `tilewright.tools` that has `name_arguments` and `name`, and the help."""
 

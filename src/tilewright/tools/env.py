@@ -105,7 +105,7 @@ def _cache() -> Iterable[Line]:
 
     yield _try("folder", lambda: str(disk_cache.current().folder), "set TILEWRIGHT_CACHE_DIR")
     entries = list(disk_cache.current().entries())
-    yield "size", f"{len(entries)} entries, {sum(e.nbytes for e in entries) / 2**20:.1f} MiB"
+    yield "size", f"{len(entries)} entries, {sum(s.st_size for _, s in entries) / 2**20:.1f} MiB"
 
 
 def _packages() -> Iterable[Line]:
