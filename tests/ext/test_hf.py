@@ -169,6 +169,7 @@ def test_what_is_not_supported_is_refused():
     raises("A101", position_bias=torch.zeros(1))
     raises("A102", torch.full((1, 1, 3, 3), 0.5))
     raises("A103", torch.zeros(1, 4, 3, 3, dtype=torch.bool))
+    raises("A102", torch.ones(1, 1, 3, 3, dtype=torch.long))
     additive = torch.zeros(1, 1, 3, 3)
     additive[..., 1] = torch.finfo(torch.float32).min
     o, _ = hf.attend(module, q, k, torch.arange(96.0).reshape(1, 2, 3, 16), additive)
@@ -184,6 +185,24 @@ def test_a_forward_that_records_gradients_is_refused(model):
     with torch.inference_mode():
         wanted = model(ids).logits
     close(model.requires_grad_(False)(ids).logits, wanted)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_mask_is_read_anew_for_other_keys_and_when_it_changes():
+    """Its bits are kept with it; a layer with a longer cache must not get those of a shorter."""
+    q, k = torch.randn(1, 4, 2, 16), torch.randn(1, 4, 70, 16)
+    mask, module = torch.rand(1, 1, 2, 70) < 0.7, SimpleNamespace(is_causal=True)
+
+    def check(keys):
+        x, seen = k[:, :, :keys], mask[..., :keys]
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, x, x, seen)
+        close(hf.attend(module, q, x, x, mask)[0], wanted.transpose(1, 2))
+
+    mask[..., 0] = True
+    for keys in (9, 70, 40):
+        check(keys)
+    mask[..., 3:] ^= True
+    check(40)
 
 
 @pytest.mark.gpu

@@ -86,13 +86,15 @@ def _attend_packed(
 def _bits(mask: Tensor, kv: int) -> Tensor:
     """The words of a mask (batch, 1, q, kv), bool, or 0 and the lowest number. Kept with the mask:
     every layer has the same."""
-    if hasattr(mask, "_tilewright_words"):
-        return mask._tilewright_words
+    state = kv, -1 if mask.is_inference() else mask._version  # inference tensors count no writes
+    if getattr(mask, "_tilewright_words", (None,))[0] == state:
+        return mask._tilewright_words[1]
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] < kv:
         text, where = f"attention_mask has shape {tuple(mask.shape)}", "attention_mask"
         raise ArgumentError("A103", text, where=where, hint=f"(batch, 1, q, {kv})")
     seen = mask if mask.dtype == torch.bool else mask == 0
-    if mask.dtype != torch.bool and bool((~seen & (mask > torch.finfo(mask.dtype).min / 2)).any()):
+    lowest = torch.finfo(torch.promote_types(mask.dtype, torch.float16)).min  # also for integers
+    if mask.dtype != torch.bool and bool((~seen & (mask > lowest / 2)).any()):
         raise ArgumentError("A102", "attention_mask adds biases", where="attention_mask")
-    mask._tilewright_words = words(seen[:, 0, :, :kv].reshape(-1, kv))
-    return mask._tilewright_words
+    mask._tilewright_words = state, words(seen[:, 0, :, :kv].reshape(-1, kv))
+    return mask._tilewright_words[1]
