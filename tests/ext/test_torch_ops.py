@@ -87,6 +87,12 @@ def test_append_by_block_table(rng):
     raises("A103", *new[:, :2], request, position, [table])
     raises("A103", *new, request, position.float(), [table])
     raises("A103", *new.half(), request, position, [table])
+    raises("A103", new[0], new[1, :2], request, position, [table])
+    for tables in ([], [table, table], [table[0]], [table[0]] * 3):
+        raises("A103", *new, request, position, tables)
+    for wrong in (v[:3], v[:, :3]):
+        with pytest.raises(ArgumentError, match="A103"):
+            torch_ops.append(k, wrong, *new, request, position, [table])
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -123,6 +129,11 @@ def test_misuse_has_coded_errors(rng):
         torch_ops.operator(tw.Attention(4, 2, 24)).plan(table)
     with pytest.raises(ArgumentError, match="A103"):
         torch_ops.operator(tw.Attention(4, 2, 32))(batch.q, *pages, table)
+    for tensors in ((), (*table, table[0])):
+        with pytest.raises(ArgumentError, match="A103"):
+            torch_ops.operator(tw.Attention(4, 2, 24))(batch.q, *pages, tensors)
+    with pytest.raises(ArgumentError, match="A103"):
+        torch_ops.merge([batch.q] * 2, [batch.q[..., 0]])
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

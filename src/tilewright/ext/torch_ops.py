@@ -81,6 +81,8 @@ def operator(attn: Attention, room: Workspace | None = None) -> Operator:
 
 
 def _table(table: list[Tensor]) -> Table:
+    if not 0 < len(table) < 4:
+        raise ArgumentError("A103", f"table has {len(table)} tensors", where="table", hint="1 to 3")
     return (Table.dense, Table, Table.csr)[len(table) - 1](*table)
 
 
@@ -109,9 +111,13 @@ def _append(*arguments: Any) -> None:
         if x.shape != key.shape[:1] or x.is_floating_point():
             raise ArgumentError("A103", f"{name} is {x.dtype} {tuple(x.shape)}", where=name)
     for name, x, pages in (("key", key, k), ("value", value, v)):
-        if x.shape[1:] != pages.shape[2:] or x.dtype != pages.dtype:
+        same = x.shape[:1] == key.shape[:1] and pages.shape[:2] == k.shape[:2]
+        if not same or x.shape[1:] != pages.shape[2:] or x.dtype != pages.dtype:
             text = f"{name} is {x.dtype} {tuple(x.shape)}, pages {pages.dtype} {tuple(pages.shape)}"
-            raise ArgumentError("A103", text, where=name)
+            raise ArgumentError("A103", text, where=name, hint="as many rows and pages as for key")
+    if [x.ndim for x in table] not in ([2], [1, 1]):
+        text, hint = f"table has {len(table)} tensors", "(block_table,) or (kv_indptr, kv_indices)"
+        raise ArgumentError("A103", text, where="table", hint=hint)
     first = table[0] if len(table) == 2 else torch.arange(len(table[0]) + 1, device=k.device)
     first = first.long() * (1 if len(table) == 2 else table[0].shape[1])  # entry of each request
     entries, at = table[-1].reshape(-1), request.clamp(0, len(first) - 2).long()
@@ -143,6 +149,8 @@ def _checked(function: Any) -> Any:
 
 
 def _merge(o: list[Tensor], lse: list[Tensor]) -> tuple[Tensor, Tensor]:
+    if len(o) != len(lse):
+        raise ArgumentError("A103", f"{len(o)} outputs, {len(lse)} lse", where="lse")
     state = merge_all([State(x.contiguous(), y.contiguous()) for x, y in zip(o, lse, strict=True)])
     return state.o, state.lse
 
