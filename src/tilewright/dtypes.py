@@ -102,7 +102,7 @@ def dtype(of: Any) -> DType:
         return ALL[name]
     try:
         return from_numpy(np.dtype(of))
-    except (TypeError, ArgumentError):
+    except (TypeError, ValueError, ArgumentError):  # ValueError: of tensors
         hint = f"one of {', '.join(ALL)}"
         raise ArgumentError("A102", f"{of!r} is not a dtype", hint=hint) from None
 

@@ -220,10 +220,10 @@ def test_numpy_with_torch():
 
 
 def test_weights_beyond_all_numbers_are_no_warning():
-    """An lse of inf or NaN, as a kernel may leave where scores were."""
-    a, b = (State(np.ones((1, 1, 4), np.float32), np.full((1, 1), x, np.float32))
-            for x in (np.inf, 0))  # fmt: skip
-    assert np.isnan(a.merge(b).o).all()
+    """An lse of inf or NaN, as a kernel may leave where scores were, or too far below another."""
+    a, b, c, d = (State(np.full((1, 1, 4), n, np.float32), np.full((1, 1), x, np.float32))
+                  for n, x in enumerate((np.inf, 0, 3e38, -3e38)))  # fmt: skip
+    assert np.isnan(a.merge(b).o).all() and (d.merge(c).o == 2).all()
     assert "float" in repr(State(1.0, None)) or repr(State(1.0, [2.0])) == "State(o (), lse (1,))"
 
 

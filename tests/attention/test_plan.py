@@ -288,8 +288,10 @@ def test_numbers_of_numpy_are_numbers():
 def test_the_family_is_chosen_for_the_dtype_of_the_queries(rng, monkeypatch, q_dtype):
     """A family for 16-bit products must not get a plan that float32 queries then fail with."""
     wanted = {None: "float32", "float16": "float16", np.float32: "float32"}.get(q_dtype, "bfloat16")
+    more: list[Any] = []
     if q_dtype == "torch":
-        q_dtype = pytest.importorskip("torch").bfloat16
+        torch = pytest.importorskip("torch")
+        q_dtype, more = torch.bfloat16, [torch.zeros(2, 4)]
     kv, chosen, choose = paged(rng, [20], (20, 2, 16)), [], families.choose
 
     def spy(spec, *rest):
@@ -300,7 +302,7 @@ def test_the_family_is_chosen_for_the_dtype_of_the_queries(rng, monkeypatch, q_d
     attn = Attention(2, 2, 16)
     attn.plan(np.array([0, 1]), kv, q_dtype=q_dtype)
     assert chosen == [(wanted, "float32", wanted)]
-    for wrong in ("int8", "complex64", object()):
+    for wrong in ("int8", "complex64", object(), *more):
         with pytest.raises(ArgumentError, match="A102"):
             attn.plan(np.array([0, 1]), kv, q_dtype=wrong)
         with pytest.raises(ArgumentError, match="A102"):

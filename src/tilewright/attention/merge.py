@@ -143,7 +143,7 @@ def _check_frameworks(states: Sequence[State]) -> None:
 # ---------------------------------------------------------------------------- host
 
 
-@np.errstate(invalid="ignore")  # NaN where nothing is read, and of infinite weights
+@np.errstate(invalid="ignore", over="ignore")  # NaN where nothing is read; weights of −∞
 def _on_host(states: Sequence[State], mask: Any, out: State) -> None:
     """In float32, or the dtype of lse where that is float64."""
     lses, none = [to_host(s.lse) for s in states], -np.inf
