@@ -356,12 +356,9 @@ class Resolution:
         return next(name for name, reason in self.families if not reason)
 
     def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.families)
-        lines = []
-        for name, reason in self.families:
-            answer = reason or ("runs" if name == self.chosen else "can run")
-            lines.append(f"{name:{width}}  {answer}")
-        return "\n".join(lines)
+        chosen, width = self.chosen, max(len(name) for name, _ in self.families)
+        answers = ((n, why or ("runs" if n == chosen else "can run")) for n, why in self.families)
+        return "\n".join(f"{name:{width}}  {answer}" for name, answer in answers)
 
 
 @functools.lru_cache(512)

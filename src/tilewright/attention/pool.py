@@ -44,10 +44,7 @@ class Pool:
             text = f"layout={layout!r}"
             raise ArgumentError("A107", text, where="layout", hint=f"one of {', '.join(LAYOUTS)}")
         keys = float_view("k", k)
-        if v is None:
-            keys, values = _halves(keys)
-        else:
-            values = float_view("v", v)
+        keys, values = _halves(keys) if v is None else (keys, float_view("v", v))
         if keys.ndim not in (3, 4) or (keys.ndim == 3 and layout == "HND"):
             text = f"k has shape {float_view('k', k).shape}"
             hint = "(pages, page_size, kv_heads, head_dim); rows: (tokens, kv_heads, head_dim)"

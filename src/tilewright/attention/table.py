@@ -225,11 +225,9 @@ class Table:
             text = "positions of keys need kv_base, kv_stride and qo_base, and no shared keys"
             hint = "without kv_base and kv_stride key t has position t"
             raise ArgumentError("A101", text, where="kv_base", hint=hint)
-        lengths = arrays.get("kv_len")
-        if device == "cpu" and lengths is not None:
-            check_range("kv_len", to_host(lengths), 0, MAX_KEYS)
-        if device == "cpu" and "kv_stride" in views:
-            check_range("kv_stride", to_host(arrays["kv_stride"]), 1, 2**31 - 1)
+        for name, least, most in (("kv_len", 0, MAX_KEYS), ("kv_stride", 1, 2**31 - 1)):
+            if device == "cpu" and name in views:
+                check_range(name, to_host(arrays[name]), least, most)
         kinds = {n: views[n].dtype.name if n in views else "" for n in _NAMES}
         form = TableForm(**kinds, shared=len(shared), by_head=bool(sizes[3]))
         values = (nodes, requests, device, form, *sizes, views, arrays)
@@ -296,9 +294,7 @@ class Table:
             indptr = self.host("table_indptr")
             first = np.maximum(indptr[:-1], 0)
             return first, np.minimum(indptr[1:], self.limit).clip(first) - first
-        row = np.arange(self.nodes)
-        if "table_rows" in self.views:
-            row = self.host("table_rows")
+        row = self.host("table_rows") if "table_rows" in self.views else np.arange(self.nodes)
         exists = (row >= 0) & (row < self.limit)
         return np.where(exists, row * self.stride, 0), np.where(exists, self.width, 0)
 
