@@ -205,6 +205,16 @@ def test_a_mask_is_read_anew_for_other_keys_and_when_it_changes():
     check(40)
 
 
+@pytest.mark.usefixtures("interpreted", "registered")
+def test_a_model_that_torch_compiles_calls_it_between_graphs():
+    q, k, mask = torch.randn(1, 4, 2, 16), torch.randn(1, 4, 9, 16), torch.ones(1, 1, 2, 9) < 2
+    from transformers import AttentionInterface
+
+    module, ours = SimpleNamespace(is_causal=True), AttentionInterface._global_mapping["tilewright"]
+    layer = torch.compile(lambda q: ours(module, q * 2, k, k, mask)[0] + 1, backend="eager")
+    close(layer(q), hf.attend(module, q * 2, k, k, mask)[0] + 1)
+
+
 @pytest.mark.gpu
 def test_models_on_a_gpu(model):
     test_prompts_and_steps_with_a_cache(model.cuda(), "cuda")

@@ -22,7 +22,8 @@ def register(name: str = "tilewright") -> None:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(name, attend)
+    # Not compiled: a graph would hold an operator that its trace made, and not keep it.
+    AttentionInterface.register(name, torch.compiler.disable(attend))
     if name != "paged|eager":  # which has masks of its own
         AttentionMaskInterface.register(name, sdpa_mask)
 
