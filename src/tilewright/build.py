@@ -44,7 +44,6 @@ entries.to_device = transfer.to_device
 P = ParamSpec("P")
 _INT32, _INT64 = dtypes.int32, dtypes.int64
 OPS, TABLES = "tilewright.ops.", (tuple, list, dict)
-WATCHED = 2  # the debug level from which passes are printed, so that they must run
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +255,8 @@ def _kernel(built: Built, target: Target, program: Program | None) -> Kernel:
 def _key(program: Program, recipe: Any, target: Target) -> str | None:
     """The key of a lowered program: program, recipe (a NamedRecipe and the constants of
     its module, or the steps of a user's), target, instruction set and version. None where these are
-    not plain data, or where passes are to be verified or printed."""
-    if knobs.get("verify") or knobs.get("debug") >= WATCHED:
+    not plain data, or where passes are to be verified."""
+    if knobs.get("verify"):
         return None
     try:
         isa = compilers.resolve_isa().name

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from tilewright import knobs
 from tilewright.codegen import cpp, cuda, shell
 from tilewright.codegen.params import Params, collect_params, count_of, host_count
-from tilewright.errors import InternalError, ScheduleError
+from tilewright.errors import ScheduleError
 from tilewright.ir.names import stride_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.ir.rewrite import is_ordered
@@ -42,16 +41,10 @@ def scheduled(program: Program, recipe: Recipe | None, target: Target) -> Schedu
 
 def lowered(s: Schedule, watch: Watch | None = None) -> Program:
     """The program of a schedule at the loop level for its target, verified: text that is rendered
-    from it declares every name that it uses. Raises InternalError[I101] that names the pass at
-    fault."""
-    positions = s.lowered.program
-    result = run_passes(positions, AFTER_SCHEDULE, s.target.kind, watch)
-    try:
-        verify(result, "the last pass")
-    except InternalError:
-        with knobs.scope(verify=True):
-            run_passes(positions, AFTER_SCHEDULE, s.target.kind)
-        raise
+    from it declares every name that it uses. Raises InternalError[I101], which names the pass at
+    fault under the knob `verify`."""
+    result = run_passes(s.lowered.program, AFTER_SCHEDULE, s.target.kind, watch)
+    verify(result, "the last pass")
     return result
 
 

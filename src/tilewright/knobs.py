@@ -1,6 +1,6 @@
 """The environment variables Tilewright reads: all of them, typed, in one table.
 
-`knobs.scope(debug=2)` overrides for a block of code. A bad value is an error at the first read that
+`knobs.scope(debug=1)` overrides for a block of code. A bad value is an error at the first read that
 names the variable, the value and the expected form.
 """
 
@@ -51,7 +51,7 @@ KNOBS: dict[str, Knob] = {
     "cxx": Knob("TILEWRIGHT_CXX", "", str, "a command", "the C++ compiler, as g++ or 'ccache g++'; empty = CXX, else c++, g++ or clang++"),
     "isa": Knob("TILEWRIGHT_ISA", "", str, "avx512bf16, avx512, avx2, baseline or empty", "instruction set of the CPU target; empty = this CPU's"),
     "verify": Knob("TILEWRIGHT_VERIFY", False, _flag, "0 or 1", "run the IR verifiers between all passes"),
-    "debug": Knob("TILEWRIGHT_DEBUG", 0, _integer(0, 2), "0 to 2", "1 times of compilations, 2 each pass"),
+    "debug": Knob("TILEWRIGHT_DEBUG", 0, _integer(0, 1), "0 or 1", "1 prints the time of each compilation"),
 }  # fmt: skip
 
 _overrides: dict[str, Any] = {}

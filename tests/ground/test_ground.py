@@ -167,7 +167,7 @@ def test_every_bfloat16_survives_the_round_trip():
     [
         ("threads", "3", 3),
         ("threads", "", 0),
-        ("debug", "2", 2),
+        ("debug", "1", 1),
         ("cache", "0", False),
         ("verify", "1", True),
         ("cxx", "clang++", "clang++"),
@@ -233,15 +233,15 @@ def test_a_folder_below_no_home(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_scopes_nest_and_end_also_by_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TILEWRIGHT_DEBUG", "0")
-    with knobs.scope(debug=1):
-        assert knobs.get("debug") == 1
-        with pytest.raises(ZeroDivisionError), knobs.scope(debug=2, threads=5):
-            assert (knobs.get("debug"), knobs.get("threads")) == (2, 5)
+    monkeypatch.setenv("TILEWRIGHT_THREADS", "2")
+    with knobs.scope(threads=3):
+        assert knobs.get("threads") == 3
+        with pytest.raises(ZeroDivisionError), knobs.scope(threads=4, debug=1):
+            assert (knobs.get("threads"), knobs.get("debug")) == (4, 1)
             raise ZeroDivisionError
-        assert knobs.get("debug") == 1
-        assert knobs.get("threads") != 5
-    assert knobs.get("debug") == 0
+        assert knobs.get("threads") == 3
+        assert knobs.get("debug") == 0
+    assert knobs.get("threads") == 2
 
 
 def test_a_scope_refuses_unknown_knobs():

@@ -3,14 +3,7 @@
 One table describes one step of a model and is used by all of its layers. A `Pool` holds the pages
 of one layer, and `KV` is a table with a pool. Key t of request r is slot t % page_size of the page
 whose number is entry t // page_size of the request. Entries beyond the request's last key are never
-read.
-
-    Table(kv_len, block_table)                     padded: one row of entries a request
-    Table(kv_len, block_table, rows=rows)          request r has row rows[r] of a larger table
-    Table(kv_len, block_table)                     of three dimensions: entries for each KV head
-    Table.csr(kv_len, kv_indptr, kv_indices)       entries one request after the other
-    Table.ragged(kv_indptr)                        no pages: rows of k and v one after the other
-    Table.dense(kv_len)                            no table: request r has page r
+read. `Table`, `Table.csr`, `Table.ragged` and `Table.dense` are the forms of a table.
 
 Requests that share keys (a cascade): with `shared=[indptr, …]` the rows of the table are nodes of a
 tree. Those of the outermost level come first, then those of each further level, then one row for

@@ -1,10 +1,9 @@
 """The compiler on one screen: every pass, in order. Each is a pure function Program → Program.
 
 `schedule` is where a schedule's verbs rewrite the nests; without one the program runs as written.
-The knob `verify` runs the verifier after each pass; `debug` 2 prints each new program.
+The knob `verify` runs the verifier after each pass; `tilewright show` prints what each makes.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,16 +67,13 @@ def run_passes(
     program: ir.Program, passes: tuple[Pass, ...], kind: str = "cpp", watch: Watch | None = None
 ) -> ir.Program:
     """The program after the passes that apply to a kind of target, in order."""
-    verifying, debug = knobs.get("verify"), knobs.get("debug")
+    verifying = knobs.get("verify")
     for p in passes:
         if p.only and kind not in p.only:
             continue
-        began, before = time.perf_counter(), program
         program = p.run(program)
         if verifying:
             verify(program, p.name)
-        if debug >= 2 and program is not before:
-            print(f"-- {p.name}: {1e3 * (time.perf_counter() - began):.1f} ms\n{program}")
         if watch is not None:
             watch(p.name, program)
     return program

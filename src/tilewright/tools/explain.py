@@ -2,12 +2,9 @@
 
 import argparse
 import difflib
-import re
 import sys
 
-from tilewright.errors import ADVICE, CATALOG, TEXT
-
-FAMILIES: dict[str, str] = dict(re.findall(r"^([A-Z])    (.+)$", TEXT, re.MULTILINE))
+from tilewright.errors import ADVICE, CATALOG
 
 
 def explain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +24,6 @@ def explain(args: argparse.Namespace) -> int:
         print(f"no error code {args.code}{suggestion}", file=sys.stderr)
         return 2
     print(f"{code}: {CATALOG[code]}")
-    print(f"  {FAMILIES[code[0]]}")
     if code in ADVICE:
         print("\n" + ADVICE[code])
     return 0
