@@ -34,8 +34,6 @@ def split(
     zero = ir.Const(0, t)
     outer, inner = ir.Var(outer_name, t), ir.Var(inner_name, t)
     extent = ir.simplify(ir.binary("-", f.end, f.begin))
-    if any(x.op in ("min", "max") for x in ir.walk(extent, ir.Binary)):  # it may run backwards
-        extent = ir.binary("max", extent, 0)
     exact = isinstance(extent, ir.Const) and int(extent.value) % factor == 0
     if tail == "exact" and not exact and not is_multiple(extent, factor):
         hint = "specialize the dimension first, or use tail='cut'"
@@ -50,6 +48,8 @@ def split(
     nest: ir.Stmt = ir.For(outer, zero, count, inner_loop, f.kind, f.axes)
     if tail != "cut" or exact:
         return nest
+    if any(x.op in ("min", "max") for x in ir.walk(count, ir.Binary)):  # it may run backwards
+        count = ir.binary("max", count, 0)
     return ir.seq(nest, _tail(f, f"{own}_t", ir.simplify(ir.add(f.begin, ir.mul(count, factor)))))
 
 

@@ -122,9 +122,10 @@ class PrefixTree:
     def match(self, tokens: Sequence[int], walk: Walk | None = None) -> list[Node]:
         """The path of the longest prefix of `tokens` in full blocks, of which all that a later
         token sees is there; a last token at least is left out, since its logits are wanted. `walk`:
-        of the same tokens before; this one goes on where it ended, if the tree still has that."""
+        of the same tokens before, perhaps one more, which was lost; this one goes on where it
+        ended, if the tree still has that."""
         walk = Walk() if walk is None else walk
-        if walk.changes != self.changes:
+        if walk.changes != self.changes or len(walk.path) * self.page_size >= len(tokens):
             walk.path, walk.known, walk.missing, walk.changes = [], 0, 0, self.changes
         path, size = walk.path, self.page_size
         while path and max(path[-1].pages) < 0:  # evicted with all behind it
