@@ -281,7 +281,7 @@ def _cpp_kernel(built: Built, target: Target) -> Kernel:
     return Kernel(built.manifest, launch.CpuLauncher(load, entries), built.source)
 
 
-def compile_cuda(source: str, arch: str, name: str = "attention") -> nvrtc.Cubin:
+def compile_cuda(source: str, arch: str, name: str = "") -> nvrtc.Cubin:
     """The cubin of CUDA C++ that includes the prelude. Raises BuildError."""
     headers = prelude_files.headers()
     return nvrtc.compile_cuda(source, arch=arch, name=name, headers=headers)

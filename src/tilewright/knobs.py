@@ -66,7 +66,7 @@ def get(name: str) -> Any:
         if value is None:
             return knob.default() if callable(knob.default) else knob.default
         return knob.parse(value)
-    except (ValueError, KeyError, TypeError, RuntimeError):  # the last: ~ of nobody's home
+    except (ValueError, KeyError, TypeError, RuntimeError):  # the last: ~ without a home
         rule = f"{knob.env}={value!r} is not {knob.form}"
         where = f"environment variable {knob.env}"
         raise KnobError("K101", rule, where=where, hint=knob.doc) from None

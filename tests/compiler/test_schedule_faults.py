@@ -625,14 +625,24 @@ def test_threads_share_no_row_that_is_stored_in_pieces(rng, fmt):
     assert caught.value.code == "S102" and "atomic()" in caught.value.hint
 
 
+@tw.program
+def row_sums(A=tw.sparse("m n")):
+    i, j = tw.indices("i:m j:n")
+    return tw.out[i](tw.sum(A[i, j], over=j))
+
+
 @pytest.mark.parametrize("tail", ["cut", "guard"])
 @pytest.mark.parametrize("fmt", [tw.band(-1, 1), tw.dia(0, 2), tw.ragged()], ids=str)
 def test_a_cut_of_rows_that_lie_outside(rng, fmt, tail):
+    """A tail that began in front of such a row added entries of rows before it."""
     dense = np.triu(np.tril(entries(rng, 9, 4, 1.0), 1), -1)
     dense = dense * np.eye(9, 4, dtype=F) if fmt == tw.dia(0, 2) else dense
     x = rng.standard_normal(4).astype(F)
     cut = spmv.decompose(A=fmt).schedule(lambda s: s.split("j", 4, tail=tail))
     np.testing.assert_allclose(both(cut, fmt.pack(dense), x), dense @ x, rtol=1e-5, atol=1e-5)
+    loop = "j_p" if fmt == tw.dia(0, 2) else "j"
+    cut = row_sums.decompose(A=fmt).schedule(lambda s: s.split(loop, 8, tail=tail))
+    np.testing.assert_allclose(both(cut, fmt.pack(dense)), dense.sum(1), rtol=1e-5, atol=1e-5)
 
 
 def test_registers_are_filled_by_the_thread_that_reads_them():

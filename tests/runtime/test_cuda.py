@@ -163,7 +163,7 @@ def _described() -> dict[str, str]:
 @contextlib.contextmanager
 def driver_of(library: str) -> Iterator[None]:
     """Inside, another library is the CUDA driver."""
-    caches = (driver.driver, driver.device)
+    caches = (driver.driver, driver._device)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "LIBRARIES", (library,))
         patch.setattr(driver, "_active", threading.local())

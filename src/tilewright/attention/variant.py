@@ -11,7 +11,7 @@ scalars and compose:
 
     Causal() & SlidingWindow(1024) | Softcap(soft_cap=50.0)
 
-The hooks `sink`, `query`, `key` and `output`, and `softmax = False`, are told of in
+The hooks `sink`, `query`, `key` and `output`, and `softmax = False`, are described in
 docs/attention/variant.md: a logit of the denominator, changed rows, and no softmax.
 
 `a & b` sees the keys that both see; scores and rows pass through the hooks of a, then those of b.

@@ -156,10 +156,12 @@ class Device:
         return driver().returned("cuDeviceTotalMem_v2", self._id)
 
 
-@functools.cache
 def device(ordinal: int = 0) -> Device:
     """A GPU by its number. Raises BuildError[B102] where there is none."""
-    return Device(ordinal)
+    return _device(ordinal)
+
+
+_device = functools.cache(Device)
 
 
 def arch_of(major: int, minor: int) -> str:

@@ -26,11 +26,11 @@ LLMatcher(LLTokenizer("byte"), getattr(LLMatcher, f"grammar_from_{kind}")(schema
 @functools.lru_cache(maxsize=256)
 def check_effort(schema: str) -> None:
     """Makes a matcher in a process of its own: the library does not limit all of its work, and
-    multiples of a large prime take minutes. Raises ModelError[M106] for one that takes too much."""
+    multiples of a large prime take minutes. Raises ModelError[M106] where that process fails."""
     given = json.dumps([sys.path, schema, MAX_SECONDS, MAX_BYTES]).encode()
     command = [sys.executable, "-I", "-S", "-c", _TRIAL]
-    if subprocess.run(command, check=False, input=given, capture_output=True).returncode < 0:
-        rule = f"its matcher takes more than {MAX_SECONDS} s or {MAX_BYTES >> 20} MiB"
+    if subprocess.run(command, check=False, input=given, capture_output=True).returncode:
+        rule = f"its matcher fails, or takes more than {MAX_SECONDS} s or {MAX_BYTES >> 20} MiB"
         raise ModelError("M106", rule, where="response_format")
 
 

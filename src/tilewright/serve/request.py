@@ -143,7 +143,7 @@ class Request:
     groups with a sliding window it holds those of blocks `unseen` … `ahead` - 1; the first
     `in_chunks` tokens are read many at once, later ones one a step. `rank`: its priority, grown by
     waiting. `finish`: "" while it runs, then stop, length, cancel or error. `pieces`: text that
-    nobody has read yet. `since`: the step at which it began to wait, for a seat or for its next
+    its client has not read. `since`: the step at which it began to wait, for a seat or for its next
     tokens. Seconds: `arrived`; `due`: the next token is promised; `first`, `last`: its first and
     its latest token came.
     """

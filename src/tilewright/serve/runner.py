@@ -226,9 +226,8 @@ class Runner:
         rows = self.model.memory.rows
         begins = (i * self.tokens for i in range(3 + self.group_count))
         ids, position, slot, *pages = (rows(self.ints, at, at + tokens) for at in begins)
-        activations = {k: rows(a, 0, tokens) for k, a in of.items()}
-        by_layer = [pages[group] for group in self.group_of]
-        return Rows(tokens, few, {0: ids}, position, slot, by_layer, activations)
+        own = {k: rows(a, 0, tokens) for k, a in of.items()}
+        return Rows(tokens, few, {0: ids}, position, slot, [pages[g] for g in self.group_of], own)
 
     def _kv(self, begin: int, end: int) -> list[KV]:
         """The KV of each layer for requests begin … end-1."""
@@ -236,7 +235,7 @@ class Runner:
             rows, every = self.model.memory.rows, self.block_table.reshape(-1, self.width)
             lengths, *lines = (rows(x, begin, end) for x in (self.kv_len, *self._lines))
             tables = [Table(lengths, every, rows=of) for of in lines]
-            if self.group_count == 1:
+            if self.group_count == 1:  # kernels that look no line up
                 tables = [Table(lengths, rows(every, begin, end))]
             of_layers = zip(self.group_of, self.pools, strict=True)
             self._views[begin, end] = [KV(tables[group], pool) for group, pool in of_layers]

@@ -207,8 +207,7 @@ class Scheduler:
     def _read(self, request: Request) -> list[int]:
         """The pages that a request holds."""
         part, pages = self.prefix.part, request.pages
-        full = part(pages, 0, len(pages), False)
-        return full + part(pages, request.unseen, request.ahead, True)
+        return part(pages, 0, len(pages), False) + part(pages, request.unseen, request.ahead, True)
 
     def _admit(self, requests: list[Request]) -> None:
         """Moves waiting requests to the running ones, with the pages of their tokens. All hold what

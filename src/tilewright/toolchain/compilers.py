@@ -210,7 +210,7 @@ def _configured(variable: str, text: str, path: str) -> Compiler:
 
 
 def _which(name: str, path: str) -> str | None:
-    """The absolute path of a program; of a link to ccache, which goes by its name, the link's."""
+    """The absolute path of a program. Links are not followed: ccache goes by their names."""
     found = shutil.which(name, path=path)
     return found and os.path.abspath(found)
 

@@ -26,8 +26,8 @@ def cache(args: argparse.Namespace) -> int:
     entries = sorted(disk_cache.current().entries(), key=lambda entry: entry[1].st_mtime)
     for path, status in entries:
         stamp = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.st_mtime))
-        kind = _KINDS.get(path.suffix[1:], path.suffix[1:])
-        print(f"{stamp}  {status.st_size / 1024:8.1f} KiB  {path.stem[:12]}  {kind}")
+        kind, kib = path.suffix[1:], status.st_size / 1024
+        print(f"{stamp}  {kib:8.1f} KiB  {path.stem[:12]}  {_KINDS.get(kind, kind)}")
     mib = sum(status.st_size for _, status in entries) / 2**20
     print(f"{len(entries)} entries, {mib:.1f} MiB in {folder}")
     return 0
