@@ -5,8 +5,9 @@
             and with prompts  + mixed + prompt · tokens + reads · Σ keys of each token
                               + beside [answers too]
 
-Up to `knee` rows a GPU reads the weights in the time that their products take. A CPU, whose knee is
-0, takes eight rows of prompts or four answers at once; what is left over is blocks of 4, 2 and 1.
+Up to `knee` rows a GPU reads the weights in the time that their products take. Where steps with
+prompts are recorded (`is_filled`) it computes more rows than there are: `filled`. A CPU, whose knee
+is 0, takes eight rows of prompts or four answers at once; what is left over is blocks of 4, 2, 1.
 Its kernel of several queries copies the keys of a chunk into tiles first, however few queries there
 are: such a key counts `COPIED` times. On a GPU it counts once.
 The constants are fitted by least squares of the relative error, none below zero.
@@ -32,6 +33,13 @@ CONSTANTS = ("step", "mixed", "answer", "context", "prompt", "reads", "tail", "b
 HOW_TO_TUNE = "measure them: tilewright tune serve MODEL --out FILE"
 COPIED = 2.5  # times what a key of an answer costs (docs/design/serving-log.md)
 SLOWNESS = 64  # steps in which the factors follow a change
+BUCKET = 64  # rows of answers in a recorded step with prompts are a multiple
+
+
+def filled(rows: int) -> int:
+    """Rows of a recorded step with prompts that has `rows` of them. Libraries have kernels for 128
+    rows and more: 448 took 17.5 ms, 512 took 13.4 (docs/design/serving-log.md, *Stairs*)."""
+    return rows + -rows % (BUCKET if rows <= 4 * BUCKET else 2 * BUCKET)
 
 
 class Work(NamedTuple):
@@ -65,6 +73,7 @@ class CostModel:
     beside: float = 0.0
     over: float = 0.0
     knee: int = 0
+    is_filled: int = 0
     factors: tuple[float, float] = (1.0, 1.0)
     key: str = ""
 
@@ -74,7 +83,10 @@ class CostModel:
         keys = context + span * (1.0 if self.knee else COPIED)
         cost = self.step + self.answer * answers + self.context * keys
         cost += self.tail * ((answers % 4).bit_count() + (prompt % 8).bit_count())
-        cost += self.over * max(0, answers + prompt - self.knee)
+        rows = answers + prompt
+        if prompt and self.is_filled:
+            rows = filled(rows + -answers % BUCKET)
+        cost += self.over * max(0, rows - self.knee)
         if not prompt:
             return cost * self.factors[0]
         cost += self.mixed + self.prompt * prompt + self.reads * reads
@@ -107,7 +119,8 @@ class CostModel:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             factors = values.pop("factors")
             model = cls(factors=(float(factors[0]), float(factors[1])), **values)
-            numbers = [getattr(model, name) for name in CONSTANTS] + [model.knee, *model.factors]
+            names = (*CONSTANTS, "knee", "is_filled")
+            numbers = [*(getattr(model, name) for name in names), *model.factors]
             least = [model.seconds(work) for work in (Work(1, 1), Work().plus(0, 1))]
             if not all(np.isfinite(numbers)) or min(numbers) < 0 or min(least) == 0:
                 raise ValueError("a constant is negative or no number, or a step takes no time")

@@ -20,7 +20,7 @@ import numpy as np
 
 from tilewright.errors import ModelError
 from tilewright.serve.chat import Messages, Prompts
-from tilewright.serve.cost import HOW_TO_TUNE, CostModel, Work, cost_key
+from tilewright.serve.cost import BUCKET, HOW_TO_TUNE, CostModel, Work, cost_key
 from tilewright.serve.kv_pool import PAGE_SIZE, layer_groups
 from tilewright.serve.models.config import ModelConfig
 from tilewright.serve.models.llama import Llama
@@ -88,6 +88,8 @@ class Engine:
         cost = CostModel.load(options.cost, key) if options.cost else CostModel(key=key)
         self.scheduler = Scheduler(limits, cost)
         self.runner = Runner(self.model, limits, self.context)
+        if self.runner.joins:
+            self.scheduler.limits = replace(limits, fill=BUCKET)
         self.runs_ahead = self.model.target.is_cuda
         if compilers.has_compiler():
             native()  # compiled here, not while answers wait

@@ -29,6 +29,7 @@ from tilewright.ops.paging import pages_kernel, positions_kernel
 from tilewright.runtime.step import Step
 from tilewright.runtime.transfer import to_host
 from tilewright.serve.cascade import Cascade, Groups
+from tilewright.serve.cost import BUCKET, filled
 from tilewright.serve.kv_pool import PAGE_SIZE, layer_groups
 from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.products import OWN_ROWS
@@ -37,7 +38,6 @@ from tilewright.serve.sampler import Seats
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
-BUCKET = 64  # rows of a recorded step with prompts are a multiple, and those of its answers
 
 
 class Logits:
@@ -88,7 +88,7 @@ class Runner:
         pools = [Pool(k, v) for k, v in zip(*caches, strict=True)]
         self.keys, self.values = ([of[n] for n in nth] for of in caches)
         self.pools = [pools[n] for n in nth]
-        self.tokens = tokens = -(-(limits.step_tokens + most) // BUCKET) * BUCKET  # a row a chunk
+        self.tokens = tokens = filled(limits.step_tokens + most)  # a row a chunk
         self.width = context // PAGE_SIZE + 1
         # The most answers that our kernel of one row reads; more, and prompts, a library if any.
         self.few = OWN_ROWS if model.products else 2**31
@@ -260,9 +260,9 @@ class Runner:
         sizes = [1] * n + [end - c.start for c, end in zip(chunks[n:], stops, strict=True)]
         indptr = np.cumsum([0, *sizes[n:]])
         *begins, total = (front + indptr).tolist()
-        count = total + -total % BUCKET
+        count = filled(total)
         while min([own.left(count, indptr) for own in self._step_plans.values()]) < 0:
-            count += BUCKET
+            count = filled(count + 1)
         if (front, count) not in self._mixed:
             make = self._record if model.products else self._bind_prompts
             self._mixed[front, count] = make(front, count)

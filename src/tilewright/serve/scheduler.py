@@ -31,7 +31,8 @@ class Limits:
     """`pages`: of the pool; `running`: most requests at once; `step_tokens`: most tokens of a step,
     more than requests; `share`: whether pages of equal prefixes are shared; `invariant`: an answer
     that was preempted is read again token by token, as it was written, else in chunks; `windows`:
-    for each group of layers the keys that a token sees (0: all), behind which pages go back."""
+    for each group of layers the keys that a token sees (0: all), behind which pages go back;
+    `fill`: of so many tokens answers take up a multiple, where a step reads prompts too."""
 
     pages: int
     running: int = 16
@@ -40,6 +41,7 @@ class Limits:
     invariant: bool = True
     page_size: int = PAGE_SIZE
     windows: tuple[int, ...] = (0,)
+    fill: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +171,9 @@ class Scheduler:
         running, answers = self.running, self._answers()
         read = [r for r in running if r.computed < r.in_chunks]
         waiting = sorted(self.waiting, key=lambda r: (-self._rank(r), r.id))[:WINDOW]
+        tokens = max(self.limits.step_tokens - -len(answers) % self.limits.fill, len(answers) + 1)
         return State(
-            step_tokens=self.limits.step_tokens, quantum=self.limits.page_size,
+            step_tokens=tokens, quantum=self.limits.page_size,
             pages=self._available(), block=self.prefix.count,
             seats=self.limits.running - len(running),
             answers=len(answers), context=sum([r.computed for r in answers]) + len(answers),

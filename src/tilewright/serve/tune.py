@@ -1,5 +1,6 @@
 """Measures steps of an engine and fits the cost of a step: `tilewright tune serve`."""
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -30,14 +31,15 @@ def fit(samples: Sequence[Sample], key: str = "") -> CostModel:
         rule = f"{len(samples)} measured steps for {len(CONSTANTS)} constants"
         raise ArgumentError("A109", rule, where="samples")
     best, least = CostModel(key=key), np.inf
-    for knee in KNEES:
-        units = [replace(CostModel(knee=knee), **{name: 1.0}) for name in CONSTANTS]
+    for knee, is_filled in itertools.product(KNEES, (0, 1)):
+        start = CostModel(knee=knee, is_filled=is_filled, key=key)
+        units = [replace(start, **{name: 1.0}) for name in CONSTANTS]
         x = np.array([[unit.seconds(work) / s for unit in units] for work, s in samples])
         constants = _least_squares(x, np.ones(len(samples)))
         error = float(((x @ constants - 1) ** 2).sum())
         if error < least * (1 - 1e-9):
             values = dict(zip(CONSTANTS, constants.tolist(), strict=True))
-            best, least = replace(CostModel(knee=knee, key=key), **values), error
+            best, least = replace(start, **values), error
     return best
 
 
