@@ -317,8 +317,8 @@ def watched(scheduler: Scheduler) -> list[tuple[float, float, Decision]]:
     begun: dict[int, float] = {}
     schedule, commit = scheduler.schedule, scheduler.commit
 
-    def noted(now: float = 0.0) -> Batch:
-        batch = schedule(now)
+    def noted(now: float = 0.0, ahead: bool = False) -> Batch:
+        batch = schedule(now, ahead)
         begun[batch.step] = now
         return batch
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from tilewright.errors import ModelError
 from tilewright.serve.chat import Messages, Prompts
-from tilewright.serve.cost import BUCKET, HOW_TO_TUNE, CostModel, Work, cost_key
+from tilewright.serve.cost import HOW_TO_TUNE, CostModel, Work, cost_key
 from tilewright.serve.kv_pool import PAGE_SIZE, layer_groups
 from tilewright.serve.models.config import ModelConfig
 from tilewright.serve.models.llama import Llama
@@ -88,8 +88,6 @@ class Engine:
         cost = CostModel.load(options.cost, key) if options.cost else CostModel(key=key)
         self.scheduler = Scheduler(limits, cost)
         self.runner = Runner(self.model, limits, self.context)
-        if self.runner.joins:
-            self.scheduler.limits = replace(limits, fill=BUCKET)
         self.runs_ahead = self.model.target.is_cuda
         if compilers.has_compiler():
             native()  # compiled here, not while answers wait
@@ -164,7 +162,7 @@ class Engine:
             request.tokens.append(PENDING)
         try:
             now = time.perf_counter()
-            batch = self.scheduler.schedule(now)
+            batch = self.scheduler.schedule(now, behind is not None)
             answers = [c.request for c in batch.chunks if not c.is_prompt]
             if not batch.chunks or (behind is not None and answers != behind):
                 return None
@@ -191,8 +189,7 @@ class Engine:
         began, self._began = self._began, time.perf_counter()
         # A cancelled step ended perhaps long ago; of cascaded ones no cost is fitted.
         if not (logits.groups.nodes or all(c.request.finish for c in batch.chunks)):
-            model = self.scheduler.model
-            self.scheduler.model = model.corrected(work_of(batch.chunks), self._began - began)
+            self._compare(work_of(batch.chunks), self._began - began, batch.ahead)
         rows = {r: i for i, r in enumerate(logits.requests) if not r.finish}
         tokens: dict[Request, Sampled] = {r: (logits.tokens[i], None) for r, i in rows.items()}
         for request, i in rows.items():
@@ -201,6 +198,14 @@ class Engine:
         if left := [r for r in logits.left if r in rows and tokens[r][0] >= 0]:
             tokens |= zip(left, sample(left, [logits.row(rows[r]) for r in left]), strict=True)
         return [*tokens.items()]
+
+    def _compare(self, work: Work, seconds: float, ahead: bool) -> None:
+        """Corrects the cost by a step, or the pause by one of a GPU that was not launched ahead."""
+        s, predicted = self.scheduler, self.scheduler.model.seconds(work)
+        if ahead or not self.runs_ahead:
+            s.model = s.model.corrected(work, seconds)
+        else:
+            s.pause += (min(max(seconds - predicted, 0.0), predicted) - s.pause) / 16
 
     def counts(self) -> dict[str, int]:
         """What `/metrics` shows of the scheduler, and of reads that answers shared."""

@@ -31,8 +31,7 @@ class Limits:
     """`pages`: of the pool; `running`: most requests at once; `step_tokens`: most tokens of a step,
     more than requests; `share`: whether pages of equal prefixes are shared; `invariant`: an answer
     that was preempted is read again token by token, as it was written, else in chunks; `windows`:
-    for each group of layers the keys that a token sees (0: all), behind which pages go back;
-    `fill`: of so many tokens answers take up a multiple, where a step reads prompts too."""
+    for each group of layers the keys that a token sees (0: all), behind which pages go back."""
 
     pages: int
     running: int = 16
@@ -41,7 +40,6 @@ class Limits:
     invariant: bool = True
     page_size: int = PAGE_SIZE
     windows: tuple[int, ...] = (0,)
-    fill: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +63,13 @@ class Chunk:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What a step does: its chunks, those of answers first; the decision that led to it, and ids of
-    who was preempted before it."""
+    who was preempted before it; whether it is launched ahead, while the one in front runs."""
 
     step: int
     chunks: tuple[Chunk, ...]
     decision: Decision
     preempted: tuple[int, ...] = ()
+    ahead: bool = False
 
 
 def work_of(chunks: Sequence[Chunk]) -> Work:
@@ -86,7 +85,8 @@ class Scheduler:
     """The waiting and the running requests, and the pages they hold.
 
     `model`: predicts the seconds of a step; one without constants lets every step be full.
-    `policy`: `decide`, or another for comparisons. `late`: tokens after their promised time."""
+    `policy`: `decide`, or another for comparisons. `late`: tokens after their promised time.
+    `pause`: seconds that a GPU waits for a step that is not launched ahead; the caller measures."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []  # by rank, then by arrival
         self.step = 0
-        self.preemptions = self.late = 0
+        self.preemptions, self.late, self.pause = 0, 0, 0.0
 
     @property
     def has_work(self) -> bool:
@@ -128,14 +128,14 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def schedule(self, now: float = 0.0) -> Batch:
+    def schedule(self, now: float = 0.0, ahead: bool = False) -> Batch:
         """The next step, at `now` seconds. One that was not committed is decided again."""
         self.step += 1
         for request in (*self.running, *self.waiting):  # a failure after commit: tokens are lost
             request.computed = min(request.computed, len(request.tokens) - 1)
             request.in_chunks = min(request.in_chunks, len(request.tokens))
         preempted: list[int] = []
-        while (decision := self.policy(self.state(now), self.model)).preempt >= 0:
+        while (decision := self.policy(self.state(now, ahead), self.model)).preempt >= 0:
             preempted.append(self._preempt(decision.preempt))
         self._admit([r for r in self.waiting if r.id in decision.admit])
         rows = [(r, 1) for r in self._answers() if decision.kind != "prefill"]
@@ -146,7 +146,7 @@ class Scheduler:
         for request, tokens in rows:
             self._provide(request, request.computed + tokens)
         chunks = tuple([Chunk(r, r.computed, r.computed + tokens) for r, tokens in rows])
-        return Batch(self.step, chunks, decision, tuple(preempted))
+        return Batch(self.step, chunks, decision, tuple(preempted), ahead)
 
     def commit(self, batch: Batch, now: float = 0.0) -> list[Request]:
         """Notes that a step was run, until `now` seconds. Returns the requests that want their next
@@ -166,18 +166,18 @@ class Scheduler:
                 request.due = now + request.gap
         return [c.request for c in chunks if c.wants_token]
 
-    def state(self, now: float) -> State:
+    def state(self, now: float, ahead: bool = False) -> State:
         """What the policy sees. Of those that wait the best, by rank and arrival."""
         running, answers = self.running, self._answers()
+        pause = 0.0 if ahead else self.pause
         read = [r for r in running if r.computed < r.in_chunks]
         waiting = sorted(self.waiting, key=lambda r: (-self._rank(r), r.id))[:WINDOW]
-        tokens = max(self.limits.step_tokens - -len(answers) % self.limits.fill, len(answers) + 1)
         return State(
-            step_tokens=tokens, quantum=self.limits.page_size,
+            step_tokens=self.limits.step_tokens, quantum=self.limits.page_size,
             pages=self._available(), block=self.prefix.count,
             seats=self.limits.running - len(running),
             answers=len(answers), context=sum([r.computed for r in answers]) + len(answers),
-            due=min([r.due for r in answers if r.left == 1], default=inf) - now,
+            due=min([r.due for r in answers if r.left == 1], default=inf) - now - pause,
             gap=min([r.gap for r in running], default=inf),
             growth=sum(map(self._lacks, answers)),
             worst=(running[-1].rank, running[-1].id) if running else None,
