@@ -99,10 +99,10 @@ WORKED = {
         ["0: prefill 0:64 +0 74.00 ms", "74: prefill 0:6 1:10 +1 26.00 ms",
          "100: decode 12.00 ms"],
     ),
-    # 0.76 · 60 = 45.6 ms are planned: 10 for the step, 1 for the answer, so 34 tokens fit, in
+    # 0.86 · 52 = 44.7 ms are planned: 10 for the step, 1 for the answer, so 33 tokens fit, in
     # quanta of 4: 32. The gaps of request 0 are 43, 43 and 11 ms.
     "a prompt gets what the gap leaves": (
-        WIDE, [Timed(span(4), 5, service=promise(60)), Timed(span(80, 90), 1, at=0.014)],
+        WIDE, [Timed(span(4), 5, service=promise(52)), Timed(span(80, 90), 1, at=0.014)],
         ["0: prefill 0:4 +0 14.00 ms", "14: hybrid 1:32 +1 43.00 ms", "57: hybrid 1:32 43.00 ms",
          "100: hybrid 1:16 27.00 ms", "127: decode 11.00 ms"],
     ),
@@ -119,11 +119,11 @@ WORKED = {
         ["0: prefill 1:60 0:4 +1 +0 74.00 ms", "74: prefill 0:64 74.00 ms",
          "148: prefill 0:64 74.00 ms", "222: prefill 0:64 74.00 ms", "296: prefill 0:4 14.00 ms"],
     ),
-    # A gap of 20.5 ms: 15.58 are planned, 11 of them for the answer, so one quantum fits a step. A
+    # A gap of 18 ms: 15.48 are planned, 11 of them for the answer, so one quantum fits a step. A
     # second answer would leave none: request 1 is admitted when 0 has ended.
     "no seat where the gap leaves none": (
-        WIDE, [Timed(span(4), 3, service=promise(20.5)),
-               Timed(span(4, 90), 2, at=0.014, service=promise(20.5))],
+        WIDE, [Timed(span(4), 3, service=promise(18)),
+               Timed(span(4, 90), 2, at=0.014, service=promise(18))],
         ["0: prefill 0:4 +0 14.00 ms", "14: decode 11.00 ms", "25: decode 11.00 ms",
          "36: prefill 1:4 +1 14.00 ms", "50: decode 11.00 ms"],
     ),

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from tilewright.serve.cost import CostModel, Work
 
-SAFETY = 0.76  # of a promised time may be planned (docs/design/serving.md, *Scheduling*)
+SAFETY = 0.86  # of a promised time may be planned (docs/design/serving.md, *Scheduling*)
 STARVED = 8  # steps
 
 
