@@ -376,11 +376,15 @@ def test_pages_behind_a_window_serve_others(
 
 
 class Clock:
-    """A GPU whose steps take what the cost says, some more, and a host that takes 0.3 ms for each;
-    what the engine reads instead of `time`."""
+    """A GPU whose steps take what the cost says, some `slow` times as much, and a host that takes
+    0.3 ms for each, and `pause` more where the GPU waits for it; what the engine reads instead of
+    `time`."""
 
-    def __init__(self, engine: Engine, rng: np.random.Generator) -> None:
+    def __init__(
+        self, engine: Engine, rng: np.random.Generator, slow: float = 1.6, pause: float = 0.0
+    ) -> None:
         self.engine, self.rng, self.now, self.free = engine, rng, 1.0, 0.0
+        self.model, self.slow, self.pause = engine.scheduler.model, slow, pause
         self.last: dict[Request, float] = {}
         engine.runner.run = self.run
 
@@ -388,9 +392,9 @@ class Clock:
         return self.now
 
     def run(self, chunks: Sequence[Chunk]) -> Any:
-        self.now += 3e-4
-        slow = self.rng.choice([1.0, 1.0, 1.0, 1.6])
-        seconds = self.engine.scheduler.model.seconds(work_of(chunks)) * slow
+        self.now += 3e-4 + self.pause * (self.now >= self.free)
+        slow = self.rng.choice([1.0, 1.0, 1.0, self.slow])
+        seconds = self.model.seconds(work_of(chunks)) * slow
         self.free = max(self.now, self.free) + seconds
         requests = [c.request for c in chunks if c.wants_token]
         return Unread(self, requests, self.free)
@@ -416,14 +420,29 @@ def test_late_tokens_are_those_of_long_gaps(
     monkeypatch: pytest.MonkeyPatch, tiny: ModelFile, ahead: bool
 ):
     """Also where steps are committed when they are launched: by when their tokens come."""
-    rng = np.random.default_rng(3)
+    one, clock = timed_engine(monkeypatch, tiny, 1.6)
+    one.runs_ahead = ahead
+    gaps = gaps_of(one, clock, 60)
+    late = sum(gap > 0.02 for gap in gaps)
+    assert one.scheduler.late == late and 0 < late < len(gaps) / 2
+
+
+def timed_engine(
+    monkeypatch: pytest.MonkeyPatch, tiny: ModelFile, slow: float, pause: float = 0.0
+) -> tuple[Engine, Clock]:
     file = replace(tiny, config=replace(tiny.config, context=500))
     options = Options(context=500, running=16, step_tokens=512, share=False, invariant=False)
     one = Engine(file, "cpp", options)
     one.scheduler.model = CostModel(step=0.007, prompt=25e-6, answer=1e-5)
-    clock, one.runs_ahead, gaps = Clock(one, rng), ahead, list[float]()
+    clock = Clock(one, np.random.default_rng(3), slow, pause)
     monkeypatch.setattr(engine, "time", clock)
-    for _ in range(60):
+    return one, clock
+
+
+def gaps_of(one: Engine, clock: Clock, requests: int) -> list[float]:
+    """The gaps between tokens of random requests, of which each is promised at most 20 ms."""
+    rng, gaps = clock.rng, list[float]()
+    for _ in range(requests):
         own = {"max_tokens": int(rng.integers(5, 40)), "itl_ms": 20.0, "ttft_ms": 1e6}
         how = Sampling(ignore_eos=True, best_effort=True, **own)
         one.submit([3] * int(rng.integers(20, 400)), how)
@@ -432,5 +451,24 @@ def test_late_tokens_are_those_of_long_gaps(
             if request in clock.last:
                 gaps.append(clock.now - clock.last[request])
             clock.last[request] = clock.now
-    late = sum(gap > 0.02 for gap in gaps)
-    assert one.scheduler.late == late and 0 < late < len(gaps) / 2
+    return gaps
+
+
+def test_a_step_that_a_gpu_waits_for_is_given_less_time(
+    monkeypatch: pytest.MonkeyPatch, tiny: ModelFile
+):
+    """4 ms pass in front of such a step: the engine measures them, plans so much less, and does not
+    take the steps of the GPU for slower than they are."""
+    one, clock = timed_engine(monkeypatch, tiny, 1.0, pause=0.004)
+    one.runs_ahead, run, waited = True, one.runner.run, [0, 0]
+
+    def counted(chunks: Sequence[Chunk]) -> Any:
+        waited[int(clock.now < clock.free)] += 1
+        return run(chunks)
+
+    one.runner.run = counted
+    gaps = gaps_of(one, clock, 30)
+    assert max(gaps) > 0.02  # until it is known
+    assert max(gaps_of(one, clock, 60)) < 0.02 and min(waited) > 50
+    assert one.scheduler.pause == pytest.approx(0.0043, rel=0.1)
+    assert one.scheduler.model.factors == pytest.approx((1, 1), rel=0.02)

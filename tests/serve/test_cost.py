@@ -17,7 +17,7 @@ from bench import harness, simulate
 from bench import serve as bench_serve
 from tilewright.errors import ArgumentError, ModelError
 from tilewright.serve import tune
-from tilewright.serve.cost import CostModel, Work
+from tilewright.serve.cost import CostModel, Work, filled
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.policy import decide
 from tilewright.serve.request import Sampling
@@ -68,6 +68,27 @@ def test_a_fit_of_exact_times(knee: int):
         assert found.seconds(work) == pytest.approx(written_out(work, knee), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("rows", "computed"),
+    [(1, 64), (64, 64), (65, 128), (256, 256), (257, 384), (448, 512), (512, 512), (2100, 2176)],
+)
+def test_rows_that_a_recorded_step_computes(rows: int, computed: int):
+    assert filled(rows) == computed
+
+
+def test_a_fit_finds_that_steps_are_filled_up():
+    """63 answers are 64 rows; with 385 tokens of a prompt there are 449, and 512 are computed."""
+    true = replace(TRUE, is_filled=1)
+    work = Work(63, 6300).plus(0, 385)
+    more = 3e-5 * (512 - 448)
+    assert true.seconds(work) == pytest.approx(written_out(work) + more, rel=1e-9)
+    assert true.seconds(Work(63, 6300)) == TRUE.seconds(Work(63, 6300))
+    works = random_works(300, 5)
+    found = tune.fit([(work, true.seconds(work)) for work in works])
+    assert found.is_filled == 1 and found.knee == 192
+    assert [found.seconds(w) for w in works] == pytest.approx([true.seconds(w) for w in works])
+
+
 def test_a_fit_of_noisy_times():
     """10 % of noise: the constants stay at or above zero, and the mean is right to 2 %."""
     rng = np.random.default_rng(0)
@@ -111,7 +132,7 @@ def test_files(tmp_path: Path):
         good | {"factors": [1]}, good | {"factors": [0, 1]}, good | {"answer": float("nan")},
         {k: v for k, v in good.items() if k != "factors"}, good | {"key": 5},
         good | dict.fromkeys(("step", "answer", "context", "tail"), 0),
-        good | {"factors": [10**400, 1]},
+        good | {"factors": [10**400, 1]}, good | {"is_filled": "x"},
     ]  # fmt: skip
     for text in [*map(json.dumps, bad), "[" * 100_000]:
         path.write_text(text, encoding="utf-8")
@@ -131,7 +152,11 @@ def test_an_engine_with_a_cost(runnable_path: Path, tmp_path: Path):
     runs, run = list[int](), engine.runner.run
     engine.runner.run = lambda chunks: (runs.append(id(chunks)), run(chunks))[1]
     samples = [*tune.measure(engine, 600, most=16)]
-    engine.runner.run = run
+    engine.runs_ahead, firsts = True, runs[:]
+    assert len([*tune.measure(engine, 0, most=4)]) == 4
+    again = runs[len(firsts) :]
+    assert len(set(again)) == 4 and again == [i for i in again[:8:2] for _ in range(2)] * 4
+    engine.runs_ahead, runs[:], engine.runner.run = False, firsts, run
     assert len(samples) == 16 and all(s > 0 for _, s in samples)
     assert any(w.answers and w.prompt for w, _ in samples)
     assert len(set(runs)) == 16 and runs == runs[:16] * 4  # in turns

@@ -365,8 +365,7 @@ class Resolution:
 def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableForm) -> Spec:
     """One object for each spec: kernels are looked up by it at every call."""
     traced, ascending = traced_of(attn.variant), attn.scale > 0
-    dims = (attn.head_dim, attn.head_dim_vo)
-    return Spec(attn.group, *dims, *kinds, traced, table, ascending)
+    return Spec(attn.group, attn.head_dim, attn.head_dim_vo, *kinds, traced, table, ascending)
 
 
 @functools.lru_cache(512)

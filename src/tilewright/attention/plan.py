@@ -416,8 +416,7 @@ def _check_types(plan: Plan) -> None:
 def check(plan: Plan) -> None:
     """Every query of every KV head is done exactly once, within bounds. Raises A109."""
     indptr, items = plan.qo_indptr, plan.items
-    from_zero = len(indptr) and indptr[0] == 0 and rises(indptr)
-    _require(from_zero, "qo_indptr does not rise from 0")
+    _require(len(indptr) and indptr[0] == 0 and rises(indptr), "qo_indptr does not rise from 0")
     limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group, plan.block, plan.narrow + 1)
     _require(min(limits) >= 1 and max(limits) < 2**31, "its numbers are out of range")
     _require(_is_tree(plan.nodes, plan.requests), "its nodes are no tree of the requests")

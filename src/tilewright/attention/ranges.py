@@ -141,8 +141,7 @@ def work(cuts: np.ndarray, lengths: np.ndarray, kv_heads: int, exist: Any = True
 
 
 def is_sound(cuts: np.ndarray, units: np.ndarray) -> bool:
-    """Whether cuts from outside cover the `units` of each node once and in order: then a kernel can
-    trust them."""
+    """Whether cuts from outside cover the `units` of each node once and in order."""
     if not len(cuts):
         return True
     node, unit, tile = (cuts[n].astype(np.int64) for n in ("node", "unit", "tile"))

@@ -84,8 +84,7 @@ def params_struct(
 def param_values(
     q: View, pool: Pool, table: Table, outputs: tuple[View, ...], sm_scale: float
 ) -> dict[str, Any]:
-    """The values of `params_struct` that no plan and no variant decides; `outputs`: o, and lse if
-    there is one."""
+    """The values of `params_struct` that no plan and no variant decides; `outputs`: o, any lse."""
     o, *lse = outputs
     numbers = {
         "q": q.pointer, "q_token": q.strides[0], "q_head": q.strides[1], "qo_heads": q.shape[1],

@@ -322,9 +322,7 @@ class Renderer:
             return self.mask(text, to.lanes)
         if to.lanes > 1:
             return f"tw::convert<{_lanes_of(to)}>({text})"
-        if to.kind == "b":
-            return f"({text} != 0)"
-        return f"static_cast<{C_TYPES[to.name]}>({text})"
+        return f"({text} != 0)" if to.kind == "b" else f"static_cast<{C_TYPES[to.name]}>({text})"
 
     # -- bodies ----------------------------------------------------------------------------------
 

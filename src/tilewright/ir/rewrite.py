@@ -149,8 +149,7 @@ def is_ordered(nest: ir.Nest) -> bool:
 
 
 def substitute(n: N, values: Mapping[str, ir.Expr]) -> N:
-    """Variables replaced by name. Names bound inside `n` (For, Let, Reduce) are expected to be
-    fresh."""
+    """Variables replaced by name. Names bound inside `n` (For, Let, Reduce) are to be fresh."""
     if not values:
         return n
 
@@ -171,8 +170,7 @@ def free_vars(n: Any) -> set[str]:
 
 
 def free_indices(e: Any) -> dict[str, ir.Index]:
-    """The program indices that an expression reads and does not bind, by name, in order of
-    occurrence."""
+    """The program indices that an expression reads and does not bind, by name, in order."""
     return {name: x for name, x in _free(e).items() if isinstance(x, ir.Index)}
 
 

@@ -191,6 +191,4 @@ def _binary(op: str, a: Any, b: Any) -> Any:
     known = b if a is None else a
     if op in ("+", "-") and known is not None and math.isinf(known):
         return -known if op == "-" and a is None else known
-    if (op, known) in (("min", -math.inf), ("max", math.inf)):
-        return known
-    return None
+    return known if (op, known) in (("min", -math.inf), ("max", math.inf)) else None

@@ -418,8 +418,7 @@ class NestBuilder:
         return (ir.Reduction(total, st.op, value),), ir.Load(total, (), total.dtype)
 
     def _stored_guard(self, st: Statement, scope: Scope, lets: list[ir.Stmt]) -> list[ir.Expr]:
-        """The test that an entry is stored, for a reduction whose last level is searched, not
-        walked."""
+        """The test that an entry is stored, for a reduction whose last level is searched."""
         driver = driver_of(st) if st.op else None
         if driver is None or not scope.is_read_at(driver):
             return []

@@ -25,8 +25,7 @@ class Reader:
         return self.scope.tables
 
     def expr(self, e: Any) -> Any:
-        """The expression with loads for accesses. Its types are derived again, since coordinates
-        may be int64."""
+        """The expression with loads for accesses; types anew, since coordinates may be int64."""
         if isinstance(e, ir.Index):
             return self.scope.coordinates[e.name]
         if isinstance(e, ir.Var):
@@ -44,9 +43,7 @@ class Reader:
             return ir.unary(e.op, self.expr(e.a))
         if isinstance(e, ir.Select):
             return ir.select(self.expr(e.cond), self.expr(e.a), self.expr(e.b))
-        if isinstance(e, ir.Cast):
-            return ir.cast(self.expr(e.a), e.dtype)
-        return e
+        return ir.cast(self.expr(e.a), e.dtype) if isinstance(e, ir.Cast) else e
 
     def element(self, e: ir.Access) -> tuple[ir.Load, list[ir.Expr]]:
         """The element of a buffer that an access means, and the conditions under which it lies

@@ -99,8 +99,7 @@ class _Materializer:
         return s
 
     def _reduce(self, group: list[ir.Stmt]) -> list[ir.Stmt]:
-        """`group`: neighbouring loops that reduce into the same outputs (a loop and its cut
-        tail)."""
+        """`group`: neighbouring loops that reduce into the same outputs (a loop and its tail)."""
         chains = [c for s in group for c in _reductions(s)]
         updates: dict[int, ir.Stmt] = {}  # by id of the `Compute`
         before: list[ir.Stmt] = []

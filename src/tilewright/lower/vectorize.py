@@ -225,7 +225,11 @@ class _Vectorizer:
         return tuple(ir.Const(0, i.dtype) if n == dims[0] else i for n, i in enumerate(index))
 
     def vector(self, e: ir.Expr) -> ir.Expr:
-        return self.expr(e) if self.varies(e) else _broadcast(e, self.lanes)
+        if self.varies(e):
+            return self.expr(e)
+        return (
+            e if self.lanes in (1, e.dtype.lanes) else ir.Broadcast(e, e.dtype.vector(self.lanes))
+        )
 
     def expr(self, e: Any) -> ir.Expr:
         if isinstance(e, ir.Var):
@@ -268,10 +272,6 @@ class _Vectorizer:
             return None
         step = form.steps.get(self.loop.name, ir.Const(0, e.dtype))
         return (form.base, int(step.value)) if isinstance(step, ir.Const) else None
-
-
-def _broadcast(e: ir.Expr, lanes: int) -> ir.Expr:
-    return e if lanes in (1, e.dtype.lanes) else ir.Broadcast(e, e.dtype.vector(lanes))
 
 
 def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
@@ -320,8 +320,6 @@ def _split(body: ir.Stmt) -> ir.Stmt:
             return ir.seq(*(ir.Alloc(replace(scalar, name=name)) for name in names))
         if isinstance(x, (ir.Load, ir.Store)) and x.buffer.name in arrays and x.index:
             return replace(x, buffer=one(x.buffer, x.index), index=())
-        if isinstance(x, ir.Seq):
-            return ir.seq(*x.body)
-        return x
+        return ir.seq(*x.body) if isinstance(x, ir.Seq) else x
 
     return ir.transform(body, visit)

@@ -93,8 +93,7 @@ def append_kernel(
     target: str = "cpp", dtype: str = "float32", stored: str = "float32", head_dim: int = 0
 ) -> Kernel:
     """Builds the kernel that writes values to `page[t], slot[t]` of the pages (g, f, h, d)."""
-    made = append_plain.schedule(by_token.of(width=head_dim))
-    return made.typed(V=dtype, X=stored).build(target)
+    return append_plain.schedule(by_token.of(width=head_dim)).typed(V=dtype, X=stored).build(target)
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,8 +115,7 @@ def argmax(X=dense("t v")):
 
 @named_recipe
 def argmax_by_row(s: Schedule) -> Schedule:
-    """A row is read by one CTA of a GPU: as many threads as it can have, each with several loads
-    under way."""
+    """A row is read by one CTA of a GPU: all threads it can have, each with several loads."""
     s = schedules.rows.of(row="t", elements=("v", "v2"), threads_y=32)(s)
     return s.unroll("v_o", 8).unroll("v2_o", 8) if s.target.is_cuda else s
 

@@ -11,8 +11,7 @@ LINE = 128  # bytes of a row that adjacent threads load at once
 
 @named_recipe
 def rows(s: Schedule, row: str, elements: tuple[str, ...], threads_y: int = THREADS_Y) -> Schedule:
-    """Rows in parallel; the loops over elements (also sums) in vectors on a CPU, threads on a
-    GPU."""
+    """Rows in parallel; loops over elements (also sums) in vectors, or threads on a GPU."""
     if s.target.is_cuda:
         s = s.bind(row, "cta.x")
         for e in elements:

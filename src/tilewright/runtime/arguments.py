@@ -43,8 +43,7 @@ class Arguments:
             self._add_dense(spec, arg, written=spec.role == "update")
 
     def add_output(self, spec: TensorSpec, array: Any) -> None:
-        """Check an output that the caller passed, or describe one that is still to be allocated
-        (None)."""
+        """Check an output that the caller passed, or describe one to be allocated (None)."""
         if spec.structure:
             if array is not None:
                 self._add_sparse(spec, array)

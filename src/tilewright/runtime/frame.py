@@ -65,8 +65,7 @@ class Frame:
 
 
 def build_frame(arguments: Arguments) -> Frame:
-    """The frame of a layout: counts the units of each stage and fills in all that is not an
-    argument."""
+    """The frame of a layout: counts units of each stage, fills in all that is no argument."""
     manifest, inputs = arguments.manifest, arguments.inputs
     slots: dict[str, list[Slot]] = {}
     stages = [_block(arguments, stage, slots) for stage in manifest.stages]

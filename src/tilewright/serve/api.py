@@ -151,8 +151,7 @@ class Server:
     async def _answer(
         self, http: Request, body: Body, prompts: list[list[int]], how: Sampling
     ) -> Response:
-        """Answers `body.n` times to each prompt, together. The status of a stream is that of its
-        first piece."""
+        """`body.n` answers to each prompt, together. A stream has the status of its first piece."""
         jobs = [tokens for tokens in prompts for _ in range(body.n)]
         most = min(self.limits.waiting, self.limits.of_client)
         if not 0 < len(jobs) <= most:

@@ -182,16 +182,14 @@ class PrefixTree:
                     heapq.heappush(unused, one)
 
     def _unused(self, node: Node) -> list[tuple[int, int, list[int], Node]]:
-        """What can be evicted of a node next, if anything: the time of its last use, a page, the
-        groups."""
+        """What can be evicted of a node next, if any: time of its last use, a page, the groups."""
         every, windowed = self.groups
         if windowed and node.pages[windowed[0]] >= 0:
             used, groups = node.seen, windowed
         else:
             used, groups = node.used, [] if node.children else every
         page = node.pages[groups[0]] if groups else -1
-        is_unused = page >= 0 and not self.pages.holders[page]
-        return [(used, page, groups, node)] if is_unused else []
+        return [(used, page, groups, node)] if page >= 0 and not self.pages.holders[page] else []
 
     def nodes(self) -> Iterator[Node]:
         stack = list(self.root.children.values())

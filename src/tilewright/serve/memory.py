@@ -28,8 +28,7 @@ class Memory:
         return DeviceArray(shape, kind) if self.on_cuda else np.empty(shape, kind.numpy)
 
     def put(self, array: np.ndarray, dtype: str | None = None) -> Any:
-        """The array in memory of the target: itself on the CPU, and where it is a tensor there; a
-        copy on a GPU."""
+        """The array in memory of the target: itself, also where it is a tensor there, or a copy."""
         if not self.on_cuda or not isinstance(array, np.ndarray):
             return array
         return DeviceArray.from_numpy(np.ascontiguousarray(array), dtype)
@@ -43,8 +42,7 @@ class Memory:
         return lambda: next(copies).copy(array)
 
     def sender(self, array: Any) -> Callable[[Any], None]:
-        """A function that writes the first values of an int32 array; it waits while two are under
-        way."""
+        """A function that writes the first values of an int32 array, with two under way at most."""
         if not self.on_cuda:
             return lambda values: self.write(self.rows(array, 0, len(values)), values)
         copies = cycle([HostWords(0, math.prod(array.shape)) for _ in range(2)])

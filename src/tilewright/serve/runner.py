@@ -338,8 +338,7 @@ class Runner:
             first, *others = (b.page[self.group_of.index(g)] for g in range(self.group_count))
             for n, page in enumerate(others, 1):
                 do(pages_kernel(model.name), *read[:2], PAGE_SIZE, n * self.width, out=page)
-            positions = positions_kernel(PAGE_SIZE, model.name)
-            do(positions, *read, out=(b.position, first, b.slot, own))
+            do(positions_kernel(PAGE_SIZE, model.name), *read, out=(b.position, first, b.slot, own))
         elif answers:  # whose tokens are where the step in front, or the host, has put them
             ids = rows(self.last["token"], 0, answers), rows(b.ids[0], answers, count)
             b = replace(b, ids=dict(zip((0, answers), ids, strict=True)))

@@ -53,9 +53,7 @@ def read(matrix: Any) -> Entries:
         return _from_csr(*matrix) if len(matrix) == 4 else _from_coo(*matrix)
     if hasattr(matrix, "layout") and hasattr(matrix, "detach"):
         return _from_torch(matrix)
-    if hasattr(matrix, "tocsr"):
-        return _from_scipy(matrix)
-    return _from_dense(matrix)
+    return _from_scipy(matrix) if hasattr(matrix, "tocsr") else _from_dense(matrix)
 
 
 def _from_dense(matrix: Any) -> Entries:

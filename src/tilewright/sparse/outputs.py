@@ -174,8 +174,7 @@ def _with_own_indices(e: Any, taken: frozenset[str]) -> Any:
 
 
 def _output_dtype(value: ir.Expr) -> dtypes.DType:
-    """A float result takes the dtype of the last dense float activation, as a matrix product
-    does."""
+    """A float result takes the dtype of the last dense float activation, as products do."""
     if not value.dtype.is_float:
         return value.dtype
     read = [x.tensor for x in ir.walk(value, ir.Access) if x.tensor.dims and not x.tensor.is_sparse]

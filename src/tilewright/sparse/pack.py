@@ -334,8 +334,7 @@ def of_rows(
     indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, shape: tuple[int, int],
     dtype: dtypes.DType,
 ) -> Packed:  # fmt: skip
-    """The CSR tensor of arrays that an operator computed. They are not checked: the columns of each
-    row ascend."""
+    """The CSR tensor of computed arrays, which are not checked: columns of each row ascend."""
     nnz, index = len(indices), _index_type(None, max(len(indices), *shape))
     both, numbers = {"indptr": indptr, "indices": indices}, np.arange(nnz)
     arrays = {name: array.astype(index.numpy, copy=False) for name, array in both.items()}

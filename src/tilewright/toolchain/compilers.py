@@ -19,8 +19,7 @@ from tilewright.toolchain import disk_cache
 
 @dataclass(frozen=True, slots=True)
 class Isa:
-    """An instruction set: CPU features it needs, as Linux names them, and the width of a vector
-    register."""
+    """An instruction set: CPU features as Linux names them, and the width of a register."""
 
     name: str
     needs: tuple[str, ...]

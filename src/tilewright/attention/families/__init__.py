@@ -32,8 +32,7 @@ def reasons(
 
     `rows`: the most packed rows (queries × group) of a request; without a pool its strides are
     taken to be aligned. `arch`: of a GPU ("": that of the pool). `invariant`: as of `plan`."""
-    kind = device.partition(":")[0]
-    own = (family for family in FAMILIES if family.device == kind)
+    own = (family for family in FAMILIES if family.device == device.partition(":")[0])
     return tuple((f.name, f.reason(spec, rows, pool, arch, invariant)) for f in own)
 
 

@@ -318,8 +318,7 @@ def _prepared(
         ctas=ctas,
     )  # fmt: skip
     chunked = not isinstance(plan, Plan) or shared or plan.slots > 0
-    narrow = work["narrow_ctas"] > 0
-    b = body(spec, box_keys(spec, page_size), chunked, narrow)
+    b = body(spec, box_keys(spec, page_size), chunked, work["narrow_ctas"] > 0)
     return Prepared.on_gpu(b, call.ordinal, ctas, block, keep)
 
 

@@ -67,8 +67,7 @@ def _prepare(call: Call) -> Prepared:
     work = {"qo_indptr": indptr.pointer, "items": items.pointer}
     work |= {"nodes": nodes.pointer} if spec.table.shared else {}
     block = params_struct(spec, ITEMS).pack(**values, **work)
-    keep = indptr, items, nodes
-    return Prepared.on_gpu(b, ordinal, len(plan.items), block, keep, *macros)
+    return Prepared.on_gpu(b, ordinal, len(plan.items), block, (indptr, items, nodes), *macros)
 
 
 FAMILY = Family(
