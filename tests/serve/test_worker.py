@@ -168,10 +168,10 @@ def test_an_engine_that_ends_is_started_again(runnable_path: Path, monkeypatch: 
         async with worker_of(runnable_path) as (engine, worker):
             schedule, calls = engine.scheduler.schedule, itertools.count(1)
 
-            def failing(now: float = 0.0) -> Any:
+            def failing(now: float = 0.0, ahead: bool = False) -> Any:
                 if next(calls) >= 4:
                     raise RuntimeError("broken")
-                return schedule(now)
+                return schedule(now, ahead)
 
             engine.scheduler.schedule = failing
             ended: list[Piece] = []

@@ -42,6 +42,10 @@ class Layout(NamedTuple):
     weight: Callable[..., tuple[Any, Any]]
 
 
+def _dense(a: dict[str, Any], rows: Rows, k: Any) -> tuple[Any, Any]:
+    return k, a["W"][*rows, k].cast("float32")
+
+
 def _blocks(a: dict[str, Any], rows: Rows, b: Any, half: Any, lane: Any) -> tuple[Any, Any]:
     """The column and the dequantised weight at (b, half, lane) of a row in blocks of 32: int8 in
     order, or uint4 with the low halves first. If `rows` is (g, r), the arrays `a` have r last."""
@@ -70,10 +74,7 @@ def _quantised(dtype: str, scales: str, interleaved: bool) -> Layout:
 
 _BLOCKS = ("q8_0", "int8", "D"), ("q4_0", "uint8", "D"), ("q4_1", "uint8", "DM")
 LAYOUTS = {
-    "dense": Layout(
-        {"W": dense("n k", kind="weight")}, "n:n", "k:k",
-        lambda a, rows, k: (k, a["W"][*rows, k].cast("float32")),
-    ),
+    "dense": Layout({"W": dense("n k", kind="weight")}, "n:n", "k:k", _dense),
     **{
         f"{kind}{suffix}": _quantised(dtype, scales, bool(suffix))
         for kind, dtype, scales in _BLOCKS
