@@ -206,7 +206,8 @@ def predicted(args: argparse.Namespace) -> Iterator[Row]:
     engine = Engine(file, args.target, options)
     model = engine.scheduler.model
     if args.cost is None:
-        model = fit([*measure(engine, args.seconds, args.predict, seed=1)], model.key)
+        samples = [*measure(engine, args.seconds, args.predict, seed=1)]
+        model = fit(samples, model.key, engine.runner.joins)
     if args.cost_out:
         model.save(args.cost_out)
     samples, again = ([*measure(engine, 1e9, args.predict, seed=2)] for _ in range(2))

@@ -43,7 +43,8 @@ def long_prompt_rows(args: argparse.Namespace) -> Iterator[Row]:
         engine.runner.warm()
     if not engine.scheduler.model.is_fitted:
         key = engine.scheduler.model.key
-        engine.scheduler.model = fit([*measure(engine, FIT_S)], key)
+        samples = [*measure(engine, FIT_S)]
+        engine.scheduler.model = fit(samples, key, engine.runner.joins)
         if args.cost_out:
             engine.scheduler.model.save(args.cost_out)
     alone, _ = first_token(engine, args.long_prompt, 0, gap_ms)

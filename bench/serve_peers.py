@@ -100,8 +100,9 @@ def ours(setting: Setting) -> Iterator[Served]:
     if not scheduler.model.is_fitted:
         key = scheduler.model.key
         samples = [*measure(engine, min(FIT_S, 2 * setting.pace.limit_s))]
-        scheduler.model = fit(samples, key)
-        unseen = errors(fit(samples[::2], key), samples[1::2])
+        joins = engine.runner.joins
+        scheduler.model = fit(samples, key, joins)
+        unseen = errors(fit(samples[::2], key, joins), samples[1::2])
         p50, p90 = (100 * float(np.percentile(unseen, p)) for p in (50, 90))
         found = f"p50 {p50:.1f} %, p90 {p90:.1f} %"
         note(f"cost: {len(samples)} steps; fitted on half, error on the other {found}")

@@ -117,7 +117,7 @@ def simulate(
 ) -> Replay:  # fmt: skip
     """Serves the arrivals on a virtual clock, each with the times of `promise`. Steps take what the
     model says, times 1 + `noise` · Student's t of 5 degrees of freedom, at least 0.8: with 0.043 as
-    far from it as the steps of a GPU are from their prediction (3, 8 and 16 % at p50, 90, 99)."""
+    far from it as the steps of a GPU were from their prediction (3, 8 and 16 % at p50, 90, 99)."""
     scheduler, rng = Scheduler(limits, model, policy), np.random.default_rng(0)
     requests = [
         Request(i, list(a.prompt), replace(promise, max_tokens=a.answer), a.at_s)

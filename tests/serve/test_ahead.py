@@ -472,3 +472,11 @@ def test_a_step_that_a_gpu_waits_for_is_given_less_time(
     assert max(gaps_of(one, clock, 60)) < 0.02 and min(waited) > 50
     assert one.scheduler.pause == pytest.approx(0.0043, rel=0.1)
     assert one.scheduler.model.factors == pytest.approx((1, 1), rel=0.02)
+    answered = one.submit([3] * 20, Sampling(max_tokens=9, itl_ms=20, ttft_ms=1e6))
+    while answered.answered < 2:
+        one.step()
+    waiting = one.submit([3] * 20, Sampling(ttft_ms=1e6))
+    idle, ahead = (one.scheduler.state(clock.now, x) for x in (False, True))
+    assert ahead.due - idle.due == pytest.approx(one.scheduler.pause)
+    assert ahead.waiting[0].due - idle.waiting[0].due == pytest.approx(one.scheduler.pause)
+    assert ahead.waiting[0].due == pytest.approx(waiting.due - clock.now)

@@ -84,7 +84,9 @@ def test_a_fit_finds_that_steps_are_filled_up():
     assert true.seconds(work) == pytest.approx(written_out(work) + more, rel=1e-9)
     assert true.seconds(Work(63, 6300)) == TRUE.seconds(Work(63, 6300))
     works = random_works(300, 5)
-    found = tune.fit([(work, true.seconds(work)) for work in works])
+    samples = [(work, true.seconds(work)) for work in works]
+    assert tune.fit(samples).is_filled == 0  # where none are
+    found = tune.fit(samples, "", True)
     assert found.is_filled == 1 and found.knee == 192
     assert [found.seconds(w) for w in works] == pytest.approx([true.seconds(w) for w in works])
 
@@ -133,6 +135,7 @@ def test_files(tmp_path: Path):
         {k: v for k, v in good.items() if k != "factors"}, good | {"key": 5},
         good | dict.fromkeys(("step", "answer", "context", "tail"), 0),
         good | {"factors": [10**400, 1]}, good | {"is_filled": "x"},
+        {k: v for k, v in good.items() if k != "is_filled"},
     ]  # fmt: skip
     for text in [*map(json.dumps, bad), "[" * 100_000]:
         path.write_text(text, encoding="utf-8")

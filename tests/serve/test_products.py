@@ -11,7 +11,7 @@ from tests.serve import exact
 from tests.serve.test_ahead import SAMPLED, Late, sampling_in_the_step
 from tests.serve.test_decode_step import CONFIG, Answer, Spelled, advance, model_file
 
-from tilewright.serve import engine, runner
+from tilewright.serve import cost, engine, runner
 from tilewright.serve.gguf import Weight, dequantize
 from tilewright.serve.memory import Memory
 from tilewright.serve.models import llama
@@ -195,18 +195,25 @@ def test_answers_beside_prompts_are_sampled_there(monkeypatch: pytest.MonkeyPatc
         assert [r.sampling.logprobs for r in left] == [2, 2]
 
 
+@pytest.mark.parametrize("step_tokens", [20, 70])
 @pytest.mark.parametrize("running", [1, 2, 9, 10])
-def test_warming_up_fits_any_number_of_seats(monkeypatch: pytest.MonkeyPatch, running: int):
-    """One bucket of answers or two, of which the last may be one that no prompt is read beside."""
+def test_warming_up_fits_any_number_of_seats(
+    monkeypatch: pytest.MonkeyPatch, running: int, step_tokens: int
+):
+    """One bucket of answers or two, of which the last may be one that no prompt is read beside;
+    numbers of rows below four buckets and above."""
     monkeypatch.setattr(llama, "products_of", lambda file, where: Products("cpu", "float32"))
     monkeypatch.setattr(engine, "load_tokenizer", lambda file: Spelled())
     monkeypatch.setattr(engine, "cost_key", lambda *_: "")
-    monkeypatch.setattr(runner, "BUCKET", 8)
-    sizes = {"context": 96, "running": running, "step_tokens": 20, "share": False}
+    for module in (runner, cost):
+        monkeypatch.setattr(module, "BUCKET", 8)
+    sizes = {"context": 96, "running": running, "step_tokens": step_tokens, "share": False}
     options = engine.Options(kv_tokens=96 * running, invariant=False, **sizes)
     one = engine.Engine(file_of("plain"), "cpp", options)
     one.runner.warm()
     beside = {answers for answers, _ in one.runner._mixed}
+    rows = {rows for _, rows in one.runner._mixed}
+    assert rows == {cost.filled(n) for n in range(1, step_tokens + 8 * (running > 1))}
     assert beside == {n + -n % 8 for n in range(running)}
     monkeypatch.setattr(one.runner, "_record", None)  # all are recorded
     how = Sampling(max_tokens=4, ignore_eos=True)

@@ -84,7 +84,7 @@ def params_struct(
 def param_values(
     q: View, pool: Pool, table: Table, outputs: tuple[View, ...], sm_scale: float
 ) -> dict[str, Any]:
-    """The values of `params_struct` that no plan and no variant decides; `outputs`: o, any lse."""
+    """The values of `params_struct` that no plan or variant decides; `outputs`: o, perhaps lse."""
     o, *lse = outputs
     numbers = {
         "q": q.pointer, "q_token": q.strides[0], "q_head": q.strides[1], "qo_heads": q.shape[1],

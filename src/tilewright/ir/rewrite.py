@@ -170,7 +170,7 @@ def free_vars(n: Any) -> set[str]:
 
 
 def free_indices(e: Any) -> dict[str, ir.Index]:
-    """The program indices that an expression reads and does not bind, by name, in order."""
+    """The program indices that an expression reads and does not bind, as they first occur."""
     return {name: x for name, x in _free(e).items() if isinstance(x, ir.Index)}
 
 

@@ -25,7 +25,7 @@ class Reader:
         return self.scope.tables
 
     def expr(self, e: Any) -> Any:
-        """The expression with loads for accesses; types anew, since coordinates may be int64."""
+        """The expression with loads for accesses, typed again: coordinates may be int64."""
         if isinstance(e, ir.Index):
             return self.scope.coordinates[e.name]
         if isinstance(e, ir.Var):

@@ -167,7 +167,7 @@ def matches(loop: ir.For, name: str) -> bool:
 def rewrite_loops(
     s: ir.Stmt, names: tuple[str, ...], f: Callable[[ir.For], ir.Stmt]
 ) -> tuple[ir.Stmt, int]:
-    """Every outermost loop of these names below `s` replaced by `f(loop)`; how many."""
+    """Every outermost loop of these names below `s` replaced by `f(loop)`; how many were."""
     count = 0
 
     def visit(x: Any) -> Any:

@@ -1,13 +1,15 @@
-"""The cost of a step: seconds by the tokens it reads, from ten constants that `tune.py` fits.
+"""The cost of a step: seconds by the tokens it reads, from ten constants that `tune.py` fits. On a
+GPU it is that of a step launched ahead, which the GPU does not wait for.
 
     seconds = step + answer · answers + context · (Σ keys of answers + copied · Σ keys of chunks)
               + over · max(0, rows - knee) + tail · blocks of rows that are left over
             and with prompts  + mixed + prompt · tokens + reads · Σ keys of each token
                               + beside [answers too]
 
-Up to `knee` rows a GPU reads the weights in the time that their products take. Where steps with
-prompts are recorded (`is_filled`) it computes more rows than there are: `filled`. A CPU, whose knee
-is 0, takes eight rows of prompts or four answers at once; what is left over is blocks of 4, 2, 1.
+Up to `knee` rows a GPU reads the weights in the time that their products take. Where prompts and
+answers are one recorded pass (`is_filled`) it computes more rows than there are: `filled`. A CPU,
+whose knee is 0, takes eight rows of prompts or four answers at once; what is left over is blocks of
+4, 2 and 1.
 Its kernel of several queries copies the keys of a chunk into tiles first, however few queries there
 are: such a key counts `COPIED` times. On a GPU it counts once.
 The constants are fitted by least squares of the relative error, none below zero.
@@ -33,12 +35,12 @@ CONSTANTS = ("step", "mixed", "answer", "context", "prompt", "reads", "tail", "b
 HOW_TO_TUNE = "measure them: tilewright tune serve MODEL --out FILE"
 COPIED = 2.5  # times what a key of an answer costs (docs/design/serving-log.md)
 SLOWNESS = 64  # steps in which the factors follow a change
-BUCKET = 64  # rows of answers in a recorded step with prompts are a multiple
+BUCKET = 64  # the rows of answers in a recorded step with prompts are a multiple of it
 
 
 def filled(rows: int) -> int:
-    """Rows of a recorded step with prompts that has `rows` of them. Libraries have kernels for 128
-    rows and more: 448 took 17.5 ms, 512 took 13.4 (docs/design/serving-log.md, *Stairs*)."""
+    """The rows of a recorded step with prompts that needs `rows`. Tiles of libraries have 128 rows,
+    and a number between may be slow: 448 took 17.4 ms, 512 took 13.4 (serving-log.md, *Stairs*)."""
     return rows + -rows % (BUCKET if rows <= 4 * BUCKET else 2 * BUCKET)
 
 
@@ -119,8 +121,8 @@ class CostModel:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             factors = values.pop("factors")
             model = cls(factors=(float(factors[0]), float(factors[1])), **values)
-            names = (*CONSTANTS, "knee", "is_filled")
-            numbers = [*(getattr(model, name) for name in names), *model.factors]
+            numbers = [values[name] for name in (*CONSTANTS, "knee", "is_filled")]
+            numbers += model.factors
             least = [model.seconds(work) for work in (Work(1, 1), Work().plus(0, 1))]
             if not all(np.isfinite(numbers)) or min(numbers) < 0 or min(least) == 0:
                 raise ValueError("a constant is negative or no number, or a step takes no time")

@@ -124,7 +124,7 @@ class Engine:
             rule = "promised times need the cost of a step"
             raise ModelError("M110", rule, where="cost", hint=HOW_TO_TUNE)
         read = (tokens - 1) % limits.page_size + 1 if limits.share else tokens
-        first = model.seconds(Work().plus(tokens - read, read))
+        first = model.seconds(Work().plus(tokens - read, read)) + self.scheduler.pause
         for name, seconds in ("ttft_ms", first), ("itl_ms", model.seconds(Work(1, tokens))):
             asked, floor = getattr(how, name), 1e3 * seconds / SAFETY
             if asked is not None and asked < floor:
@@ -205,7 +205,7 @@ class Engine:
         if ahead or not self.runs_ahead:
             s.model = s.model.corrected(work, seconds)
         else:
-            s.pause += (min(max(seconds - predicted, 0.0), predicted) - s.pause) / 16
+            s.pause = max(0.0, s.pause + (min(seconds - predicted, predicted) - s.pause) / 16)
 
     def counts(self) -> dict[str, int]:
         """What `/metrics` shows of the scheduler, and of reads that answers shared."""

@@ -28,7 +28,7 @@ class Memory:
         return DeviceArray(shape, kind) if self.on_cuda else np.empty(shape, kind.numpy)
 
     def put(self, array: np.ndarray, dtype: str | None = None) -> Any:
-        """The array in memory of the target: itself, also where it is a tensor there, or a copy."""
+        """The array in memory of the target: a copy on a GPU, but of a tensor that is there."""
         if not self.on_cuda or not isinstance(array, np.ndarray):
             return array
         return DeviceArray.from_numpy(np.ascontiguousarray(array), dtype)
@@ -42,7 +42,7 @@ class Memory:
         return lambda: next(copies).copy(array)
 
     def sender(self, array: Any) -> Callable[[Any], None]:
-        """A function that writes the first values of an int32 array, with two under way at most."""
+        """What writes the first values of an int32 array; it waits while two are under way."""
         if not self.on_cuda:
             return lambda values: self.write(self.rows(array, 0, len(values)), values)
         copies = cycle([HostWords(0, math.prod(array.shape)) for _ in range(2)])

@@ -63,7 +63,7 @@ class Chunk:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What a step does: its chunks, those of answers first; the decision that led to it, and ids of
-    who was preempted before it; whether it is launched ahead, while the one in front runs."""
+    who was preempted before it; `ahead`: it is launched while the one in front runs."""
 
     step: int
     chunks: tuple[Chunk, ...]
@@ -86,7 +86,7 @@ class Scheduler:
 
     `model`: predicts the seconds of a step; one without constants lets every step be full.
     `policy`: `decide`, or another for comparisons. `late`: tokens after their promised time.
-    `pause`: seconds that a GPU waits for a step that is not launched ahead; the caller measures."""
+    `pause`: seconds that a GPU waits in front of a step not launched ahead; the caller measures."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class Scheduler:
     def state(self, now: float, ahead: bool = False) -> State:
         """What the policy sees. Of those that wait the best, by rank and arrival."""
         running, answers = self.running, self._answers()
-        pause = 0.0 if ahead else self.pause
+        now += 0.0 if ahead else self.pause
         read = [r for r in running if r.computed < r.in_chunks]
         waiting = sorted(self.waiting, key=lambda r: (-self._rank(r), r.id))[:WINDOW]
         return State(
@@ -177,7 +177,7 @@ class Scheduler:
             pages=self._available(), block=self.prefix.count,
             seats=self.limits.running - len(running),
             answers=len(answers), context=sum([r.computed for r in answers]) + len(answers),
-            due=min([r.due for r in answers if r.left == 1], default=inf) - now - pause,
+            due=min([r.due for r in answers if r.left == 1], default=inf) - now,
             gap=min([r.gap for r in running], default=inf),
             growth=sum(map(self._lacks, answers)),
             worst=(running[-1].rank, running[-1].id) if running else None,

@@ -23,15 +23,16 @@ Sample = tuple[Work, float]
 """What a step read, and the seconds it took."""
 
 
-def fit(samples: Sequence[Sample], key: str = "") -> CostModel:
+def fit(samples: Sequence[Sample], key: str = "", joins: bool = False) -> CostModel:
     """Fits the constants to measured steps, by least squares of the relative error. The time is
     linear in them: a constant's factor is the time by a model where it is 1 and all others 0.
+    `joins`: that of the runner, whose steps may have more rows than are read.
     Raises ArgumentError[A109] for fewer samples than constants."""
     if len(samples) < len(CONSTANTS):
         rule = f"{len(samples)} measured steps for {len(CONSTANTS)} constants"
         raise ArgumentError("A109", rule, where="samples")
     best, least = CostModel(key=key), np.inf
-    for knee, is_filled in itertools.product(KNEES, (0, 1)):
+    for knee, is_filled in itertools.product(KNEES, {0, int(joins)}):
         start = CostModel(knee=knee, is_filled=is_filled, key=key)
         units = [replace(start, **{name: 1.0}) for name in CONSTANTS]
         x = np.array([[unit.seconds(work) / s for unit in units] for work, s in samples])
@@ -62,11 +63,12 @@ def _least_squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def measure(engine: Engine, seconds: float, most: int = 1000, seed: int = 0) -> Iterator[Sample]:
-    """Steps of random states with the time of each, the least of four runs, which a `GROUP` of them
-    take in turns. A step that an engine can launch ahead is launched behind itself; one thread on a
-    CPU is timed while it computes, and not while others have its core. Overwrites the KV cache.
-    Ends after `most` steps, or after `seconds` but not before `FEWEST` steps. Raises
-    ArgumentError[A109] for a context of one token."""
+    """Steps of random states with the time of each, of four runs, which a `GROUP` of them take in
+    turns. Where the engine launches ahead, a step is launched behind itself, and its time is the
+    median of those between the ends; else it is the least, on one thread of a CPU of the time in
+    which it computes, and others do not have its core. Overwrites the KV cache. Ends after `most`
+    steps, or after `seconds` but not before `FEWEST`. Raises ArgumentError[A109] for a context of
+    one token."""
     rng = np.random.default_rng(seed)
     for array in (*engine.runner.keys, *engine.runner.values):
         engine.model.memory.write(array, 0)
@@ -92,7 +94,8 @@ def measure(engine: Engine, seconds: float, most: int = 1000, seed: int = 0) -> 
         steps = [_chunks(engine, rng) for _ in range(min(GROUP, most - n))]
         # In turns, as the machine is slower for seconds. The first run also builds what it needs.
         times = [[timed(chunks) for chunks in steps] for _ in range(4)]
-        yield from zip(map(work_of, steps), np.min(times, 0).tolist(), strict=True)
+        found = np.median(times, 0) if engine.runs_ahead else np.min(times, 0)
+        yield from zip(map(work_of, steps), found.tolist(), strict=True)
 
 
 def _chunks(engine: Engine, rng: np.random.Generator) -> list[Chunk]:

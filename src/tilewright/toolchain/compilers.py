@@ -19,7 +19,7 @@ from tilewright.toolchain import disk_cache
 
 @dataclass(frozen=True, slots=True)
 class Isa:
-    """An instruction set: CPU features as Linux names them, and the width of a register."""
+    """An instruction set: CPU features as Linux names them, the width of a vector register."""
 
     name: str
     needs: tuple[str, ...]

@@ -230,7 +230,7 @@ def tune(args: argparse.Namespace) -> int:
         samples.append(sample)
         print(f"\r{len(samples)} steps", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    model = fit(samples, engine.scheduler.model.key)
+    model = fit(samples, engine.scheduler.model.key, engine.runner.joins)
     model.save(args.out)
     p50, p90 = (100 * float(np.percentile(errors(model, samples), p)) for p in (50, 90))
     print(f"{args.out}: {len(samples)} steps, off by {p50:.1f} % at the median, {p90:.1f} % at p90")

@@ -19,8 +19,9 @@ def explain(args: argparse.Namespace) -> int:
         return 0
     code = args.code.upper().strip("[]")
     if code not in CATALOG:
-        near = ", ".join(difflib.get_close_matches(code, CATALOG, n=3, cutoff=0.0))
-        print(f"no error code {args.code}; near: {near}", file=sys.stderr)
+        near = difflib.get_close_matches(code, CATALOG, n=3)
+        suggestion = f"; near: {', '.join(near)}" if near else ""
+        print(f"no error code {args.code}{suggestion}", file=sys.stderr)
         return 2
     print(f"{code}: {CATALOG[code]}")
     if code in ADVICE:
