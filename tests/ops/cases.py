@@ -51,11 +51,12 @@ def poisoned(*shape: int, dtype: Any = np.float32) -> np.ndarray:
 
 
 def close(got: np.ndarray, wanted: np.ndarray, size: Any = 1.0, rounding: float = 2.0**-21) -> None:
-    """|got − wanted| ≤ rounding · size, with `size` the sum of the absolute values added up."""
+    """|got − wanted| ≤ rounding · size, with `size` the sum of the absolute values added up.
+    Numbers of float16 (a rounding of 2⁻¹⁰) below 6e-5 are 2⁻²⁴ apart, however small they are."""
     assert got.shape == wanted.shape
     assert np.isfinite(got.astype(np.float64)).all()
     error = np.abs(got.astype(np.float64) - wanted)
-    bound = rounding * np.maximum(size, 1e-30)
+    bound = rounding * np.maximum(size, 1e-30) + (2.0**-24 if rounding == 2.0**-10 else 0.0)
     assert (error <= bound).all(), (
         f"largest error {error.max():.3g}, {(error / bound).max():.2f} × the bound"
     )
