@@ -30,7 +30,7 @@ from tilewright.serve.request import Request, Sampling
 from tilewright.serve.scheduler import Limits, Scheduler, work_of
 
 Policy = Callable[[State, CostModel], Decision]
-CHUNKS = (256, 512, 1024, 2048)
+CHUNKS = (256, 448, 512, 960, 1024, 2048)  # 448 and 960 beside 64 rows of answers: full steps
 TRACE_HINT = "a .csv of Azure's LLM inference traces (AzurePublicDataset), or a .jsonl of Mooncake"
 BLOCK = 512  # tokens of a block in Mooncake's traces, whose ids are shared by equal beginnings
 

@@ -70,13 +70,24 @@ def test_a_fit_of_exact_times(knee: int):
 
 @pytest.mark.parametrize(
     ("rows", "computed"),
-    [(1, 64), (64, 64), (65, 128), (256, 256), (257, 384), (448, 512), (512, 512), (2100, 2176)],
+    [
+        (1, 64),
+        (64, 64),
+        (65, 128),
+        (256, 256),
+        (257, 320),
+        (384, 384),
+        (385, 512),
+        (448, 512),
+        (512, 512),
+        (2100, 2176),
+    ],
 )
 def test_rows_that_a_recorded_step_computes(rows: int, computed: int):
     assert filled(rows) == computed
 
 
-def test_a_fit_finds_that_steps_are_filled_up():
+def test_a_fit_where_steps_are_filled_up():
     """63 answers are 64 rows; with 385 tokens of a prompt there are 449, and 512 are computed."""
     true = replace(TRUE, is_filled=1)
     work = Work(63, 6300).plus(0, 385)
@@ -85,7 +96,7 @@ def test_a_fit_finds_that_steps_are_filled_up():
     assert true.seconds(Work(63, 6300)) == TRUE.seconds(Work(63, 6300))
     works = random_works(300, 5)
     samples = [(work, true.seconds(work)) for work in works]
-    assert tune.fit(samples).is_filled == 0  # where none are
+    assert max(tune.errors(tune.fit(samples), samples)) > 0.01  # where none are
     found = tune.fit(samples, "", True)
     assert found.is_filled == 1 and found.knee == 192
     assert [found.seconds(w) for w in works] == pytest.approx([true.seconds(w) for w in works])

@@ -201,7 +201,7 @@ def test_warming_up_fits_any_number_of_seats(
     monkeypatch: pytest.MonkeyPatch, running: int, step_tokens: int
 ):
     """One bucket of answers or two, of which the last may be one that no prompt is read beside;
-    numbers of rows below four buckets and above."""
+    numbers of rows below six buckets and above."""
     monkeypatch.setattr(llama, "products_of", lambda file, where: Products("cpu", "float32"))
     monkeypatch.setattr(engine, "load_tokenizer", lambda file: Spelled())
     monkeypatch.setattr(engine, "cost_key", lambda *_: "")

@@ -40,8 +40,8 @@ BUCKET = 64  # the rows of answers in a recorded step with prompts are a multipl
 
 def filled(rows: int) -> int:
     """The rows of a recorded step with prompts that needs `rows`. Tiles of libraries have 128 rows,
-    and a number between may be slow: 448 took 17.4 ms, 512 took 13.4 (serving-log.md, *Stairs*)."""
-    return rows + -rows % (BUCKET if rows <= 4 * BUCKET else 2 * BUCKET)
+    and a number between may be slow: 448 took 17.4 ms, 512 took 13.3 (serving-log.md, *Stairs*)."""
+    return rows + -rows % (BUCKET if rows <= 6 * BUCKET else 2 * BUCKET)
 
 
 class Work(NamedTuple):

@@ -1,6 +1,5 @@
 """Measures steps of an engine and fits the cost of a step: `tilewright tune serve`."""
 
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,8 +31,8 @@ def fit(samples: Sequence[Sample], key: str = "", joins: bool = False) -> CostMo
         rule = f"{len(samples)} measured steps for {len(CONSTANTS)} constants"
         raise ArgumentError("A109", rule, where="samples")
     best, least = CostModel(key=key), np.inf
-    for knee, is_filled in itertools.product(KNEES, {0, int(joins)}):
-        start = CostModel(knee=knee, is_filled=is_filled, key=key)
+    for knee in KNEES:
+        start = CostModel(knee=knee, is_filled=int(joins), key=key)
         units = [replace(start, **{name: 1.0}) for name in CONSTANTS]
         x = np.array([[unit.seconds(work) / s for unit in units] for work, s in samples])
         constants = _least_squares(x, np.ones(len(samples)))
@@ -64,11 +63,10 @@ def _least_squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def measure(engine: Engine, seconds: float, most: int = 1000, seed: int = 0) -> Iterator[Sample]:
     """Steps of random states with the time of each, of four runs, which a `GROUP` of them take in
-    turns. Where the engine launches ahead, a step is launched behind itself, and its time is the
-    median of those between the ends; else it is the least, on one thread of a CPU of the time in
-    which it computes, and others do not have its core. Overwrites the KV cache. Ends after `most`
-    steps, or after `seconds` but not before `FEWEST`. Raises ArgumentError[A109] for a context of
-    one token."""
+    turns. Where the engine launches ahead a step is launched behind itself: the median of the times
+    between the two ends. Elsewhere the least; one thread on a CPU is timed while it computes, and
+    not while others have its core. Overwrites the KV cache. Ends after `most` steps, or after
+    `seconds` but not before `FEWEST`. Raises ArgumentError[A109] for a context of one token."""
     rng = np.random.default_rng(seed)
     for array in (*engine.runner.keys, *engine.runner.values):
         engine.model.memory.write(array, 0)
